@@ -1,0 +1,205 @@
+"""The bidirectional language model: token ids to layer states, and its loss.
+
+Two LSTM stacks that share the token vectors and the softmax read each document, one from
+its start and one from its end. In reading order both predict the next token, so they are
+one stack with a direction axis; only the layer states are turned back.
+Axes: B batch, T time, D direction, L layers (the token vectors are layer 0), P projection,
+F = 2P features, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from elmo_jax.data import Batch
+from elmo_jax.embedders import WordEmbedder
+from elmo_jax.lstm import LSTM, reverse_valid
+from elmo_jax.metrics import token_mask
+from elmo_jax.recurrence import Clips, State
+from elmo_jax.softmax import full_nll, sampled_nll
+
+DIRECTIONS = 2
+
+
+@dataclass(frozen=True)
+class BiLMConfig:
+    """The sizes of a bidirectional language model."""
+
+    embedding: int = 150
+    """Width of the token vectors, and of each direction's states."""
+    cells: int = 150
+    """LSTM cells a layer and direction; projected to the embedding's width if they differ."""
+    layers: int = 2
+    """LSTM layers a direction."""
+    dropout: float = 0.1
+    """Share of each LSTM layer's input, and of the top layer's output, set to 0 in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the products; sums, states and parameters stay float32."""
+
+
+class BiLM(nn.Module):
+    """ELMo's language model (Peters et al. 2018), by word.
+
+    Attributes:
+        config: its sizes.
+        vocabulary: V, padding and special tokens included.
+
+    Example:
+        >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
+        >>> batch = Batch.of([[5, 6, 7], [8]])
+        >>> (layers, state), _ = model.init_with_output(jax.random.key(0), batch)
+        >>> layers.shape  # L, B, T, F
+        (3, 2, 5, 8)
+    """
+
+    config: BiLMConfig
+    vocabulary: int
+
+    def setup(self):
+        c = self.config
+        self.embedder = WordEmbedder(self.vocabulary, c.embedding, c.dtype)
+        projection = None if c.cells == c.embedding else c.embedding
+        self.lstm = [LSTM(c.cells, projection, Clips(), c.dtype) for _ in range(c.layers)]
+        self.drop = nn.Dropout(c.dropout)
+        # Small and flat at the start, so that the first loss is near ln V.
+        scale = nn.initializers.normal(c.embedding**-0.5)
+        self.softmax_table = self.param("softmax_table", scale, (self.vocabulary, c.embedding))
+        self.softmax_bias = self.param("softmax_bias", nn.initializers.zeros, (self.vocabulary,))
+
+    def __call__(
+        self, batch: Batch, state: tuple[State, ...] | None = None, train: bool = False
+    ) -> tuple[Array, tuple[State, ...]]:
+        """The states of every layer, token by token.
+
+        Args:
+            batch: B documents of at most T tokens.
+            state: of each layer, from an earlier call; zeros if None.
+            train: whether to drop out (needs the rng "dropout").
+
+        Returns:
+            ``[L, B, T, F]`` float32, 0 on padding: layer 0 is the token vector beside
+            itself, the others are the forward half beside the backward one. And the state
+            of each layer after each row's last token.
+        """
+        _, (vectors, *layers), state = self.read(batch, state, train)
+        both = jnp.stack([jnp.broadcast_to(vectors, layers[0].shape), *layers])  # [L, T, D, B, P]
+        forward, backward = (both[:, :, d].transpose(0, 2, 1, 3) for d in range(DIRECTIONS))
+        turn = jax.vmap(reverse_valid, in_axes=(0, None))
+        states = jnp.concatenate([forward, turn(backward, batch.lengths)], axis=-1)
+        mask = token_mask(batch.lengths, states.shape[2])[None, :, :, None]
+        return jnp.where(mask, states.astype(jnp.float32), 0), state
+
+    def read(
+        self, batch: Batch, state: tuple[State, ...] | None = None, train: bool = False
+    ) -> tuple[Array, list[Array], tuple[State, ...]]:
+        """What each direction reads and how its layers respond, in reading order.
+
+        Returns:
+            Token ids ``[T, D, B]``; token vectors and then every LSTM layer's states, each
+            ``[T, D, B, P]``; and the state of each layer after the last token.
+        """
+        words, lengths = jnp.asarray(batch.words), jnp.asarray(batch.lengths)
+        read = jnp.stack([words, reverse_valid(words, lengths)]).transpose(2, 0, 1)  # [T, D, B]
+        outputs, after = [self.embedder(read)], []
+        for i, lstm in enumerate(self.lstm):
+            x = self.drop(outputs[-1], deterministic=not train)
+            h, last = lstm(x, lengths, None if state is None else state[i])
+            outputs.append(h)
+            after.append(last)
+        return read, outputs, tuple(after)
+
+    def nll(self, batch: Batch, train: bool = False, negatives: int | None = None) -> dict[str, Array]:
+        """Sums of -log p of every next token, by direction.
+
+        Args:
+            batch: B documents.
+            train: whether to drop out (needs the rng "dropout").
+            negatives: classes of the sampled softmax (needs the rng "negatives"); None is
+                the full softmax.
+
+        Returns:
+            Scalars: ``loss`` (both directions' sum, the one to differentiate),
+            ``nll_forward``, ``nll_backward``, ``tokens`` predicted a direction, and
+            ``words`` of the documents.
+        """
+        read, outputs, _ = self.read(batch, None, train)
+        h = self.drop(outputs[-1], deterministic=not train)[:-1]  # [T - 1, D, B, P]
+        targets = read[1:]
+        weight = token_mask(batch.lengths - 1, h.shape[0]).T[:, None, :].astype(jnp.float32)
+        weight = jnp.broadcast_to(weight, targets.shape)
+        flat = (
+            h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
+            self.softmax_table,
+            self.softmax_bias,
+            targets.reshape(-1),
+            weight.reshape(-1),
+        )
+        if negatives is None:
+            total, each = full_nll(*flat)
+        else:
+            total, each = sampled_nll(*flat, self.make_rng("negatives"), negatives)
+        by_direction = jnp.sum(each.reshape(targets.shape) * weight, axis=(0, 2))
+        tokens = jnp.sum(weight[:, 0])
+        return {
+            "loss": total,
+            "nll_forward": by_direction[0],
+            "nll_backward": by_direction[1],
+            "tokens": tokens,
+            "words": tokens - jnp.sum(batch.weight),
+        }
+
+
+def bilm_loss(model: BiLM, negatives: int | None = None):
+    """The pre-training task: mean -log p a token, both directions, with dropout.
+
+    Args:
+        model: the language model.
+        negatives: of the sampled softmax; None is the full one.
+
+    Returns:
+        A pure ``(params, batch, key) -> (loss, sums)``.
+    """
+
+    def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        dropout, draw = jax.random.split(key)
+        rngs = {"dropout": dropout, "negatives": draw}
+        sums = model.apply({"params": params}, batch, True, negatives, rngs=rngs, method="nll")
+        total = sums.pop("loss")
+        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
+
+    return loss
+
+
+def bilm_sums(model: BiLM):
+    """The evaluation task: the same sums without dropout and with the full softmax."""
+
+    def sums(params: Any, batch: Batch) -> dict[str, Array]:
+        sums = dict(model.apply({"params": params}, batch, method="nll"))
+        sums.pop("loss")
+        return sums
+
+    return sums
+
+
+def bilm_features(model: BiLM, finetune: bool = False):
+    """Layer states as features of another task; the language model's parameters are "bilm".
+
+    Args:
+        model: the language model.
+        finetune: whether it trains along, with its dropout; if not, no gradient reaches it.
+
+    Returns:
+        ``(params, batch, key) -> [L, B, T, F]``; no key, no dropout.
+    """
+
+    def features(params: Any, batch: Batch, key: Array | None) -> Array:
+        train = finetune and key is not None
+        rngs = {"dropout": key} if train else {}
+        layers, _ = model.apply({"params": params["bilm"]}, batch, train=train, rngs=rngs)
+        return layers if finetune else jax.lax.stop_gradient(layers)
+
+    return features

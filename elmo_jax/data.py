@@ -1,0 +1,229 @@
+"""Batches of static shape from documents of any length, in an order that seed and step give.
+
+Nouns: *documents* are token ids laid end to end; a *bucket* holds documents padded to one
+length, its *bound*; a *dispatch* is up to K batches of one bucket, run by one call of the
+device; a *stream* turns documents into dispatches.
+Axes: B batch, T time, K steps a dispatch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from flax import struct
+from jax import Array
+
+from elmo_jax.text import BOS, EOS, PAD
+
+_ROUND = 4  # bounds are multiples of it, the longest too
+_PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
+
+
+@struct.dataclass
+class Batch:
+    """Documents side by side, ``<S>`` before and ``</S>`` behind each; a JAX pytree.
+
+    Attributes:
+        words: ``[B, T]`` int32 ids, 0 beyond the length.
+        lengths: ``[B]`` int32, real tokens a row with ``<S>`` and ``</S>``; 0 on filler rows.
+        labels: ``[B]`` int32 classes, or None.
+        weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
+
+    Example:
+        >>> batch = Batch.of([[7, 8], [9]])
+        >>> batch.words.tolist(), batch.lengths.tolist()
+        ([[1, 7, 8, 2], [1, 9, 2, 0]], [4, 3])
+    """
+
+    words: Array | np.ndarray
+    lengths: Array | np.ndarray
+    labels: Array | np.ndarray | None
+    weight: Array | np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        sentences: Sequence[Sequence[int] | np.ndarray],
+        labels: Sequence[int] | np.ndarray | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> "Batch":
+        """A batch of these ids, padded to `shape` [B, T], or to the longest row if None."""
+        rows, steps = shape or (len(sentences), 2 + max(map(len, sentences), default=0))
+        words = np.full((rows, steps), PAD, np.int32)
+        lengths, classes = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        weight = np.zeros(rows, np.float32)
+        for i, ids in enumerate(sentences):
+            n = len(ids) + 2
+            words[i, 0], words[i, 1 : n - 1], words[i, n - 1] = BOS, ids, EOS
+            lengths[i], weight[i] = n, 1
+        if labels is not None:
+            classes[: len(sentences)] = labels
+        return cls(words, lengths, None if labels is None else classes, weight)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token ids laid end to end, and a class for each document.
+
+    Attributes:
+        ids: ``[tokens]`` int32.
+        offsets: ``[N + 1]`` int64; document n is ``ids[offsets[n]:offsets[n + 1]]``.
+        labels: ``[N]`` int32 classes.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """``[N]`` int64, tokens a document without ``<S>`` and ``</S>``."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Documents":
+        """These documents, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        return Documents(self.ids[index], offsets, self.labels[rows])
+
+    def batch(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
+        """These documents as one batch of that shape [B, T]."""
+        sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
+        return Batch.of(sentences, self.labels[rows], shape)
+
+
+def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
+    """Where to cut documents into buckets so that steps are fewest, and compilations few.
+
+    Each bucket is a shape to compile, which counts as much as 20,000 steps of padding an
+    epoch. The bounds are the best there are of their number, by dynamic programming.
+
+    Args:
+        lengths: ``[N]`` steps a document, at least one.
+        most: how many bounds at the most.
+
+    Returns:
+        Bounds, rising multiples of 4; the last holds the longest document.
+
+    Example:
+        >>> bucket_bounds(np.repeat([3, 4, 20], [9000, 9000, 9000]))
+        (4, 20)
+    """
+    counts = np.bincount(-(-lengths // _ROUND))
+    bound = np.flatnonzero(counts)  # candidates, in units of _ROUND
+    below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each
+    # span[j, i]: steps of one bucket from candidate i up to j; cost[k][j]: fewest steps of the
+    # documents up to candidate j in k + 1 buckets, the last of which begins at cut[k][j].
+    span = (below[1:, None] - below[None, :-1]) * bound[:, None] * float(_ROUND)
+    span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
+    costs, cuts = [span[:, 0]], [np.zeros(len(bound), int)]
+    for _ in range(1, min(most, len(bound))):
+        total = np.concatenate([[np.inf], costs[-1][:-1]])[None] + span
+        costs.append(total.min(1))
+        cuts.append(total.argmin(1))
+    buckets = int(np.argmin([cost[-1] + _PRICE * k for k, cost in enumerate(costs)]))
+    chosen, j = [], len(bound) - 1
+    for k in range(buckets, -1, -1):
+        chosen.append(int(bound[j]) * _ROUND)
+        j = int(cuts[k][j]) - 1
+    return tuple(reversed(chosen))
+
+
+class Dispatch(NamedTuple):
+    """Up to K batches of one shape: leaves ``[K, B, ...]``, of which the first `count` are to run."""
+
+    batches: Batch
+    count: int
+
+
+class BatchStream:
+    """Documents as batches; the batch of a step is a function of (seed, step) alone.
+
+    An epoch holds every document once. Documents of like length share a batch, batches of
+    one shape follow each other by up to K, and the order of everything else is drawn anew
+    each epoch.
+
+    Args:
+        documents: at least one.
+        batch_size: B.
+        seed: of the order; None keeps the documents by length, for evaluation.
+        bounds: of the buckets; by `bucket_bounds` if None. Documents longer than the last
+            get one more bucket.
+        steps_per_dispatch: K.
+
+    Example:
+        >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))
+        >>> stream = BatchStream(docs, batch_size=2)
+        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.dispatches(0, 1)]
+        (1, [(1, 2, 12)])
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        batch_size: int,
+        seed: int | None = None,
+        bounds: tuple[int, ...] | None = None,
+        steps_per_dispatch: int = 1,
+    ):
+        steps = documents.lengths + 2
+        bounds = bounds or bucket_bounds(steps)
+        if steps.max() > bounds[-1]:
+            bounds = (*bounds, -(-int(steps.max()) // _ROUND) * _ROUND)
+        self.documents, self.batch_size, self.seed = documents, batch_size, seed
+        self.bounds, self.steps_per_dispatch = bounds, steps_per_dispatch
+        bucket = np.searchsorted(np.array(bounds), steps)
+        by_length = np.argsort(steps, kind="stable")
+        self._buckets = [by_length[bucket[by_length] == i] for i in range(len(bounds))]
+        self.steps_per_epoch = sum(-(-len(rows) // batch_size) for rows in self._buckets)
+        self.tokens_per_epoch = int(documents.lengths.sum())
+
+    @property
+    def padding(self) -> float:
+        """The share of steps, filler rows among them, that hold no token."""
+        pairs = zip(self._buckets, self.bounds, strict=True)
+        steps = sum(-(-len(rows) // self.batch_size) * self.batch_size * bound for rows, bound in pairs)
+        return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / steps
+
+    def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
+        """An epoch's dispatches in order, each a bound and its batches' documents."""
+        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
+        groups = []
+        for bound, rows in zip(self.bounds, self._buckets, strict=True):
+            rows = rows if rng is None else rng.permutation(rows)
+            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            if rng is not None:  # the part-filled batch must not always be the bucket's last
+                batches = [batches[i] for i in rng.permutation(len(batches))]
+            k = self.steps_per_dispatch
+            groups += [(bound, batches[i : i + k]) for i in range(0, len(batches), k)]
+        return groups if rng is None else [groups[i] for i in rng.permutation(len(groups))]
+
+    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
+        """The batches of steps `first` up to but not including `last`, counted from the first epoch."""
+        step = first
+        while step < last:
+            epoch, start = divmod(step, self.steps_per_epoch)
+            position = epoch * self.steps_per_epoch
+            for bound, batches in self._epoch(epoch):
+                skip, position = step - position, position + len(batches)
+                if position <= step:
+                    continue
+                wanted = batches[skip : skip + last - step]
+                yield self._stack(wanted, bound)
+                step += len(wanted)
+                if step >= last:
+                    return
+
+    def _stack(self, batches: list[np.ndarray], bound: int) -> Dispatch:
+        shape = (self.batch_size, bound)
+        made = [self.documents.batch(rows, shape) for rows in batches]
+        made += [made[0]] * (self.steps_per_dispatch - len(made))  # never run, see Dispatch
+        fields = ("words", "lengths", "labels", "weight")
+        stacked = {name: np.stack([getattr(batch, name) for batch in made]) for name in fields}
+        return Dispatch(replace(made[0], **stacked), len(batches))

@@ -1,0 +1,190 @@
+"""Labelled texts from disk, the net or the embedded corpus, split, numbered and ready to batch.
+
+Nouns: a *data set* is three parts of documents (training, validation, test) with one
+vocabulary, made from the training part alone.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pooch
+from sklearn.model_selection import train_test_split
+
+from elmo_jax.data import Documents
+from elmo_jax.errors import InputError
+from elmo_jax.rows import Row, Rows, TextColumns, read_rows, tokenise_rows
+from elmo_jax.sample import CLASSES, sample_corpus
+from elmo_jax.text import Vocabulary, read_text
+
+_AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
+_AG_NEWS_MD5 = {
+    "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
+    "test.csv": "d52ea96a97a2d943681189a97654912d",
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which texts, and how they become ids."""
+
+    dataset: str = "sample"
+    """sample (embedded), ag_news (downloaded once), or a folder with train.csv and test.csv."""
+    data_dir: str | None = None
+    """Folder with AG News's train.csv and test.csv, in place of the download."""
+    text: TextColumns = "title+description"
+    """All text columns joined, or the last alone."""
+    min_count: int = 3
+    """Tokens seen less often in training are unknown."""
+    max_vocab: int | None = None
+    """Most tokens of the vocabulary."""
+    max_length: int = 400
+    """Longer texts are cut to this many tokens."""
+    validation: float = 0.2
+    """Share of the training rows held out, stratified by class."""
+    split_seed: int = 0
+    """Seed of that split."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three parts of documents, numbered by the training part's vocabulary."""
+
+    classes: tuple[str, ...]
+    vocabulary: Vocabulary
+    train: Documents
+    validation: Documents
+    test: Documents
+
+
+def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None) -> Dataset:
+    """Read, clean, tokenise, split and number a data set.
+
+    Args:
+        config: what to read and how.
+        vocabulary: the numbering; made from the training part if None.
+
+    Returns:
+        The data set; the same config gives the same one.
+
+    Raises:
+        InputError: a file is missing or wrong, with its line.
+
+    Example:
+        >>> data = load_dataset(DataConfig())
+        >>> data.classes, len(data.train), len(data.validation), len(data.test)
+        (('World', 'Sports', 'Business', 'Sci/Tech'), 2240, 560, 700)
+    """
+    train, test, names = _read_parts(config)
+    classes, number = _number_classes(train, names)
+    train_labels, test_labels = _labels(train, number), _labels(test, number)
+    train, test = _truncate((train, test), config.max_length)
+    kept, held_out = _split(train_labels, config)
+    if vocabulary is None:
+        vocabulary = _vocabulary(train, kept, config)
+    documents = _documents(train, train_labels, vocabulary)
+    return Dataset(
+        classes,
+        vocabulary,
+        documents.take(kept),
+        documents.take(held_out),
+        _documents(test, test_labels, vocabulary),
+    )
+
+
+def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]:
+    """Training rows, test rows, and the classes' names if the data set has any."""
+    if config.dataset == "sample":
+        parts = (
+            (Row(i, CLASSES[text.label], text.text) for i, text in enumerate(part, 1))
+            for part in sample_corpus()
+        )
+        train, test = (tokenise_rows(part, "sample") for part in parts)
+        return train, test, CLASSES
+    if config.dataset == "ag_news":
+        folder = _ag_news() if config.data_dir is None else Path(config.data_dir)
+        names: tuple[str, ...] | None = CLASSES
+    else:
+        folder = Path(config.dataset)
+        listed = folder / "classes.txt"
+        names = tuple(read_text(listed).split("\n")) if listed.is_file() else None
+        names = None if names is None else tuple(name.strip() for name in names if name.strip())
+    train, test = (read_rows(_find(folder, name), config.text) for name in ("train.csv", "test.csv"))
+    return train, test, names
+
+
+def _ag_news() -> Path:
+    """The user's copy of AG News, downloaded if it is not there, checked if it is."""
+    folder = Path(pooch.os_cache("elmo_jax")) / "ag_news"
+    for name, md5 in _AG_NEWS_MD5.items():
+        try:
+            downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
+            pooch.retrieve(_AG_NEWS + name, f"md5:{md5}", name, folder, downloader=downloader)
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0][:100]
+            raise InputError(
+                f"ag_news: {name} could not be downloaded ({reason}); "
+                "give --data-dir a folder that holds train.csv and test.csv"
+            ) from None
+    return folder
+
+
+def _find(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give sample, ag_news or a folder of CSV files")
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise InputError(f"{folder / name}: no such file; the folder must hold train.csv and test.csv (or .csv.gz)")
+
+
+def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The classes' names, and each written label's number."""
+    written = set(train.labels)
+    integers = all(label.isdecimal() for label in written)
+    if names is None:
+        classes = tuple(sorted(written, key=int if integers else None))
+        return classes, {label: i for i, label in enumerate(classes)}
+    if integers and not written <= set(names):
+        base = 0 if "0" in written else 1
+        return names, {str(i + base): i for i in range(len(names))}
+    return names, {name: i for i, name in enumerate(names)}
+
+
+def _labels(rows: Rows, number: dict[str, int]) -> np.ndarray:
+    for line, label in zip(rows.lines, rows.labels, strict=True):
+        if label not in number:
+            known = ", ".join(sorted(number)[:10])
+            raise InputError(f"{rows.path}:{line}: label {label!r} is not one of {known}; mend or remove the row")
+    return np.array([number[label] for label in rows.labels], np.int32)
+
+
+def _truncate(parts: tuple[Rows, Rows], longest: int) -> list[Rows]:
+    count = sum(int((np.diff(rows.offsets) > longest).sum()) for rows in parts)
+    if count:
+        warnings.warn(f"{count} texts were longer than {longest} tokens and were cut (--max-length)", stacklevel=3)
+    return [rows.truncated(longest) for rows in parts]
+
+
+def _split(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The rows kept for training and those held out, each sorted."""
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(labels)), test_size=config.validation, random_state=config.split_seed, stratify=labels
+        )
+    except ValueError as error:  # a class with one row, or fewer rows than classes
+        reason = " ".join(str(error).split())
+        raise InputError(f"train.csv: cannot be split {1 - config.validation:g} to {config.validation:g} ({reason})") from None
+    return np.sort(kept), np.sort(held_out)
+
+
+def _vocabulary(train: Rows, kept: np.ndarray, config: DataConfig) -> Vocabulary:
+    used = np.repeat(np.isin(np.arange(len(train.labels)), kept), np.diff(train.offsets))
+    counts = np.bincount(train.codes[used], minlength=len(train.types)).tolist()
+    by_token = dict(zip(train.types, counts, strict=True))
+    return Vocabulary.from_counts(by_token, config.min_count, config.max_vocab)
+
+
+def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary) -> Documents:
+    return Documents(vocabulary.ids(rows.types)[rows.codes], rows.offsets, labels)

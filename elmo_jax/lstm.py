@@ -1,0 +1,128 @@
+"""Projected LSTM layers that run several directions at once over padded batches.
+
+Nouns: a *layer* is D independent LSTMs behind one call. Direction is an axis, not a code
+path: a caller stacks a batch and its `reverse_valid`, and both are read left to right.
+Axes: B batch, T time, D direction, I input, H cells, P projection (P = H without one).
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from elmo_jax.recurrence import Clips, State, Weights, batched_product, fast_recurrence, lstm_step
+
+Kernel = Literal["fast", "plain"]
+
+# Glorot's fans, with the direction axis left out of them.
+_glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
+
+
+@jax.custom_vjp
+def reverse_valid(x: Array, lengths: Array) -> Array:
+    """Reverse the real steps of every row; padding stays where it is.
+
+    ``y[b, t] = x[b, lengths[b] - 1 - t]`` for t < lengths[b], else ``x[b, t]``. It is its
+    own inverse and its own transpose, so the gradient is a gather and never a scatter.
+
+    Args:
+        x: ``[B, T, ...]``, any dtype.
+        lengths: ``[B]`` int32, real steps a row.
+
+    Returns:
+        ``[B, T, ...]``, dtype of x.
+
+    Example:
+        >>> reverse_valid(jnp.array([[1, 2, 3, 0]]), jnp.array([3])).tolist()
+        [[3, 2, 1, 0]]
+    """
+    t = jnp.arange(x.shape[1])[None, :]
+    n = lengths[:, None]
+    index = jnp.where(t < n, n - 1 - t, t)  # [B, T]
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+reverse_valid.defvjp(
+    lambda x, lengths: (reverse_valid(x, lengths), lengths),
+    lambda lengths, g: (reverse_valid(g, lengths), None),
+)
+
+
+class LSTM(nn.Module):
+    """One layer of D independent LSTMs, all read in the order they are given.
+
+    Attributes:
+        cells: H.
+        projection: P, or None for h of H without a projection.
+        clips: bounds of the cell and of the projection.
+        dtype: of the products; states and sums are float32 at least.
+        kernel: "fast" (`fast_recurrence`) or "plain" (`nn.scan` over `lstm_step`).
+
+    Example:
+        >>> layer = LSTM(cells=4)
+        >>> x, lengths = jnp.zeros((5, 2, 3, 6)), jnp.array([5, 2, 0])
+        >>> (h, state), _ = layer.init_with_output(jax.random.key(0), x, lengths)
+        >>> h.shape, state.c.shape
+        ((5, 2, 3, 4), (2, 3, 4))
+    """
+
+    cells: int
+    projection: int | None = None
+    clips: Clips = Clips()
+    dtype: str = "float32"
+    kernel: Kernel = "fast"
+
+    @nn.compact
+    def __call__(self, x: Array, lengths: Array, state: State | None = None) -> tuple[Array, State]:
+        """Run the layer over every step.
+
+        Args:
+            x: ``[T, D, B, I]``, time first, as the scan reads it.
+            lengths: ``[B]`` int32. Steps beyond them are computed and mean nothing; they
+                reach neither the real steps nor the returned state.
+            state: the first state, c ``[D, B, H]`` and h ``[D, B, P]``; zeros if None.
+
+        Returns:
+            h ``[T, D, B, P]``, and the state after each row's last real step.
+        """
+        _, d, b, inputs = x.shape
+        hidden, out = self.cells, self.projection or self.cells
+        param = partial(self.param, init_fn=_glorot)
+        w_x = param("input_kernel", shape=(d, inputs, 4 * hidden))
+        w_h = param("recurrent_kernel", shape=(d, out, 4 * hidden))
+        bias = self.param("bias", nn.initializers.zeros, (d, 4 * hidden))
+        w_p = None
+        if self.projection is not None:
+            w_p = param("projection_kernel", shape=(d, hidden, out)).astype(self.dtype)
+        w = Weights(w_h.astype(self.dtype), w_p)
+
+        gates = batched_product(x, w_x.astype(self.dtype))  # [T, D, B, 4H]
+        gates = gates + bias.astype(gates.dtype)[None, :, None]
+        if state is None:
+            state = State(jnp.zeros((d, b, hidden), gates.dtype), jnp.zeros((d, b, out), gates.dtype))
+
+        if self.kernel == "fast":
+            states = fast_recurrence(state, gates, w, self.clips)
+        else:
+
+            def body(_, state: State, gates: Array) -> tuple[State, State]:
+                state = lstm_step(state, gates, w, self.clips)
+                return state, state
+
+            scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+            states = scan(self, state, gates)[1]
+        return states.h, _last(state, states, lengths)
+
+
+def _last(first: State, states: State, lengths: Array) -> State:
+    """The state after each row's last real step; rows without one keep the first."""
+
+    def pick(first: Array, every: Array) -> Array:
+        index = jnp.maximum(lengths - 1, 0)[None, None, :, None]
+        last = jnp.take_along_axis(every, index, axis=0)[0]  # [D, B, H or P]
+        return jnp.where((lengths > 0)[None, :, None], last, first)
+
+    return State(pick(first.c, states.c), pick(first.h, states.h))

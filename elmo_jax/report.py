@@ -1,0 +1,111 @@
+"""Pictures and tables of a run: curves, layer weights, confusion matrices.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers too.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+Record = Mapping[str, Any]
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLE = {
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": plt.cycler(color=_COLOURS),
+}
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def plot_curves(
+    records: Sequence[Record], lines: Mapping[str, str], path: Path, ylabel: str, log: bool = False
+) -> None:
+    """Figures of the records against the epoch, as a PNG.
+
+    Args:
+        records: one an epoch.
+        lines: each figure's name in the records and in the legend.
+        path: of the PNG.
+        ylabel: with its unit.
+        log: whether the y axis is logarithmic.
+    """
+    epochs = [record["epoch"] for record in records]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(5.2, 3.2))
+        for (name, label), marker in zip(lines.items(), "os^Dv<", strict=False):
+            axes.plot(epochs, [record[name] for record in records], marker=marker, markersize=4, label=label)
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_lambdas(records: Sequence[Record], path: Path) -> None:
+    """The weight of each layer against the epoch, as a PNG."""
+    layers = len(records[0]["lambdas"])
+    names = {f"λ{j}": "token vectors" if j == 0 else f"LSTM layer {j}" for j in range(layers)}
+    rows = [
+        {"epoch": record["epoch"], **{f"λ{j}": record["lambdas"][j] for j in range(layers)}} for record in records
+    ]
+    plot_curves(rows, names, path, "weight λ")
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:
+    """A confusion matrix as a PNG: counts, shaded by their share of the true class."""
+    matrix = np.array(counts)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = 1.6 + 0.8 * len(classes)
+    with plt.rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(side, side))
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), count in np.ndenumerate(matrix):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:,}\n{share[i, j]:.1%}", ha="center", va="center", color=colour, fontsize=8)
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, classes, rotation=30, ha="right")
+        axes.set_yticks(ticks, classes)
+        axes.set(xlabel="predicted", ylabel="true", title=title)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """A confusion matrix as text, a row a true class.
+
+    Example:
+        >>> print(confusion_table([[3, 1], [0, 4]], ["World", "Sports"]))
+        true \\ predicted   World  Sports
+        World                  3       1
+        Sports                 0       4
+    """
+    corner = "true \\ predicted"
+    first = max(len(corner), *map(len, classes))
+    width = max(*map(len, classes), *(len(f"{n:,}") for row in counts for n in row))
+    lines = [corner.ljust(first) + "".join(f"  {name:>{width}}" for name in classes)]
+    for name, row in zip(classes, counts, strict=True):
+        lines.append(name.ljust(first) + "".join(f"  {n:>{width},}" for n in row))
+    return "\n".join(lines)
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy, F1, precision and recall of each part, as text."""
+    names = ("accuracy", "f1", "precision", "recall")
+    lines = [" " * 10 + "".join(f"  {name:>9}" for name in names)]
+    for part in ("train", "validation", "test"):
+        lines.append(f"{part:10}" + "".join(f"  {results[part][name]:9.4f}" for name in names))
+    return "\n".join(lines)

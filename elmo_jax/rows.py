@@ -1,0 +1,175 @@
+"""Labelled rows of text from CSV files, tokenised once and cached by the content's hash.
+
+Nouns: a *row* is a label, a text and the line it began at; *types* are the distinct tokens
+of a file and *codes* their numbers, in the order of first use.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pooch
+
+from elmo_jax.errors import InputError
+from elmo_jax.text import clean, decode, tokenize
+
+TextColumns = Literal["title+description", "description"]
+
+_LABEL_HEADERS = {"label", "labels", "class", "class index", "category", "target", "topic", "y"}
+_CACHE_VERSION = 1  # of cleaning and tokenising; a change makes old caches unused
+
+
+class Row(NamedTuple):
+    """A text, what it is labelled, and the line of its file it began at."""
+
+    line: int
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows.
+
+    Attributes:
+        path: of the file, for messages.
+        types: ``[V]`` distinct tokens.
+        codes: ``[tokens]`` int32 indices into types, all rows end to end.
+        offsets: ``[N + 1]`` int64; row n is ``codes[offsets[n]:offsets[n + 1]]``.
+        labels: ``[N]`` as written in the file.
+        lines: ``[N]`` int64, where each row began.
+    """
+
+    path: str
+    types: list[str]
+    codes: np.ndarray
+    offsets: np.ndarray
+    labels: list[str]
+    lines: np.ndarray
+
+    def truncated(self, longest: int) -> "Rows":
+        """The same rows, each cut to its first `longest` tokens."""
+        before = np.diff(self.offsets)
+        lengths = np.minimum(before, longest)
+        place = np.arange(len(self.codes)) - np.repeat(self.offsets[:-1], before)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return replace(self, codes=self.codes[place < longest], offsets=offsets)
+
+
+def read_rows(path: Path, text: TextColumns) -> Rows:
+    """A CSV file of ``label,text...`` (gzip if it ends in .gz), from the cache if its content is there.
+
+    Args:
+        path: the file; a first row that names the columns is left out.
+        text: which columns make the text: all behind the label, or the last alone.
+
+    Returns:
+        Its rows, cleaned and tokenised.
+
+    Raises:
+        InputError: it is missing, not UTF-8, not CSV, empty, or a row has too few columns
+            or no tokens; with the line.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); check the file") from None
+    key = hashlib.sha256(f"{_CACHE_VERSION} {text} ".encode() + data).hexdigest()[:32]
+    cache = pooch.os_cache("elmo_jax") / "tokens" / f"{key}.npz"
+    cached = _load_cache(cache, path)
+    if cached is None:
+        cached = tokenise_rows(_csv_rows(data, path, text), str(path))
+        _save_cache(cached, cache)
+    return cached
+
+
+def _csv_rows(data: bytes, path: Path, text: TextColumns) -> Iterator[Row]:
+    """Every row below the header."""
+    csv.field_size_limit(sys.maxsize)  # a text may be long; it is cut later, and said so
+    reader = csv.reader(io.StringIO(decode(data, path), newline=""), strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    start = 1
+    try:
+        for cells in reader:
+            if cells:
+                rows.append((start, cells))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{start}: not a row of CSV ({error}); check its quotes") from None
+    if rows and _is_header([cells for _, cells in rows]):
+        del rows[0]
+    if not rows:
+        raise InputError(f"{path}: holds no rows; each must be label,text")
+    for line, cells in rows:
+        if len(cells) < 2:
+            raise InputError(f"{path}:{line}: has 1 column, not label,text; check its commas and quotes")
+        used = cells[1:] if text == "title+description" else cells[-1:]
+        yield Row(line, cells[0].strip(), clean(" ".join(used)))
+
+
+def _is_header(rows: list[list[str]]) -> bool:
+    """Whether the first row names columns: by its own words, or as the only label no number."""
+    first, others = rows[0][0].strip(), [cells[0].strip() for cells in rows[1:]]
+    if first.lower() in _LABEL_HEADERS:
+        return first not in others
+    return bool(others) and not _is_integer(first) and all(map(_is_integer, others))
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("+-").isdecimal()
+
+
+def tokenise_rows(rows: Iterable[Row], path: str) -> Rows:
+    """Tokenise rows; `path` is for messages.
+
+    Raises:
+        InputError: a text has no tokens.
+    """
+    code: dict[str, int] = {}
+    codes: list[np.ndarray] = []
+    labels, lines, lengths = [], [], [0]
+    for line, label, text in rows:
+        tokens = tokenize(text)
+        if not tokens:
+            raise InputError(f"{path}:{line}: the text has no tokens; remove the row")
+        codes.append(np.fromiter((code.setdefault(t, len(code)) for t in tokens), np.int32, len(tokens)))
+        labels.append(label)
+        lines.append(line)
+        lengths.append(len(tokens))
+    offsets = np.cumsum(lengths, dtype=np.int64)
+    return Rows(path, list(code), np.concatenate(codes), offsets, labels, np.array(lines))
+
+
+def _save_cache(rows: Rows, cache: Path) -> None:
+    """Write beside and rename, so that a reader never sees half a file; no cache, no harm."""
+    text = {"types": "\n".join(rows.types), "labels": "\x00".join(rows.labels)}
+    arrays = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
+            np.savez_compressed(file, codes=rows.codes, offsets=rows.offsets, lines=rows.lines, **arrays)
+        Path(file.name).replace(cache)
+    except OSError as error:
+        warnings.warn(f"{cache.parent}: tokens are not cached ({error.strerror})", stacklevel=2)
+
+
+def _load_cache(cache: Path, path: Path) -> Rows | None:
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            types = arrays["types"].tobytes().decode().split("\n")
+            labels = arrays["labels"].tobytes().decode().split("\x00")
+            return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None

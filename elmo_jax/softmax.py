@@ -1,0 +1,184 @@
+"""Negative log-likelihoods over a large vocabulary: full, in chunks, and sampled; one signature.
+
+Nouns: the *table* holds a row a class; a *negative* is a class drawn to stand for all that
+are not the target; its *expected count* is how often a draw holds it on average.
+Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+CHUNK_BYTES = 32 << 20  # of float32 logits alive at once; a larger chunk is no faster
+_MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
+
+
+def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array) -> tuple[Array, Array]:
+    """Weighted sum of -log softmax(h W^T + b)[target] over all V classes.
+
+    The logits are made a chunk of positions at a time and their gradient in the same pass,
+    so ``[N, V]`` never exists and nothing is computed twice. The weights must not depend on
+    what is trained.
+
+    Args:
+        hidden: ``[N, P]``; its dtype is that of the products, sums are float32.
+        table: ``[V, P]``.
+        bias: ``[V]``.
+        targets: ``[N]`` int32, in [0, V).
+        weight: ``[N]``, 0 where a position does not count.
+
+    Returns:
+        The weighted sum, a scalar, and every position's own value ``[N]``, through which
+        no gradient flows.
+
+    Example:
+        >>> h, w = jnp.zeros((3, 4)), jnp.zeros((10, 4))
+        >>> total, each = full_nll(h, w, jnp.zeros(10), jnp.array([1, 2, 3]), jnp.ones(3))
+        >>> round(float(total), 3)  # 3 ln 10
+        6.908
+    """
+    return _full_nll(hidden, table, bias, targets, weight)
+
+
+@jax.custom_vjp
+def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
+    def chunk(_, part):
+        h, t, w = part
+        each = _chunk_nll(h, table, bias, t)[0]
+        return None, (each, each * w)
+
+    parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
+    each, weighted = jax.lax.scan(chunk, None, parts)[1]
+    return jnp.sum(weighted), each.reshape(-1)[:n]
+
+
+def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """``[R]`` values, ``[R, V]`` logits and ``[R]`` log-sum-exps of a chunk of R positions."""
+    sums = jnp.promote_types(h.dtype, jnp.float32)
+    logits = jnp.matmul(h, table.T.astype(h.dtype), preferred_element_type=sums) + bias.astype(sums)[None]
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return lse - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], logits, lse
+
+
+def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
+    """The arrays cut into equal chunks of positions, the last filled with zeros, and N."""
+    n = arrays[0].shape[0]
+    count = max(1, -(-n * classes * 4 // CHUNK_BYTES))
+    rows = -(-n // count)
+    fill = count * rows - n
+    padded = (jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
+    return tuple(a.reshape(count, rows, *a.shape[1:]) for a in padded), n
+
+
+def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
+    """The value, and the gradient for a cotangent of one."""
+    sums = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    def chunk(carry, part):
+        d_table, d_bias = carry
+        h, t, w = part
+        each, logits, lse = _chunk_nll(h, table, bias, t)
+        p = jnp.exp(logits - lse[:, None]) * w[:, None].astype(sums)
+        d_logits = jnp.where(jnp.arange(p.shape[1])[None] == t[:, None], p - w[:, None].astype(sums), p)
+        g = d_logits.astype(h.dtype)
+        dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums)
+        d_table += jnp.matmul(g.T, h, preferred_element_type=sums)
+        return (d_table, d_bias + d_logits.sum(0)), (each, each * w, dh)
+
+    parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
+    zeros = jnp.zeros(table.shape, sums), jnp.zeros(bias.shape, sums)
+    (d_table, d_bias), (each, weighted, dh) = jax.lax.scan(chunk, zeros, parts)
+    dh = dh.reshape(-1, hidden.shape[1])[:n].astype(hidden.dtype)
+    gradients = dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype)
+    return (jnp.sum(weighted), each.reshape(-1)[:n]), gradients
+
+
+def _full_backward(gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
+    scaled = (g * cotangents[0].astype(g.dtype) for g in gradients)
+    return *scaled, None, None
+
+
+_full_nll.defvjp(_full_forward, _full_backward)
+
+
+# --- sampled ----------------------------------------------------------------------------
+
+
+def log_uniform_negatives(key: Array, classes: int, count: int) -> tuple[Array, Array]:
+    """S classes, those of low number likelier: log-uniform, but none expected above once.
+
+    A log-uniform draw, P(k) = log((k + 2) / (k + 1)) / log(V + 1), fits a vocabulary sorted
+    by falling count. Drawn independently it holds the commonest words hundreds of times.
+    Here the head of classes that would be expected more than once is taken exactly once
+    each, and the rest of the draw is stratified over the log-uniform tail: one uniform
+    point in each of equal slices of its distribution. So the expected counts are exact,
+    and a draw of all V classes holds each once.
+
+    Args:
+        key: PRNG key.
+        classes: V.
+        count: S <= V.
+
+    Returns:
+        The classes drawn ``[S]`` int32, and the log of every class's expected count ``[V]``.
+
+    Example:
+        >>> drawn, log_expected = log_uniform_negatives(jax.random.key(0), 5, 5)
+        >>> drawn.tolist(), float(abs(log_expected).max())
+        ([0, 1, 2, 3, 4], 0.0)
+    """
+    if not 0 < count <= classes:
+        raise ValueError(f"cannot draw {count} negatives from {classes} classes")
+    head = _head(classes, count)
+    slices = count - head
+    log_expected = np.zeros(classes, np.float32)
+    drawn = jnp.arange(head, dtype=jnp.int32)
+    if slices:
+        k = np.arange(head, classes, dtype=np.float64)
+        span = np.log((classes + 1) / (head + 1))
+        log_expected[head:] = np.log(slices * np.log1p(1 / (k + 1)) / span)
+        u = (jnp.arange(slices) + jax.random.uniform(key, (slices,))) / slices
+        tail = jnp.floor((head + 1) * jnp.exp(u * np.float32(span))).astype(jnp.int32) - 1
+        drawn = jnp.concatenate([drawn, jnp.clip(tail, head, classes - 1)])
+    return drawn, jnp.asarray(log_expected)
+
+
+def _head(classes: int, count: int) -> int:
+    """The fewest classes to take for certain so that no other is expected above once."""
+    m = np.arange(count, dtype=np.float64)
+    expected = (count - m) * np.log1p(1 / (m + 1)) / np.log((classes + 1) / (m + 1))
+    enough = np.flatnonzero(expected <= 1)
+    return int(enough[0]) if enough.size and count < classes else count
+
+
+def sampled_nll(
+    hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, key: Array, negatives: int
+) -> tuple[Array, Array]:
+    """`full_nll` over each target and S shared negatives: sampled softmax (Jean et al. 2015).
+
+    Every logit is corrected by the log of its class's expected count, and a negative that
+    is a position's own target takes no part there. With S = V it equals `full_nll`. It is
+    another objective than the full one: its value is no perplexity.
+
+    Args:
+        hidden, table, bias, targets, weight: as in `full_nll`.
+        key: PRNG key of the draw.
+        negatives: S, static, at most V.
+
+    Returns:
+        As `full_nll`.
+    """
+    sums = jnp.promote_types(hidden.dtype, jnp.float32)
+    drawn, log_expected = log_uniform_negatives(key, table.shape[0], negatives)
+    shift = bias.astype(sums) - log_expected.astype(sums)
+
+    def logits(rows: Array, product: str) -> Array:
+        rows = rows.astype(hidden.dtype)
+        return jnp.einsum(product, hidden, rows, preferred_element_type=sums)
+
+    true = logits(table[targets], "np,np->n") + shift[targets]
+    noise = logits(table[drawn], "np,sp->ns") + shift[drawn][None]
+    noise = jnp.where(drawn[None] == targets[:, None], _MASKED, noise)
+    each = jnp.logaddexp(true, jax.nn.logsumexp(noise, axis=-1)) - true
+    return jnp.sum(each * weight), jax.lax.stop_gradient(each)

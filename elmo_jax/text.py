@@ -1,0 +1,140 @@
+"""Raw text to tokens, and tokens to ids.
+
+Nouns: a *token* is a lower-case word or a mark; a *vocabulary* numbers the tokens by
+falling count behind four special ones.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from elmo_jax.errors import InputError
+
+PAD, BOS, EOS, UNK = range(4)
+SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
+# AG News lost the ampersand of many entities: " #39;" for an apostrophe, " quot;" for a quote.
+_BARE_ENTITY = re.compile(r"(?<![&\w]) ?(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr][sd]quo|[mn]dash);")
+
+
+def clean(text: str) -> str:
+    r"""Undo what news feeds leave in their text: entities, tags, backslashes for line breaks.
+
+    Example:
+        >>> clean(r"Yahoo #39;s  #36;5bn plan\ &lt;b&gt;...&lt;/b&gt;")
+        "Yahoo's $5bn plan ..."
+    """
+    text = text.replace("\\", " ")
+    text = _BARE_ENTITY.sub(lambda m: _mend(m.group(0), m.group(1)), text)
+    text = html.unescape(text)
+    return " ".join(_TAG.sub(" ", text).split())
+
+
+def _mend(match: str, name: str) -> str:
+    char = html.unescape(f"&{name};")
+    # The feed put a space before every mended entity; only an apostrophe clings to its word.
+    return char if char in "'\u2019" or not match.startswith(" ") else " " + char
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-case words and single marks, in order.
+
+    Example:
+        >>> tokenize("The bank's rate: 4.5%")
+        ['the', 'bank', "'", 's', 'rate', ':', '4', '.', '5', '%']
+    """
+    return _TOKEN.findall(text.lower())
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, without a byte-order mark.
+
+    Raises:
+        InputError: it is missing, unreadable or not UTF-8 (with the line).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    return decode(data, path)
+
+
+def decode(data: bytes, path: Path) -> str:
+    """UTF-8 bytes as text; the path is for the message alone."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        bad = data[error.start]
+        raise InputError(f"{path}:{line}: byte 0x{bad:02x} is not UTF-8; convert the file to UTF-8") from None
+
+
+class Vocabulary:
+    """The tokens a model knows, by falling count, behind padding, BOS, EOS and unknown.
+
+    The file is bilm-tf's: a token a line from ``<S>``, ``</S>``, ``<UNK>`` on; padding, id 0,
+    has no line, so a token's id is its line number.
+
+    Args:
+        tokens: all but padding, so ``<S>``, ``</S>``, ``<UNK>`` first.
+
+    Raises:
+        InputError: a special token is missing or a token stands twice.
+
+    Example:
+        >>> v = Vocabulary.from_counts({"bank": 3, "the": 9, "rare": 1}, min_count=2)
+        >>> len(v), v.ids(["the", "bank", "rare"]).tolist()
+        (6, [4, 5, 3])
+    """
+
+    def __init__(self, tokens: Sequence[str], source: str = "vocabulary"):
+        self.tokens = (SPECIAL[PAD], *tokens)
+        self._ids = {token: i for i, token in enumerate(self.tokens)}
+        if self.tokens[: len(SPECIAL)] != SPECIAL:
+            raise InputError(f"{source}:1: must begin with the lines {', '.join(SPECIAL[1:])}; add them")
+        if len(self._ids) < len(self.tokens):
+            line = next(i for i, token in enumerate(self.tokens) if self._ids[token] != i)
+            raise InputError(f"{source}:{line}: {self.tokens[line]!r} stands twice; remove one of the two")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.tokens == other.tokens
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def from_counts(
+        cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None
+    ) -> "Vocabulary":
+        """The tokens seen at least `min_count` times, at most `max_size` of them; ties by name."""
+        kept = (token for token, n in counts.items() if n >= min_count and token not in SPECIAL)
+        words = sorted(kept, key=lambda token: (-counts[token], token))[:max_size]
+        return cls([*SPECIAL[1:], *words])
+
+    def ids(self, tokens: Iterable[str]) -> np.ndarray:
+        """int32 ids ``[tokens]``; what is not in the vocabulary is ``<UNK>``."""
+        return np.fromiter((self._ids.get(token, UNK) for token in tokens), np.int32)
+
+    def save(self, path: Path) -> None:
+        """Write the file, a token a line."""
+        path.write_text("".join(f"{token}\n" for token in self.tokens[1:]), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Read a file that `save` or bilm-tf wrote.
+
+        Raises:
+            InputError: it is missing, not UTF-8, lacks the special tokens, or has a blank
+                or repeated line.
+        """
+        lines = read_text(path).removesuffix("\n").replace("\r\n", "\n").split("\n")
+        if "" in lines:
+            raise InputError(f"{path}:{lines.index('') + 1}: the line is empty; remove it")
+        return cls(lines, source=str(path))

@@ -1,0 +1,1 @@
+"""Commands: each parses its flags, calls elmo_jax and prints."""

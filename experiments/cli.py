@@ -1,0 +1,136 @@
+"""What every command shares: flags from a dataclass, one-line errors, exit codes."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import pooch
+import tyro
+from tqdm import tqdm
+
+from elmo_jax.checkpoint import Run
+from elmo_jax.data import BatchStream
+from elmo_jax.datasets import Dataset
+from elmo_jax.errors import InputError
+from elmo_jax.train import Interrupted
+
+C = TypeVar("C")
+
+
+def parse(config: type[C], prog: str) -> C:
+    """The command line as a dataclass; a wrong flag ends in one line and exit code 2."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), _wide():
+            return tyro.cli(config, prog=f"python -m {prog}", description=config.__doc__)
+    except SystemExit as error:
+        if error.code == 2:
+            raise InputError(_one_line(box.getvalue(), prog)) from None
+        raise
+
+
+def _one_line(box: str, prog: str) -> str:
+    """The first paragraph of the parser's framed message."""
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
+    said = lines[: lines.index("")] if "" in lines else lines
+    return f"{' '.join(said)} (see python -m {prog} --help)"
+
+
+@contextlib.contextmanager
+def _wide():
+    """The parser folds its messages at the terminal's width; ours are one line."""
+    before = os.environ.get("COLUMNS")
+    if "--help" not in sys.argv and "-h" not in sys.argv:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
+    """Parse, call, and turn what a user can mend into one line and an exit code.
+
+    Args:
+        config: the command's flags.
+        command: what to call with them.
+        prog: the command's module, for messages.
+
+    Returns:
+        The exit code.
+    """
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    # Compiled programs are kept between runs: it is much of a short run's time.
+    jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        command(parse(config, prog))
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
+        print(f"{stop}; go on with: python -m {prog} {shlex.join([*args, '--resume'])}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("stopped before training began; nothing to save", file=sys.stderr)
+        return 130
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe, and clear of a progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def create_run(config: Any, output: str, monitor: str, **more: Any) -> Run:
+    """The run's folder, with everything in its configuration but how it was started."""
+    about_the_call = {"resume", "overwrite", "tensorboard"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
+    settings |= {"output": output, **more}
+    return Run.create(Path(output), settings, monitor, config.resume, config.overwrite)
+
+
+def describe(data: Dataset, stream: BatchStream) -> None:
+    """What is trained on, in two lines."""
+    parts = " / ".join(f"{len(part):,}" for part in (data.train, data.validation, data.test))
+    say(f"documents: {parts} (train / validation / test), vocabulary {len(data.vocabulary):,}")
+    say(
+        f"batches: {stream.steps_per_epoch:,} an epoch of {stream.batch_size}, "
+        f"lengths up to {', '.join(map(str, stream.bounds))}, {stream.padding:.1%} padding"
+    )
+
+
+def count(params: Any) -> int:
+    """Numbers in a pytree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def tensorboard(run: Run, wanted: bool) -> Callable[[int, Mapping[str, Any]], None]:
+    """What to call with an epoch and its record; it does nothing if not wanted."""
+    if not wanted:
+        return lambda epoch, record: None
+    from tensorboardX import SummaryWriter  # a second to import, for those who ask for it
+
+    writer = SummaryWriter(str(run.path / "tensorboard"))
+
+    def write(epoch: int, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    return write
