@@ -37,6 +37,8 @@ class BiLMConfig:
     """LSTM layers a direction."""
     dropout: float = 0.1
     """Share of each LSTM layer's input, and of the top layer's output, set to 0 in training."""
+    tie: bool = True
+    """Whether the softmax's table is the token vectors' too (Press and Wolf 2017)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products; sums, states and parameters stay float32."""
 
@@ -65,9 +67,9 @@ class BiLM(nn.Module):
         projection = None if c.cells == c.embedding else c.embedding
         self.lstm = [LSTM(c.cells, projection, Clips(), c.dtype) for _ in range(c.layers)]
         self.drop = nn.Dropout(c.dropout)
-        # Small and flat at the start, so that the first loss is near ln V.
-        scale = nn.initializers.normal(c.embedding**-0.5)
-        self.softmax_table = self.param("softmax_table", scale, (self.vocabulary, c.embedding))
+        if not c.tie:
+            scale = nn.initializers.normal(c.embedding**-0.5)
+            self.softmax_table = self.param("softmax_table", scale, (self.vocabulary, c.embedding))
         self.softmax_bias = self.param("softmax_bias", nn.initializers.zeros, (self.vocabulary,))
 
     def __call__(
@@ -133,7 +135,7 @@ class BiLM(nn.Module):
         weight = jnp.broadcast_to(weight, targets.shape)
         flat = (
             h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
-            self.softmax_table,
+            self.embedder.table if self.config.tie else self.softmax_table,
             self.softmax_bias,
             targets.reshape(-1),
             weight.reshape(-1),
@@ -167,7 +169,7 @@ def bilm_loss(model: BiLM, negatives: int | None = None):
     def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         dropout, draw = jax.random.split(key)
         rngs = {"dropout": dropout, "negatives": draw}
-        sums = model.apply({"params": params}, batch, True, negatives, rngs=rngs, method="nll")
+        sums: Any = model.apply({"params": params}, batch, True, negatives, rngs=rngs, method="nll")
         total = sums.pop("loss")
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
@@ -178,9 +180,8 @@ def bilm_sums(model: BiLM):
     """The evaluation task: the same sums without dropout and with the full softmax."""
 
     def sums(params: Any, batch: Batch) -> dict[str, Array]:
-        sums = dict(model.apply({"params": params}, batch, method="nll"))
-        sums.pop("loss")
-        return sums
+        sums: Any = model.apply({"params": params}, batch, method="nll")
+        return {name: value for name, value in sums.items() if name != "loss"}
 
     return sums
 
@@ -198,7 +199,7 @@ def bilm_features(model: BiLM, finetune: bool = False):
 
     def features(params: Any, batch: Batch, key: Array | None) -> Array:
         train = finetune and key is not None
-        rngs = {"dropout": key} if train else {}
+        rngs: Any = {"dropout": key} if train else {}
         layers, _ = model.apply({"params": params["bilm"]}, batch, train=train, rngs=rngs)
         return layers if finetune else jax.lax.stop_gradient(layers)
 

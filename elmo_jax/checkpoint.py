@@ -75,7 +75,12 @@ class Run:
 
     @classmethod
     def create(
-        cls, path: Path, config: Mapping[str, Any], monitor: str, resume: bool = False, overwrite: bool = False
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        monitor: str,
+        resume: bool = False,
+        overwrite: bool = False,
     ) -> "Run":
         """Make the folder and write the configuration, or go on with what is there.
 
@@ -117,7 +122,7 @@ class Run:
         Raises:
             InputError: there is none.
         """
-        return cls(path, read_config(path)["monitor"])
+        return cls(path, read_config(path).get("monitor", "loss"))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -221,11 +226,16 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: there is none, or it is not JSON.
     """
     if not (path / _CONFIG).is_file():
-        raise InputError(f"{path}: holds no run (no {_CONFIG}); train one with python -m experiments.pretrain")
+        raise InputError(
+            f"{path}: holds no run (no {_CONFIG}); train one with python -m experiments.pretrain"
+        )
     try:
-        return json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / _CONFIG}: cannot be read ({error})") from None
+        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path / _CONFIG}: cannot be read ({error}); restore it or train again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path / _CONFIG}: is no JSON object; restore it or train again")
+    return config
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -98,9 +98,10 @@ def classify(
     keys = (None, None) if key is None else jax.random.split(key)
     layers = features(params, batch, keys[0])[:, :, 1:-1]
     x = combiner.apply({"params": params["combiner"]}, layers)
-    rngs = {} if key is None else {"dropout": keys[1]}
+    rngs: Any = {} if key is None else {"dropout": keys[1]}
     lengths = jnp.maximum(batch.lengths - 2, 0)
-    return model.apply({"params": params["classifier"]}, x, lengths, key is not None, rngs=rngs)
+    logits: Any = model.apply({"params": params["classifier"]}, x, lengths, key is not None, rngs=rngs)
+    return logits
 
 
 def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):

@@ -9,11 +9,10 @@ Axes: B batch, T time, K steps a dispatch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import struct
-from jax import Array
 
 from elmo_jax.text import BOS, EOS, PAD
 
@@ -37,10 +36,10 @@ class Batch:
         ([[1, 7, 8, 2], [1, 9, 2, 0]], [4, 3])
     """
 
-    words: Array | np.ndarray
-    lengths: Array | np.ndarray
-    labels: Array | np.ndarray | None
-    weight: Array | np.ndarray
+    words: Any  # of NumPy on the host, of JAX on the device
+    lengths: Any
+    labels: Any
+    weight: Any
 
     @classmethod
     def of(

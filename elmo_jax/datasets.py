@@ -7,6 +7,7 @@ vocabulary, made from the training part alone.
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
@@ -119,7 +120,7 @@ def _ag_news() -> Path:
     folder = Path(pooch.os_cache("elmo_jax")) / "ag_news"
     for name, md5 in _AG_NEWS_MD5.items():
         try:
-            downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
+            downloader: Any = pooch.HTTPDownloader(progressbar=True, timeout=30)
             pooch.retrieve(_AG_NEWS + name, f"md5:{md5}", name, folder, downloader=downloader)
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0][:100]
@@ -136,7 +137,9 @@ def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise InputError(f"{folder / name}: no such file; the folder must hold train.csv and test.csv (or .csv.gz)")
+    raise InputError(
+        f"{folder / name}: no such file; the folder must hold train.csv and test.csv (or .csv.gz)"
+    )
 
 
 def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -156,14 +159,18 @@ def _labels(rows: Rows, number: dict[str, int]) -> np.ndarray:
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if label not in number:
             known = ", ".join(sorted(number)[:10])
-            raise InputError(f"{rows.path}:{line}: label {label!r} is not one of {known}; mend or remove the row")
+            raise InputError(
+                f"{rows.path}:{line}: label {label!r} is not one of {known}; mend or remove the row"
+            )
     return np.array([number[label] for label in rows.labels], np.int32)
 
 
 def _truncate(parts: tuple[Rows, Rows], longest: int) -> list[Rows]:
     count = sum(int((np.diff(rows.offsets) > longest).sum()) for rows in parts)
     if count:
-        warnings.warn(f"{count} texts were longer than {longest} tokens and were cut (--max-length)", stacklevel=3)
+        warnings.warn(
+            f"{count} texts were longer than {longest} tokens and were cut (--max-length)", stacklevel=3
+        )
     return [rows.truncated(longest) for rows in parts]
 
 
@@ -171,11 +178,16 @@ def _split(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarr
     """The rows kept for training and those held out, each sorted."""
     try:
         kept, held_out = train_test_split(
-            np.arange(len(labels)), test_size=config.validation, random_state=config.split_seed, stratify=labels
+            np.arange(len(labels)),
+            test_size=config.validation,
+            random_state=config.split_seed,
+            stratify=labels,
         )
     except ValueError as error:  # a class with one row, or fewer rows than classes
         reason = " ".join(str(error).split())
-        raise InputError(f"train.csv: cannot be split {1 - config.validation:g} to {config.validation:g} ({reason})") from None
+        raise InputError(
+            f"train.csv: cannot be split {1 - config.validation:g} to {config.validation:g} ({reason})"
+        ) from None
     return np.sort(kept), np.sort(held_out)
 
 

@@ -62,7 +62,10 @@ class Elmo:
         if "model" not in config:
             raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
         vocabulary = Vocabulary.load(path / VOCABULARY)
-        model = BiLM(BiLMConfig(**config["model"]), len(vocabulary))
+        try:
+            model = BiLM(BiLMConfig(**config["model"]), len(vocabulary))
+        except TypeError as error:
+            raise InputError(f"{path / 'config.json'}: 'model' is not understood ({error})") from None
         if (path / _WEIGHTS).exists():
             try:
                 params = unflatten_dict(load_file(path / _WEIGHTS), sep="/")
@@ -83,7 +86,9 @@ class Elmo:
             self.vocabulary.save(path / VOCABULARY)
             arrays = {name: np.asarray(a) for name, a in flatten_dict(self.params, sep="/").items()}
             save_file(arrays, path / _WEIGHTS)
-            write_atomically(path / "config.json", json.dumps({"model": asdict(self.model.config)}, indent=2) + "\n")
+            write_atomically(
+                path / "config.json", json.dumps({"model": asdict(self.model.config)}, indent=2) + "\n"
+            )
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
 
@@ -120,11 +125,13 @@ class Elmo:
 
 def _check_shapes(model: BiLM, params: Any, path: Path) -> None:
     """Every parameter there, of the right shape and dtype, and no other."""
-    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
-    want, have = (
-        {name: (tuple(a.shape), str(a.dtype)) for name, a in flatten_dict(tree, sep="/").items()}
-        for tree in (wanted, params)
-    )
+    wanted: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
+
+    def kinds(tree: Any) -> dict[Any, Any]:
+        flat: dict[Any, Any] = flatten_dict(tree, sep="/")
+        return {name: (tuple(a.shape), str(a.dtype)) for name, a in flat.items()}
+
+    want, have = kinds(wanted), kinds(params)
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
             raise InputError(

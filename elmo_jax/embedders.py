@@ -28,9 +28,10 @@ class WordEmbedder(nn.Module):
     features: int
     dtype: str = "float32"
 
-    @nn.compact
+    def setup(self):
+        scale = nn.initializers.normal(self.features**-0.5)
+        self.table = self.param("table", scale, (self.vocabulary, self.features))
+
     def __call__(self, words: Array) -> Array:
         """int32 ids ``[...]`` to vectors ``[..., E]``."""
-        shape = (self.vocabulary, self.features)
-        table = self.param("table", nn.initializers.normal(self.features**-0.5), shape)
-        return jnp.take(table, words, axis=0).astype(self.dtype)
+        return jnp.take(self.table, words, axis=0).astype(self.dtype)

@@ -5,8 +5,7 @@ path: a caller stacks a batch and its `reverse_valid`, and both are read left to
 Axes: B batch, T time, D direction, I input, H cells, P projection (P = H without one).
 """
 
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,13 +89,12 @@ class LSTM(nn.Module):
         """
         _, d, b, inputs = x.shape
         hidden, out = self.cells, self.projection or self.cells
-        param = partial(self.param, init_fn=_glorot)
-        w_x = param("input_kernel", shape=(d, inputs, 4 * hidden))
-        w_h = param("recurrent_kernel", shape=(d, out, 4 * hidden))
+        w_x = self.param("input_kernel", _glorot, (d, inputs, 4 * hidden))
+        w_h = self.param("recurrent_kernel", _glorot, (d, out, 4 * hidden))
         bias = self.param("bias", nn.initializers.zeros, (d, 4 * hidden))
         w_p = None
         if self.projection is not None:
-            w_p = param("projection_kernel", shape=(d, hidden, out)).astype(self.dtype)
+            w_p = self.param("projection_kernel", _glorot, (d, hidden, out)).astype(self.dtype)
         w = Weights(w_h.astype(self.dtype), w_p)
 
         gates = batched_product(x, w_x.astype(self.dtype))  # [T, D, B, 4H]
@@ -105,15 +103,16 @@ class LSTM(nn.Module):
             state = State(jnp.zeros((d, b, hidden), gates.dtype), jnp.zeros((d, b, out), gates.dtype))
 
         if self.kernel == "fast":
-            states = fast_recurrence(state, gates, w, self.clips)
+            states: Any = fast_recurrence(state, gates, w, self.clips)
         else:
 
-            def body(_, state: State, gates: Array) -> tuple[State, State]:
+            def body(_, state: State, gates: Array):
                 state = lstm_step(state, gates, w, self.clips)
                 return state, state
 
             scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-            states = scan(self, state, gates)[1]
+            carried: Any = scan(self, state, gates)
+            states = carried[1]
         return states.h, _last(state, states, lengths)
 
 

@@ -6,10 +6,11 @@ Axes: T time, D direction, B batch, H cells, P projection (P = H without one).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
@@ -44,12 +45,12 @@ def batched_product(x: Array, w: Array) -> Array:
     XLA:CPU runs a batched product at half the rate of a plain one, so there each direction
     is a product of its own; accelerators take all of them in one.
     """
-    sums = jnp.promote_types(w.dtype, jnp.float32)
+    sums = np.promote_types(w.dtype, np.float32)
     x = x.astype(w.dtype)
     if jax.default_backend() != "cpu":
         return jnp.einsum("...dbi,dio->...dbo", x, w, preferred_element_type=sums)
-    w = [w[d] for d in range(len(w))]
-    parts = [jnp.matmul(x[..., d, :, :], w[d], preferred_element_type=sums) for d in range(len(w))]
+    rows = [w[d] for d in range(len(w))]  # cut here, not in the loop
+    parts = [jnp.matmul(x[..., d, :, :], w_d, preferred_element_type=sums) for d, w_d in enumerate(rows)]
     return jnp.stack(parts, axis=-3)
 
 
@@ -97,16 +98,19 @@ def lstm_step(state: State, gates: Array, w: Weights, clips: Clips = Clips()) ->
 # out for all steps at once is taken out of its loop, which keeps 15 instructions.
 
 
-def _gate_scale(cells: int, dtype: DTypeLike) -> Array:
-    """``[4H]``: what z is multiplied by before the tanh, 1/2 where the gate is a sigmoid."""
-    return jnp.repeat(jnp.array([0.5, 1.0, 0.5, 0.5], dtype), cells)
+_BIAS = (0.0, 0.0, FORGET_BIAS, 0.0)
+_SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a sigmoid
+
+
+def _by_gate(values: tuple[float, ...], cells: int, dtype: DTypeLike) -> Array:
+    """A number for each of the gates i, j, f, o, repeated over its cells: ``[1, 1, 4H]``."""
+    return jnp.repeat(jnp.array(values, dtype), cells)[None, None]
 
 
 def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips) -> tuple[State, Array]:
     """The states after every step, and the tanh of every step's gates ``[T, D, B, 4H]``."""
     cells = state.c.shape[-1]
-    scale = _gate_scale(cells, gates.dtype)
-    bias = jnp.repeat(jnp.array([0.0, 0.0, FORGET_BIAS, 0.0], gates.dtype), cells)
+    bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
 
     def body(state: State, gates: Array):
         t = jnp.tanh((gates + bias + batched_product(state.h, w.recurrent)) * scale)
@@ -154,7 +158,7 @@ def _fast_backward(clips: Clips, residuals, grads: State):
     i, f, o, tanh_c = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o), jnp.tanh(states.c)
     dc_dm = o * (1 - tanh_c * tanh_c)
     dz = jnp.concatenate([j, i, before.c, tanh_c], -1) * (1 - t * t)
-    dz = dz * jnp.square(_gate_scale(tanh_c.shape[-1], t.dtype))  # [T, D, B, 4H]
+    dz = dz * jnp.square(_by_gate(_SCALE, tanh_c.shape[-1], t.dtype))[None]  # [T, D, B, 4H]
     dc_dm, dz, f = jax.lax.optimization_barrier((dc_dm, dz, f))  # or XLA puts them in the loop
 
     def given(g: Array | SymbolicZero) -> Array | None:  # no gradient, no addition in the loop
@@ -164,18 +168,18 @@ def _fast_backward(clips: Clips, residuals, grads: State):
         return None if bound is None else (jnp.abs(x) < bound).astype(t.dtype)
 
     def body(carry: State, step):
-        grad, c_inside, h_inside, dc_dm, dz, f = step
-        dh = carry.h if grad.h is None else carry.h + grad.h
+        grad_c, grad_h, c_inside, h_inside, dc_dm, dz, f = step
+        dh = carry.h if grad_h is None else carry.h + grad_h
         dh = dh if h_inside is None else dh * h_inside
         dm = dh if transposed.projection is None else batched_product(dh, transposed.projection)
-        dc = carry.c + dm * dc_dm if grad.c is None else carry.c + grad.c + dm * dc_dm
+        dc = carry.c + dm * dc_dm if grad_c is None else carry.c + grad_c + dm * dc_dm
         dc = dc if c_inside is None else dc * c_inside
         dz = jnp.concatenate([dc, dc, dc, dm], axis=-1) * dz
         return State(dc * f, batched_product(dz, transposed.recurrent)), (dz, dh)
 
     zero = jax.tree.map(jnp.zeros_like, first)
     masks = inside(states.c, clips.cell), inside(states.h, clips.projection)
-    steps = (State(given(grads.c), given(grads.h)), *masks, dc_dm, dz, f)
+    steps: Any = (given(grads.c), given(grads.h), *masks, dc_dm, dz, f)
     d_first, (dz, dh) = jax.lax.scan(body, zero, steps, reverse=True)
     d_projection = None
     if w.projection is not None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
+from matplotlib.ticker import MaxNLocator
 
 Record = Mapping[str, Any]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
     "font.size": 10,
@@ -21,7 +23,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": plt.cycler(color=_COLOURS),
+    "axes.prop_cycle": cycler(color=_COLOURS),
 }
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
@@ -44,7 +46,7 @@ def plot_curves(
         for (name, label), marker in zip(lines.items(), "os^Dv<", strict=False):
             axes.plot(epochs, [record[name] for record in records], marker=marker, markersize=4, label=label)
         axes.set(xlabel="epoch", ylabel=ylabel)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -60,7 +62,8 @@ def plot_lambdas(records: Sequence[Record], path: Path) -> None:
     layers = len(records[0]["lambdas"])
     names = {f"λ{j}": "token vectors" if j == 0 else f"LSTM layer {j}" for j in range(layers)}
     rows = [
-        {"epoch": record["epoch"], **{f"λ{j}": record["lambdas"][j] for j in range(layers)}} for record in records
+        {"epoch": record["epoch"], **{f"λ{j}": record["lambdas"][j] for j in range(layers)}}
+        for record in records
     ]
     plot_curves(rows, names, path, "weight λ")
 
@@ -75,7 +78,9 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), count in np.ndenumerate(matrix):
             colour = "white" if share[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{count:,}\n{share[i, j]:.1%}", ha="center", va="center", color=colour, fontsize=8)
+            axes.text(
+                j, i, f"{count:,}\n{share[i, j]:.1%}", ha="center", va="center", color=colour, fontsize=8
+            )
         ticks = range(len(classes))
         axes.set_xticks(ticks, classes, rotation=30, ha="right")
         axes.set_yticks(ticks, classes)

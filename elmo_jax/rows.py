@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pooch
@@ -66,6 +66,11 @@ class Rows:
         return replace(self, codes=self.codes[place < longest], offsets=offsets)
 
 
+def cache_folder() -> Path:
+    """Where tokenised files are kept."""
+    return Path(pooch.os_cache("elmo_jax")) / "tokens"
+
+
 def read_rows(path: Path, text: TextColumns) -> Rows:
     """A CSV file of ``label,text...`` (gzip if it ends in .gz), from the cache if its content is there.
 
@@ -87,7 +92,7 @@ def read_rows(path: Path, text: TextColumns) -> Rows:
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the file") from None
     key = hashlib.sha256(f"{_CACHE_VERSION} {text} ".encode() + data).hexdigest()[:32]
-    cache = pooch.os_cache("elmo_jax") / "tokens" / f"{key}.npz"
+    cache = cache_folder() / f"{key}.npz"
     cached = _load_cache(cache, path)
     if cached is None:
         cached = tokenise_rows(_csv_rows(data, path, text), str(path))
@@ -155,7 +160,7 @@ def tokenise_rows(rows: Iterable[Row], path: str) -> Rows:
 def _save_cache(rows: Rows, cache: Path) -> None:
     """Write beside and rename, so that a reader never sees half a file; no cache, no harm."""
     text = {"types": "\n".join(rows.types), "labels": "\x00".join(rows.labels)}
-    arrays = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
+    arrays: Any = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:

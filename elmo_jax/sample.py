@@ -15,38 +15,58 @@ from typing import NamedTuple
 
 CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 
-_SYLLABLES = "ka lo mer tin vas dor el bri nu san gar fi os ren ta mo lin dra hal ves".split()
+_SYLLABLES = [
+    "ka",
+    "lo",
+    "mer",
+    "tin",
+    "vas",
+    "dor",
+    "el",
+    "bri",
+    "nu",
+    "san",
+    "gar",
+    "fi",
+    "os",
+    "ren",
+    "ta",
+    "mo",
+    "lin",
+    "dra",
+    "hal",
+    "ves",
+]
 
 _LISTS = {
-    "number": "two three four five six seven nine ten twelve fifteen twenty forty".split(),
-    "ordinal": "second third fourth fifth sixth".split(),
-    "day": "monday tuesday wednesday thursday friday saturday sunday".split(),
-    "place": "north south east west coast capital border valley island".split(),
+    "number": ["two", "three", "four", "five", "six", "seven", "nine", "ten", "twelve", "fifteen", "twenty", "forty"],
+    "ordinal": ["second", "third", "fourth", "fifth", "sixth"],
+    "day": ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"],
+    "place": ["north", "south", "east", "west", "coast", "capital", "border", "valley", "island"],
     # World
-    "leader": "the president|the prime minister|the foreign minister|a senior envoy|the governor|"
-    "the opposition leader|a rebel commander|the interior minister".split("|"),
-    "state": "the government|parliament|the ruling party|the army|the coalition|the security council|the embassy".split("|"),
-    "unrest": "clashes|protests|floods|an earthquake|shelling|a curfew|the siege|heavy storms".split("|"),
-    "victims": "villagers|civilians|refugees|soldiers|hostages|families|aid workers|pilgrims".split("|"),
-    "peace": "a ceasefire|a treaty|sanctions|elections|an amnesty|a new constitution|peace talks".split("|"),
+    "leader": ["the president", "the prime minister", "the foreign minister", "a senior envoy", "the governor", "the opposition leader", "a rebel commander", "the interior minister"],
+    "state": ["the government", "parliament", "the ruling party", "the army", "the coalition", "the security council", "the embassy"],
+    "unrest": ["clashes", "protests", "floods", "an earthquake", "shelling", "a curfew", "the siege", "heavy storms"],
+    "victims": ["villagers", "civilians", "refugees", "soldiers", "hostages", "families", "aid workers", "pilgrims"],
+    "peace": ["a ceasefire", "a treaty", "sanctions", "elections", "an amnesty", "a new constitution", "peace talks"],
     # Sports
-    "athlete": "the striker|the goalkeeper|the captain|the rookie|the veteran pitcher|the champion|the sprinter|the coach".split("|"),
-    "team": "the visitors|the home side|the defending champions|the national team|the reds|the league leaders".split("|"),
-    "contest": "the final|the semifinal|the derby|the opening round|the playoffs|the tournament|the qualifier".split("|"),
-    "feat": "a hat trick|a late winner|a personal best|a penalty|a double|a clean sheet|a home run".split("|"),
-    "injury": "a knee injury|a broken wrist|a hamstring strain|a shoulder problem|a long suspension".split("|"),
+    "athlete": ["the striker", "the goalkeeper", "the captain", "the rookie", "the veteran pitcher", "the champion", "the sprinter", "the coach"],
+    "team": ["the visitors", "the home side", "the defending champions", "the national team", "the reds", "the league leaders"],
+    "contest": ["the final", "the semifinal", "the derby", "the opening round", "the playoffs", "the tournament", "the qualifier"],
+    "feat": ["a hat trick", "a late winner", "a personal best", "a penalty", "a double", "a clean sheet", "a home run"],
+    "injury": ["a knee injury", "a broken wrist", "a hamstring strain", "a shoulder problem", "a long suspension"],
     # Business
-    "firm": "the retailer|the airline|the carmaker|the lender|the insurer|the oil producer|the brewer|the steel maker".split("|"),
-    "money": "profit|revenue|sales|earnings|costs|debt|dividends|exports".split("|"),
-    "market": "analysts|investors|shareholders|regulators|creditors|traders|brokers|economists".split("|"),
-    "move": "rose|fell|slipped|climbed|jumped|tumbled|doubled|shrank".split("|"),
-    "deal": "a merger|a buyout|a takeover bid|a bond sale|a price cut|a refinancing|a listing".split("|"),
+    "firm": ["the retailer", "the airline", "the carmaker", "the lender", "the insurer", "the oil producer", "the brewer", "the steel maker"],
+    "money": ["profit", "revenue", "sales", "earnings", "costs", "debt", "dividends", "exports"],
+    "market": ["analysts", "investors", "shareholders", "regulators", "creditors", "traders", "brokers", "economists"],
+    "move": ["rose", "fell", "slipped", "climbed", "jumped", "tumbled", "doubled", "shrank"],
+    "deal": ["a merger", "a buyout", "a takeover bid", "a bond sale", "a price cut", "a refinancing", "a listing"],
     # Sci/Tech
-    "maker": "the software maker|the chip designer|the laboratory|the search company|the space agency|the startup|the browser project".split("|"),
-    "scientist": "researchers|astronomers|engineers|biologists|physicists|programmers|chemists".split("|"),
-    "gadget": "a phone|a browser|a processor|a satellite|a robot|a probe|a database|a console|an operating system".split("|"),
-    "flaw": "a security hole|a memory leak|a worm|a design fault|a software error|spyware".split("|"),
-    "finding": "water on mars|a distant galaxy|a new protein|a fossil genome|dark matter|a faster algorithm|a tiny planet".split("|"),
+    "maker": ["the software maker", "the chip designer", "the laboratory", "the search company", "the space agency", "the startup", "the browser project"],
+    "scientist": ["researchers", "astronomers", "engineers", "biologists", "physicists", "programmers", "chemists"],
+    "gadget": ["a phone", "a browser", "a processor", "a satellite", "a robot", "a probe", "a database", "a console", "an operating system"],
+    "flaw": ["a security hole", "a memory leak", "a worm", "a design fault", "a software error", "spyware"],
+    "finding": ["water on mars", "a distant galaxy", "a new protein", "a fossil genome", "dark matter", "a faster algorithm", "a tiny planet"],
 }  # fmt: skip
 
 _CLAUSES = (

@@ -55,7 +55,7 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
 
 def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array, Array]:
     """``[R]`` values, ``[R, V]`` logits and ``[R]`` log-sum-exps of a chunk of R positions."""
-    sums = jnp.promote_types(h.dtype, jnp.float32)
+    sums = np.promote_types(h.dtype, np.float32)
     logits = jnp.matmul(h, table.T.astype(h.dtype), preferred_element_type=sums) + bias.astype(sums)[None]
     lse = jax.nn.logsumexp(logits, axis=-1)
     return lse - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], logits, lse
@@ -73,14 +73,16 @@ def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
     """The value, and the gradient for a cotangent of one."""
-    sums = jnp.promote_types(hidden.dtype, jnp.float32)
+    sums = np.promote_types(hidden.dtype, np.float32)
 
     def chunk(carry, part):
         d_table, d_bias = carry
         h, t, w = part
         each, logits, lse = _chunk_nll(h, table, bias, t)
         p = jnp.exp(logits - lse[:, None]) * w[:, None].astype(sums)
-        d_logits = jnp.where(jnp.arange(p.shape[1])[None] == t[:, None], p - w[:, None].astype(sums), p)
+        d_logits = jnp.where(
+            jnp.arange(p.shape[1], dtype=t.dtype)[None] == t[:, None], p - w[:, None].astype(sums), p
+        )
         g = d_logits.astype(h.dtype)
         dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums)
         d_table += jnp.matmul(g.T, h, preferred_element_type=sums)
@@ -138,7 +140,7 @@ def log_uniform_negatives(key: Array, classes: int, count: int) -> tuple[Array, 
         k = np.arange(head, classes, dtype=np.float64)
         span = np.log((classes + 1) / (head + 1))
         log_expected[head:] = np.log(slices * np.log1p(1 / (k + 1)) / span)
-        u = (jnp.arange(slices) + jax.random.uniform(key, (slices,))) / slices
+        u = (jnp.arange(slices, dtype=jnp.float32) + jax.random.uniform(key, (slices,), jnp.float32)) / slices
         tail = jnp.floor((head + 1) * jnp.exp(u * np.float32(span))).astype(jnp.int32) - 1
         drawn = jnp.concatenate([drawn, jnp.clip(tail, head, classes - 1)])
     return drawn, jnp.asarray(log_expected)
@@ -169,7 +171,7 @@ def sampled_nll(
     Returns:
         As `full_nll`.
     """
-    sums = jnp.promote_types(hidden.dtype, jnp.float32)
+    sums = np.promote_types(hidden.dtype, np.float32)
     drawn, log_expected = log_uniform_negatives(key, table.shape[0], negatives)
     shift = bias.astype(sums) - log_expected.astype(sums)
 

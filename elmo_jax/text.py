@@ -19,7 +19,7 @@ SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
 # AG News lost the ampersand of many entities: " #39;" for an apostrophe, " quot;" for a quote.
-_BARE_ENTITY = re.compile(r"(?<![&\w]) ?(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr][sd]quo|[mn]dash);")
+_BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr][sd]quo|[mn]dash);")
 
 
 def clean(text: str) -> str:

@@ -21,7 +21,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream
 from elmo_jax.datasets import Dataset
 from elmo_jax.errors import InputError
-from elmo_jax.train import Interrupted
+from elmo_jax.fit import Interrupted
 
 C = TypeVar("C")
 
@@ -76,7 +76,9 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
     jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        command(parse(config, prog))
+        settings = parse(config, prog)
+        _check(settings)
+        command(settings)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -88,6 +90,29 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
         print("stopped before training began; nothing to save", file=sys.stderr)
         return 130
     return 0
+
+
+_SHARES = {"validation", "dropout", "classifier_dropout", "warmup"}  # in [0, 1), validation not 0
+_AT_LEAST_0 = {"seed", "split_seed"}
+
+
+def _check(settings: Any) -> None:
+    """Numbers must be ones that mean something; all but a few must be positive."""
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        elif field.name in _SHARES:
+            if not 0 <= value < 1 or (field.name == "validation" and value == 0):
+                raise InputError(f"{flag} must be between 0 and 1, not {value}")
+        elif isinstance(value, int):
+            least = 0 if field.name in _AT_LEAST_0 else 1
+            if value < least:
+                raise InputError(f"{flag} must be at least {least}, not {value}")
+        elif not 0 < value < float("inf"):
+            raise InputError(f"{flag} must be above 0 and finite, not {value}")
 
 
 def say(line: str) -> None:

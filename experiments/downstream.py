@@ -21,8 +21,9 @@ from elmo_jax.data import BatchStream
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.fit import fit
 from elmo_jax.metrics import classification
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, fit, make_optimizer
+from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
 
 
@@ -119,7 +120,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     )
     best = {**frozen, **run.restore_best(("params",))["params"]}
     run.close()
-    results = {
+    results: dict[str, Any] = {
         name: classification(evaluate(sums_fn, best, part)["confusion"]) for name, part in parts.items()
     }
     lambdas = combiner.lambdas(best["combiner"])
@@ -144,8 +145,12 @@ def _init(elmo: Elmo, combiner: Any, model: BiLSTMClassifier, seed: int) -> dict
     return init(jax.random.key(seed))
 
 
-def _show(results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path) -> None:
-    report.plot_curves(records, {"loss": "training", "val_loss": "validation"}, path / "loss.png", "loss (nats)")
+def _show(
+    results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
+) -> None:
+    report.plot_curves(
+        records, {"loss": "training", "val_loss": "validation"}, path / "loss.png", "loss (nats)"
+    )
     if records[0]["lambdas"]:
         report.plot_lambdas(records, path / "lambdas.png")
     for part in ("train", "validation", "test"):
@@ -158,6 +163,7 @@ def _show(results: dict[str, Any], records: list[dict[str, Any]], classes: tuple
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     return cli.run(DownstreamConfig, downstream, "experiments.downstream")
 
 

@@ -13,8 +13,9 @@ from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
 from elmo_jax.data import Batch, BatchStream
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.elmo import VOCABULARY
+from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, fit, make_optimizer
+from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
 
 
@@ -97,11 +98,14 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
     report.plot_curves(records, lines, run.path / "perplexity.png", "held-out perplexity", log=True)
     best = min(records, key=lambda record: record["perplexity"])
-    cli.say(f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {run.path}")
+    cli.say(
+        f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {run.path}"
+    )
     return records
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     return cli.run(PretrainConfig, pretrain, "experiments.pretrain")
 
 

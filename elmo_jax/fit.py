@@ -1,0 +1,217 @@
+"""The one training loop: epochs, progress, metrics, checkpoints, resuming and stopping.
+
+Nouns: a *record* is an epoch's line of metrics.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from tqdm import tqdm
+
+from elmo_jax.checkpoint import Position, Run
+from elmo_jax.data import BatchStream, Dispatch
+from elmo_jax.errors import InputError
+from elmo_jax.train import LossFn, TrainState, make_dispatch
+
+
+class Interrupted(Exception):
+    """Training was told to stop by a signal, and has saved where it stands."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, saved")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM; the second one acts as if we were not here."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def restore() -> None:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+    def catch(number: int, _frame: object) -> None:
+        caught.append(number)
+        restore()
+
+    for number in numbers:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def fit(
+    state: TrainState,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    stream: BatchStream,
+    run: Run,
+    *,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[TrainState, Mapping[str, Any]], dict[str, Any]],
+    save_every: int | None = None,
+    after_dispatch: Callable[[int], None] = lambda step: None,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Train for `epochs` passes of the stream, saving and logging to the run.
+
+    A run that was stopped goes on from its newest saved step and ends with the same
+    parameters and records, but for times, as one that was not.
+
+    Args:
+        state: as `TrainState.create` made it; replaced if the run holds a saved step.
+        loss_fn: the task.
+        optimizer: as `state` was created with.
+        stream: the training batches.
+        run: where to save and log.
+        epochs: passes in all, the ones before a resumption among them.
+        seed: of the steps' randomness.
+        on_epoch: evaluates; gets the state and the epoch's sums and returns what its record
+            is to hold, the run's `monitor` among it.
+        save_every: steps between saves within an epoch; None saves at its end alone.
+        after_dispatch: called with the step after every dispatch.
+
+    Returns:
+        The last state and every epoch's record.
+
+    Raises:
+        InputError: the loss is no longer finite.
+        Interrupted: SIGINT or SIGTERM came; the step was saved.
+    """
+    position = Position()
+    restored = run.restore(_as_tree(state))
+    if restored is not None:
+        tree, position = restored
+        state = replace(state, **tree)
+    run.log(position.records)
+    dispatch_fn = make_dispatch(loss_fn, optimizer)
+    key = jax.random.key(seed)
+    per_epoch = stream.steps_per_epoch
+    with _stop_signals() as caught, _Progress(position.step, epochs * per_epoch, per_epoch) as progress:
+        while position.step < epochs * per_epoch:
+            end = (position.step // per_epoch + 1) * per_epoch
+            saved = position.step
+            began = time.perf_counter() - position.seconds
+            ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()
+
+            def settle(waiting: deque = ahead) -> None:
+                _add(position, *waiting.popleft())
+
+            for dispatch in stream.dispatches(position.step, end):
+                state, sums = dispatch_fn(state, dispatch.batches, dispatch.count, key)
+                ahead.append((dispatch, sums))
+                if len(ahead) > 1:  # one dispatch behind, so that the device never waits
+                    settle()
+                progress.update(position)
+                after_dispatch(position.step)
+                due = save_every is not None and position.step - saved >= save_every
+                if due or caught:
+                    while ahead:
+                        settle()
+                    saved = position.step
+                    if position.step < end:  # or the end of the epoch is about to save it
+                        position.seconds = time.perf_counter() - began
+                        run.save(_as_tree(state), position)
+                        _leave(caught, run, position.step)
+            while ahead:
+                settle()
+            position.seconds = time.perf_counter() - began
+            _end_epoch(state, position, run, per_epoch, on_epoch)
+            progress.update(position)
+            _leave(caught, run, position.step)
+    run.close()
+    return state, position.records
+
+
+def _leave(caught: list[int], run: Run, step: int) -> None:
+    """Stop here if a signal asked for it; the step is being saved."""
+    if caught:
+        run.close()
+        raise Interrupted(caught[0], step)
+
+
+def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, on_epoch) -> None:
+    epoch = position.step // per_epoch
+    record = {"event": "epoch", "epoch": epoch, "step": position.step}
+    record |= {"loss": float(position.sums["loss"]) / per_epoch}
+    sums = {**position.sums, "seconds": position.seconds}
+    record |= on_epoch(state, sums) | {"seconds": round(position.seconds, 3)}
+    position.records = [*position.records, record]
+    position.sums, position.seconds = {}, 0.0
+    run.save(_as_tree(state), position)
+    run.log(position.records)
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    """What is saved: all but what never changes."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None:
+    """Add a dispatch's sums, step by step, so that how steps were shared out does not show."""
+    arrays = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+    for i in range(dispatch.count):
+        if not np.isfinite(arrays["loss"][i]):
+            raise InputError(
+                f"the loss is {arrays['loss'][i]} at step {position.step + 1}; lower --learning-rate or "
+                "--clip-norm; the last saved step is kept"
+            )
+        for name, value in arrays.items():
+            position.sums[name] = position.sums.get(name, 0.0) + value[i]
+        position.step += 1
+
+
+class _Progress:
+    """A bar with an ETA on a terminal, a plain line every half minute elsewhere."""
+
+    INTERVAL = 30.0
+
+    def __init__(self, step: int, total: int, per_epoch: int):
+        self.first, self.total, self.per_epoch = step, total, per_epoch
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.began = self.spoke = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, position: Position) -> None:
+        done = position.step - self.first
+        epoch = min(position.step // self.per_epoch + 1, self.total // self.per_epoch)
+        loss = position.sums.get("loss", 0.0) / (position.step % self.per_epoch or 1)
+        if not self.bar.disable:
+            self.bar.set_description(f"epoch {epoch}", refresh=False)
+            if loss:
+                self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.bar.update(position.step - self.bar.n)
+        elif done and loss and time.perf_counter() - self.spoke > self.INTERVAL:
+            self.spoke = time.perf_counter()
+            left = (self.total - position.step) * (self.spoke - self.began) / done
+            print(
+                f"epoch {epoch}, step {position.step} of {self.total}, loss {loss:.4f}, "
+                f"{left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )

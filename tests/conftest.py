@@ -1,0 +1,55 @@
+"""Strict promotion everywhere, a cache of its own for every test, and the small fixtures."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from elmo_jax.data import Documents
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """Double precision inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax mixes dtypes on purpose; so does a test that trains."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def documents(rng) -> Documents:
+    """Forty documents of 1 to 30 tokens of a vocabulary of 50, in 3 classes."""
+    lengths = rng.integers(1, 31, 40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(4, 50, offsets[-1]).astype(np.int32)
+    return Documents(ids, offsets, (np.arange(40) % 3).astype(np.int32))
+
+
+@pytest.fixture
+def ag_news() -> Path:
+    """The folder of AG News, if the environment names one."""
+    root = os.environ.get("ELMO_JAX_TEST_DATA")
+    if not root:
+        pytest.skip("ELMO_JAX_TEST_DATA is not set")
+    return Path(root) / "ag_news"

@@ -1,0 +1,125 @@
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import bilm as oracle
+
+from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
+from elmo_jax.data import Batch
+
+V = 12
+DOCS = [[4, 5, 6, 7, 8], [9], [10, 11, 4]]
+
+
+def by_position(n):
+    """A document of the tokens 0, 1, 2 ...: each row of the table is the token of one position."""
+    return Batch(jnp.arange(n)[None], jnp.array([n]), None, jnp.ones(1))
+
+
+@cache
+def make(cells=6, **more):
+    model = BiLM(BiLMConfig(embedding=6, cells=cells, dropout=0.0, **more), V)
+    return model, jax.jit(model.init)(jax.random.key(0), Batch.of(DOCS))["params"]
+
+
+@pytest.mark.parametrize(("cells", "tie"), [(6, True), (9, False)])
+def test_layers_and_loss_are_the_oracles(cells, tie):
+    model, params = make(cells, tie=tie)
+    batch = Batch.of(DOCS, shape=(4, 9))  # a filler row, and padding behind the longest
+    layers, _ = jax.jit(model.apply)({"params": params}, batch)
+    assert layers.shape == (3, 4, 9, 12)
+    sums = jax.jit(bilm_sums(model))(params, batch)
+    forward = backward = 0.0
+    for b, doc in enumerate(DOCS):
+        ids = np.array([1, *doc, 2])
+        want, nlls = oracle(params, ids)
+        np.testing.assert_allclose(layers[:, b, : len(ids)], want, rtol=2e-5, atol=1e-6)
+        assert not np.any(layers[:, b, len(ids) :])
+        forward, backward = forward + nlls[0].sum(), backward + nlls[1].sum()
+    np.testing.assert_allclose(sums["nll_forward"], forward, rtol=1e-5)
+    np.testing.assert_allclose(sums["nll_backward"], backward, rtol=1e-5)
+    assert sums["tokens"] == sum(len(doc) + 1 for doc in DOCS)
+    assert sums["words"] == sum(map(len, DOCS))
+    loss, _ = jax.jit(bilm_loss(model))(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, (forward + backward) / (2 * sums["tokens"]), rtol=1e-5)
+
+
+def test_layer_0_is_the_token_vector_beside_itself():
+    model, params = make()
+    layers, _ = model.apply({"params": params}, Batch.of(DOCS))
+    np.testing.assert_array_equal(layers[0, :, :, :6], layers[0, :, :, 6:])
+
+
+def test_no_direction_sees_its_target_at_any_layer():
+    """The state that predicts a token does not depend on it, nor on any that is read later."""
+    model, params = make()
+    doc = np.array([1, *DOCS[0], 2])
+    n = len(doc)
+
+    def layers(vectors):
+        return model.apply({"params": params | {"embedder": {"table": vectors}}}, by_position(n))[0][:, 0]
+
+    jacobian = jax.jit(jax.jacobian(layers))(params["embedder"]["table"])[:, :, :, :n]  # [L, T, F, T', E]
+    sees = np.asarray(jnp.abs(jacobian))
+    for layer in (1, 2):
+        forward, backward = sees[layer, :, :6].max((1, 3)), sees[layer, :, 6:].max((1, 3))
+        assert (np.triu(forward, 1) == 0).all() and (np.tril(forward) > 0)[np.tril_indices(n)].all()
+        assert (np.tril(backward, -1) == 0).all() and (np.triu(backward) > 0)[np.triu_indices(n)].all()
+
+
+def test_the_loss_of_a_step_has_no_gradient_from_its_target_on():
+    model, params = make()
+    doc = np.array([1, *DOCS[0], 2])
+    n = len(doc)
+
+    def step_losses(vectors, direction):
+        embedded = params | {"embedder": {"table": vectors}}
+        _, outputs, _ = model.apply({"params": embedded}, by_position(n), method="read")
+        h = outputs[-1][:-1, direction, 0]
+        log_p = jax.nn.log_softmax(h @ params["embedder"]["table"].T)  # not through the vectors
+        targets = doc[1:] if direction == 0 else doc[::-1][1:]
+        return -log_p[jnp.arange(n - 1), targets]
+
+    for direction in (0, 1):
+        g = jax.jit(jax.jacobian(step_losses), static_argnums=1)(params["embedder"]["table"], direction)[
+            :, :n
+        ]  # [t, T', E]
+        sees = np.asarray(jnp.abs(g)).max(-1)
+        sees = sees if direction == 0 else sees[:, ::-1]  # positions in reading order
+        assert (np.triu(sees, 1) == 0).all()
+        assert (sees[np.tril_indices(n - 1)] > 0).all()
+
+
+def test_a_document_is_the_same_in_any_batch():
+    model, params = make()
+    alone, _ = model.apply({"params": params}, Batch.of([DOCS[2]]))
+    among, _ = model.apply({"params": params}, Batch.of(DOCS, shape=(5, 13)))
+    np.testing.assert_allclose(alone[:, 0], among[:, 2, :5], atol=1e-6)
+
+
+def test_carried_state_is_one_long_reading():
+    model, params = make()
+    words = np.array([[1, 4, 5, 6, 7, 2]])
+    read = lambda w, s=None: model.apply(  # noqa: E731
+        {"params": params}, Batch(jnp.asarray(w), jnp.array([w.shape[1]]), None, jnp.ones(1)), s
+    )
+    whole, _ = read(words)
+    first, state = read(words[:, :4])
+    second, _ = read(words[:, 4:], state)
+    joined = np.concatenate([first[..., :6], second[..., :6]], axis=2)
+    np.testing.assert_allclose(joined, whole[..., :6], atol=1e-6)
+
+
+def test_sampled_training_is_full_over_all_classes_and_dropout_is_seeded():
+    model, params = make()
+    batch = Batch.of(DOCS)
+    full, sampled = (jax.jit(bilm_loss(model, n))(params, batch, jax.random.key(1))[0] for n in (None, V))
+    np.testing.assert_allclose(full, sampled, rtol=1e-5)
+    wet = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.5), V)
+    wet_loss = jax.jit(bilm_loss(wet))
+    one, same, other = (wet_loss(params, batch, jax.random.key(k))[0] for k in (1, 1, 2))
+    assert one == same != other
+    dry, plain = (jax.jit(bilm_sums(m))(params, batch) for m in (wet, model))
+    assert dry == plain

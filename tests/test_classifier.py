@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import log_softmax, tree64
+from reference import lstm as oracle
+
+from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
+from elmo_jax.combiners import CombinerConfig, make_combiner
+from elmo_jax.data import Batch
+
+X = jax.random.normal(jax.random.key(0), (3, 5, 4))
+LENGTHS = jnp.array([5, 2, 1])
+
+
+def make(**more):
+    model = BiLSTMClassifier(ClassifierConfig(hidden=3, classifier_dropout=0.0, **more), classes=4)
+    return model, jax.jit(model.init)(jax.random.key(1), X, LENGTHS)["params"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean+max"])
+def test_logits_are_the_oracles(pooling):
+    model, params = make(pooling=pooling)
+    logits = model.apply({"params": params}, X, LENGTHS)
+    p = tree64(params)
+    for b, n in enumerate(LENGTHS.tolist()):
+        x = np.asarray(X[b, :n], np.float64)
+        for layer in ("lstm_0", "lstm_1"):
+            w = p[layer]
+            halves = [
+                oracle(read, w["input_kernel"][d], w["recurrent_kernel"][d], w["bias"][d])[1]
+                for d, read in enumerate((x, x[::-1]))
+            ]
+            x = np.concatenate([halves[0], halves[1][::-1]], -1)
+        v = np.concatenate([x.mean(0)] * ("mean" in pooling) + [x.max(0)] * ("max" in pooling))
+        v = np.maximum(v @ p["hidden"]["kernel"] + p["hidden"]["bias"], 0)
+        np.testing.assert_allclose(logits[b], v @ p["logits"]["kernel"] + p["logits"]["bias"], atol=1e-5)
+
+
+def test_padding_changes_nothing():
+    model, params = make()
+    padded = jnp.pad(X, [(0, 1), (0, 7), (0, 0)], constant_values=9.0)
+    wide = model.apply({"params": params}, padded, jnp.array([5, 2, 1, 0]))
+    np.testing.assert_allclose(wide[:3], model.apply({"params": params}, X, LENGTHS), atol=1e-6)
+    assert np.isfinite(wide).all()
+
+
+def test_loss_counts_documents_without_fillers_and_their_markers():
+    model, head = make()
+    combiner = make_combiner(CombinerConfig())
+    docs, labels = [[4, 5, 6], [7]], [3, 1]
+    table = jax.random.normal(jax.random.key(2), (2, 8, 4))  # two "layers" of word vectors
+    features = lambda params, batch, key: table[:, batch.words]  # noqa: E731
+    params = {"combiner": {"weights": jnp.array([1.0, 2.0])}, "classifier": head}
+    loss, sums = classifier_loss(features, combiner, model)(params, Batch.of(docs, labels, (3, 9)), None)
+    x = jnp.tensordot(jnp.array([1.0, 2.0]), table, 1)[Batch.of(docs).words[:, 1:-1]]
+    logits = model.apply({"params": head}, x, jnp.array([3, 1]))
+    each = -log_softmax(np.asarray(logits, np.float64))[[0, 1], labels]
+    np.testing.assert_allclose(loss, each.mean(), rtol=1e-5)
+    assert sums["documents"] == 2
+    want = np.zeros((4, 4))
+    for label, predicted in zip(labels, logits.argmax(-1).tolist(), strict=True):
+        want[label, predicted] += 1
+    np.testing.assert_array_equal(sums["confusion"], want)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_it_learns_what_only_order_tells():
+    """Which of two words comes first is the class: no bag of words could know."""
+    model = BiLSTMClassifier(ClassifierConfig(hidden=8, classifier_layers=1, classifier_dropout=0.0), 2)
+    x = jnp.stack([jnp.eye(2), jnp.eye(2)[::-1]])
+    params = model.init(jax.random.key(0), x, jnp.array([2, 2]))["params"]
+    optimizer = optax.adam(0.05)
+
+    def loss(p):
+        logits = model.apply({"params": p}, x, jnp.array([2, 2]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 1])).mean()
+
+    @jax.jit
+    def step(_, carry):
+        p, s = carry
+        updates, s = optimizer.update(jax.grad(loss)(p), s)
+        return optax.apply_updates(p, updates), s
+
+    trained, _ = jax.lax.fori_loop(0, 100, step, (params, optimizer.init(params)))
+    assert loss(params) > 0.5
+    assert loss(trained) < 0.05

@@ -1,0 +1,111 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elmo_jax import data
+from elmo_jax.data import Batch, BatchStream, bucket_bounds
+
+
+def rows(batches) -> list[tuple[int, ...]]:
+    """The documents of a dispatch's batches, each with <S> and </S>."""
+    return [
+        tuple(w[:n])
+        for words, lengths in zip(batches.words, batches.lengths, strict=True)
+        for w, n in zip(words.tolist(), lengths.tolist(), strict=True)
+        if n
+    ]
+
+
+def steps(stream, first, last):
+    """Every step's batch alone, however it was shared out to dispatches."""
+    for dispatch in stream.dispatches(first, last):
+        for k in range(dispatch.count):
+            yield dispatch.batches.words[k].tobytes(), dispatch.batches.weight[k].tobytes()
+
+
+def test_a_batch_marks_its_filler_rows():
+    batch = Batch.of([[7, 8]], labels=[2], shape=(2, 5))
+    assert batch.words.tolist() == [[1, 7, 8, 2, 0], [0, 0, 0, 0, 0]]
+    assert batch.lengths.tolist() == [4, 0]
+    assert batch.weight.tolist() == [1, 0]
+    assert batch.labels.tolist() == [2, 0]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 60))
+def test_bounds_are_the_best_there_are(lengths, most, price):
+    array = np.array(lengths)
+    candidates = sorted({-(-n // 4) * 4 for n in lengths})
+
+    def cost(bounds):
+        return sum(min(b for b in bounds if b >= n) for n in lengths) + price * len(bounds)
+
+    every = (
+        (*lower, candidates[-1])
+        for k in range(min(most, len(candidates)))
+        for lower in combinations(candidates[:-1], k)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_PRICE", price)
+        found = bucket_bounds(array, most)
+    assert cost(found) == min(map(cost, every))
+    assert list(found) == sorted(set(found)) and len(found) <= most
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_epoch_holds_every_document_once(documents, k):
+    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_dispatch=k)
+    got = []
+    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+        assert dispatch.batches.words.shape[:2] == (k, 4)
+        for batch in range(dispatch.count):
+            part = Batch(
+                *(getattr(dispatch.batches, f)[batch : batch + 1] for f in ("words", "lengths")), None, 0
+            )
+            got += rows(part)
+    want = [
+        (1, *documents.ids[a:b].tolist(), 2)
+        for a, b in zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    ]
+    assert sorted(got) == sorted(want)
+
+
+def test_a_step_has_its_batch_wherever_the_stream_begins(documents):
+    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_dispatch=3)
+    last = 2 * stream.steps_per_epoch + 1
+    whole = list(steps(stream, 0, last))
+    assert len(whole) == last
+    for first in range(last):
+        assert list(steps(stream, first, last)) == whole[first:]
+
+
+def test_order_depends_on_seed_and_epoch(documents):
+    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32))
+    n = stream.steps_per_epoch
+    first, second = list(steps(stream, 0, n)), list(steps(stream, n, 2 * n))
+    assert first != second
+    assert first != list(steps(BatchStream(documents, 4, seed=4, bounds=(12, 32)), 0, n))
+
+
+def test_longer_documents_than_the_bounds_get_a_bucket(documents):
+    stream = BatchStream(documents, 4, bounds=(8,))
+    assert stream.bounds == (8, 32)
+    assert stream.steps_per_epoch == len(list(steps(stream, 0, stream.steps_per_epoch)))
+
+
+def test_padding_is_what_the_batches_hold(documents):
+    stream = BatchStream(documents, 4, bounds=(12, 32))
+    made = [d.batches for d in stream.dispatches(0, stream.steps_per_epoch)]
+    real, all_steps = sum(b.lengths.sum() for b in made), sum(b.words.size for b in made)
+    assert stream.padding == pytest.approx(1 - real / all_steps)
+
+
+def test_take_is_indexing(documents):
+    part = documents.take(np.array([5, 0, 17]))
+    for got, n in enumerate((5, 0, 17)):
+        a, b = documents.offsets[n : n + 2]
+        assert part.ids[part.offsets[got] : part.offsets[got + 1]].tolist() == documents.ids[a:b].tolist()
+    assert part.labels.tolist() == documents.labels[[5, 0, 17]].tolist()

@@ -1,0 +1,85 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax.data import Batch
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.text import Vocabulary
+
+SENTENCES = [["the", "bank", "rose", "."], ["bank"], [], ["the", "river", "bank", "of", "the", "river"] * 4]
+
+
+@pytest.fixture(scope="module")
+def elmo():
+    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
+    model = BiLM(BiLMConfig(embedding=4, cells=5), len(vocabulary))
+    params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]
+    return Elmo(model, params, vocabulary)
+
+
+def test_layers_are_the_models_without_the_markers(elmo):
+    states = jax.jit(elmo.model.apply)
+    for sentence, layers in zip(SENTENCES, elmo.embed(SENTENCES), strict=True):
+        assert layers.shape == (3, len(sentence), 8)
+        assert layers.dtype == np.float32
+        batch = Batch.of([elmo.vocabulary.ids(sentence)], shape=(1, 26))
+        want = states({"params": elmo.params}, batch)[0][:, 0, 1 : len(sentence) + 1]
+        np.testing.assert_allclose(layers, want, atol=1e-6)
+
+
+def test_neighbours_order_and_repetition_change_nothing(elmo):
+    together = elmo.embed(SENTENCES)
+    backwards = elmo.embed(SENTENCES[::-1], batch_size=2)[::-1]
+    alone = [elmo.embed([sentence], batch_size=1)[0] for sentence in SENTENCES]
+    for a, b, c, again in zip(together, backwards, alone, elmo.embed(SENTENCES), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(a, c, atol=1e-6)
+        np.testing.assert_array_equal(a, again)
+
+
+def test_context_changes_the_upper_layers_alone(elmo):
+    river, money = elmo.embed([["river", "bank"], ["the", "bank"]])
+    np.testing.assert_array_equal(river[0, 1], money[0, 1])
+    assert np.abs(river[1:, 1] - money[1:, 1]).max() > 1e-4
+
+
+def test_export_then_import_is_identity(elmo, tmp_path):
+    elmo.save_pretrained(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "vocab.txt"}
+    back = Elmo.from_pretrained(tmp_path / "out")
+    assert back.vocabulary == elmo.vocabulary
+    jax.tree.map(np.testing.assert_array_equal, back.params, elmo.params)
+    np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
+
+
+def test_a_sentence_that_is_a_string_is_named(elmo):
+    with pytest.raises(InputError, match="sentence 1 is a string"):
+        elmo.embed([["fine"], "not fine"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("config.json", b"{", r"config\.json: cannot be read"),
+        ("config.json", json.dumps({"model": {"embedding": 6, "cells": 5}}).encode(), "are not of one model"),
+        ("vocab.txt", b"<S>\n</S>\n<UNK>\n", "are not of one model"),
+        ("model.safetensors", b"\x00" * 20, r"model\.safetensors: cannot be read"),
+        ("config.json", b"{}", "holds no language model"),
+        ("config.json", b'{"model": {"width": 3}}', r"config\.json: 'model' is not understood"),
+        ("config.json", b"[]", r"config\.json: is no JSON object"),
+    ],
+)
+def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
+    elmo.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=said):
+        Elmo.from_pretrained(tmp_path)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        Elmo.from_pretrained(tmp_path / "none")

@@ -1,0 +1,148 @@
+"""The commands, end to end and in this process, on a tiny data set."""
+
+import json
+import sys
+
+import pytest
+
+from elmo_jax.elmo import Elmo
+from experiments import downstream, pretrain
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-dispatch 2".split()  # noqa: SIM905
+
+
+def call(main, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, args)])
+    return main()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = ("goal team match", "rate bank profit")
+    rows = [f"{'sb'[i % 2]},the {words[i % 2]} of {i % 7}" for i in range(40)]
+    (folder / "train.csv").write_text("\n".join(rows))
+    (folder / "test.csv").write_text("\n".join(rows[:10]))
+    return folder
+
+
+@pytest.fixture
+def pretrained(corpus, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "lm"
+    code = call(pretrain.main, monkeypatch, "--dataset", corpus, "--output", run, *TINY)
+    assert code == 0, capsys.readouterr().err
+    return run
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretrain_writes_what_it_promises(pretrained, capsys):
+    got = records(pretrained)
+    assert [r["epoch"] for r in got] == [1, 2]
+    keys = {
+        "event",
+        "epoch",
+        "loss",
+        "perplexity",
+        "perplexity_forward",
+        "perplexity_backward",
+        "tokens_per_second",
+    }
+    assert all(keys <= r.keys() and r["event"] == "epoch" for r in got)
+    assert got[1]["perplexity"] < got[0]["perplexity"]
+    config = json.loads((pretrained / "config.json").read_text())
+    assert config["model"]["embedding"] == 4 and config["epochs"] == 2
+    for name in ("loss.png", "perplexity.png"):
+        assert (pretrained / name).read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "padding" in out and str(pretrained) in out
+    assert Elmo.from_pretrained(pretrained).embed([["the", "bank"]])[0].shape == (3, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("combiner", "more"),
+    [("trainable", ["--normalize", "softmax"]), ("frozen", ["--finetune"]), ("function", [])],
+)
+def test_downstream_writes_what_it_promises(pretrained, tmp_path, monkeypatch, capsys, combiner, more):
+    run = tmp_path / "down"
+    flags = ["--hidden", "4", "--epochs", "2", "--batch-size", "8", "--classifier-layers", "1"]
+    code = call(
+        downstream.main,
+        monkeypatch,
+        "--pretrained",
+        pretrained,
+        "--output",
+        run,
+        "--combiner",
+        combiner,
+        *flags,
+        *more,
+    )
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    got = records(run)
+    assert all({"event", "epoch", "loss", "val_loss", "val_accuracy", "lambdas"} <= r.keys() for r in got)
+    results = json.loads((run / "results.json").read_text())
+    for part, rows in (("train", 32), ("validation", 8), ("test", 10)):
+        scores = results[part]
+        assert {"accuracy", "f1", "precision", "recall", "confusion_matrix"} <= scores.keys()
+        assert sum(map(sum, scores["confusion_matrix"])) == rows
+        assert (run / f"confusion_{part}.png").read_bytes().startswith(b"\x89PNG")
+    lambdas = results["lambdas"]
+    if combiner == "function":
+        assert lambdas is None and got[0]["lambdas"] is None
+    else:
+        assert len(lambdas) == 3
+        assert (run / "lambdas.png").exists()
+        assert (got[0]["lambdas"] == got[1]["lambdas"]) == (combiner == "frozen")
+    assert f"test accuracy {results['test']['accuracy']:.4f}" in captured.out
+
+
+def test_a_run_is_not_lost_by_accident_and_can_be_continued(pretrained, corpus, monkeypatch, capsys):
+    flags = ["--dataset", corpus, "--output", pretrained, *TINY]
+    before = records(pretrained)
+    assert call(pretrain.main, monkeypatch, *flags) == 2
+    assert "holds a run; go on with --resume" in capsys.readouterr().err
+    assert call(pretrain.main, monkeypatch, *flags, "--cells", "5", "--resume") == 2
+    assert "was run with other settings (model" in capsys.readouterr().err
+    assert call(pretrain.main, monkeypatch, *flags, "--epochs", "3", "--resume") == 0
+    assert records(pretrained)[:2] == before and len(records(pretrained)) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--epochs", "x"], "--epochs"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--nonsense"], "--nonsense"),
+        (["--softmax", "hierarchical"], "--softmax"),
+        (["--validation", "1.5"], "--validation must be between 0 and 1"),
+        (["--dropout", "1"], "--dropout must be"),
+        (["--learning-rate", "-1"], "--learning-rate must be"),
+        (["--dataset", "/nowhere"], "/nowhere: no such folder"),
+        (["--output", "/dev/null"], "/dev/null: is a file"),
+    ],
+)
+def test_wrong_flags_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert call(pretrain.main, monkeypatch, *args) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err
+
+
+def test_an_unknown_run_is_named(tmp_path, monkeypatch, capsys):
+    assert call(downstream.main, monkeypatch, "--pretrained", tmp_path / "none") == 2
+    err = capsys.readouterr().err.strip()
+    assert "none: holds no run" in err and "\n" not in err
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as info:
+        call(downstream.main, monkeypatch, "--help")
+    assert info.value.code == 0
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--pretrained", "--combiner", "--seed", "--output", "--finetune"))

@@ -1,0 +1,190 @@
+"""The loop on a model of a few numbers: resuming, sharing out, stopping, and what it refuses."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elmo_jax.checkpoint import Run
+from elmo_jax.data import BatchStream
+from elmo_jax.errors import InputError
+from elmo_jax.fit import Interrupted, fit
+from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+EPOCHS = 2
+
+
+def loss_fn(params, batch, key):
+    """Bag-of-words regression with noise, so that keys matter, and a scale that is frozen."""
+    values = params["table"][batch.words] * params["scale"]
+    mask = jnp.arange(batch.words.shape[1])[None] < batch.lengths[:, None]
+    noise = jax.random.normal(key, values.shape)
+    each = (jnp.sum(mask * (values + 0.1 * noise), 1) - batch.labels) ** 2 * batch.weight
+    return each.sum() / batch.weight.sum(), {"documents": batch.weight.sum(), "error": each.sum()}
+
+
+def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, **more):
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05), EPOCHS * stream.steps_per_epoch)
+    state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
+    run = Run.create(path, {"seed": 1}, monitor="figure", resume=resume)
+    error = jax.jit(lambda params, batch: loss_fn(params, batch, jax.random.key(0))[1])
+
+    def on_epoch(state, sums):
+        held = evaluate(error, {**state.params, **state.frozen}, BatchStream(documents, 4, bounds=(32,)))
+        return {"figure": float(held["error"] / held["documents"]), "train": float(sums["error"])}
+
+    try:
+        return fit(state, loss, optimizer, stream, run, epochs=epochs, seed=7, on_epoch=on_epoch, **more)
+    finally:
+        run.close()
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def whole(documents, tmp_path):
+    return run_fit(documents, tmp_path / "whole")
+
+
+def test_it_learns_and_leaves_the_frozen_alone(whole):
+    state, records = whole
+    assert records[-1]["figure"] < 0.7 * records[0]["train"] / 40
+    assert [r["epoch"] for r in records] == [1, 2]
+    assert int(state.step) == records[-1]["step"]
+    same(state.frozen, {"scale": jnp.ones(())})
+
+
+def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,))
+    batches = [jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 10)]
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    run = make_dispatch(loss_fn, optimizer)
+    states = []
+    for counts in ((8, 2), (3, 4, 3)):
+        state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
+        done = 0
+        for count in counts:
+            part = batches[done : done + count]
+            stacked = jax.tree.map(lambda *a: np.stack(a), *part, *[part[0]] * (8 - count))
+            state, _ = run(state, stacked, count, jax.random.key(0))
+            done += count
+        states.append(state)
+    same(*states)
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "number"),
+    [
+        (1, signal.SIGTERM),
+        (4, signal.SIGINT),
+        (10, signal.SIGTERM),
+        (13, signal.SIGINT),
+        (16, signal.SIGTERM),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_by_bit(documents, tmp_path, whole, stop_after, number):
+    def stop(step):
+        if step >= stop_after:
+            os.kill(os.getpid(), number)
+
+    path = tmp_path / "stopped"
+    with pytest.raises(Interrupted) as info:
+        run_fit(documents, path, after_dispatch=stop)
+    assert info.value.exit_code == 128 + number
+    state, records = run_fit(documents, path, resume=True)
+    same(state, whole[0])
+    assert without_times(records) == without_times(whole[1])
+    assert without_times(lines(path)) == without_times(lines(tmp_path / "whole"))
+
+
+def test_a_crash_goes_on_from_the_last_save(documents, tmp_path, whole):
+    path = tmp_path / "crashed"
+
+    def crash(step):
+        if step > 13:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run_fit(documents, path, after_dispatch=crash, save_every=2)
+    state, records = run_fit(documents, path, resume=True, save_every=2)
+    same(state, whole[0])
+    assert without_times(records) == without_times(whole[1])
+
+
+def test_a_finished_run_can_be_resumed_and_stays(documents, tmp_path, whole):
+    state, records = run_fit(documents, tmp_path / "whole", resume=True)
+    same(state, whole[0])
+    assert records == whole[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp_path):
+    def sick(params, batch, key):
+        loss, sums = loss_fn(params, batch, key)
+        return loss + jnp.where(jnp.abs(params["table"]).max() > 0.2, jnp.nan, 0.0), sums
+
+    with pytest.raises(InputError, match=r"the loss is nan at step \d+; lower --learning-rate"):
+        run_fit(documents, tmp_path / "sick", loss=sick, save_every=1)
+    run = Run.open(tmp_path / "sick")
+    assert np.isfinite(run.restore_best()["params"]["table"]).all()
+    run.close()
+
+
+def test_the_best_epoch_is_kept_beyond_the_newest(documents, tmp_path):
+    figures = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    stream = BatchStream(documents, 8, seed=1, bounds=(32,))
+    optimizer = make_optimizer(OptimizerConfig(), 5 * stream.steps_per_epoch)
+    state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
+    run = Run.create(tmp_path / "run", {}, monitor="figure")
+    seen = []
+
+    def on_epoch(state, sums):
+        seen.append(np.asarray(state.params["table"]).copy())
+        return {"figure": next(figures)}
+
+    fit(state, loss_fn, optimizer, stream, run, epochs=5, seed=0, on_epoch=on_epoch)
+    run = Run.open(tmp_path / "run")
+    np.testing.assert_array_equal(run.restore_best(("params",))["params"]["table"], seen[1])
+    assert len(run.manager.all_steps()) == 3
+    run.close()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["adam", "adagrad"])
+def test_first_steps_warm_up_and_last_ones_fall(schedule, name):
+    config = OptimizerConfig(name, 0.1, schedule, warmup=0.2, clip_norm=1e9)
+    optimizer = make_optimizer(config, 20)
+    params, sizes = jnp.zeros(()), []
+    state = optimizer.init(params)
+    for _ in range(20):
+        update, state = optimizer.update(jnp.ones(()), state, params)
+        sizes.append(abs(float(update)))
+    if name == "adam":  # whose update of a constant gradient is the learning rate
+        np.testing.assert_allclose(sizes[:5], [0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-3)
+        assert sizes[-1] == pytest.approx(0.1, rel=1e-3) if schedule == "constant" else sizes[-1] < 0.02
+    assert sizes[0] < sizes[2]
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    optimizer = make_optimizer(OptimizerConfig("adagrad", 1.0, "constant", 0.0, clip_norm=1.0), 10)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    g = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}
+    update, _ = optimizer.update(g, optimizer.init(params), params)
+    want = {"a": 0.6, "b": 0.8}  # of norm 1, over the root of the accumulator
+    np.testing.assert_allclose(update["a"][0], -want["a"] / np.sqrt(1 + want["a"] ** 2), rtol=1e-4)
+    np.testing.assert_allclose(update["b"][1], -want["b"] / np.sqrt(1 + want["b"] ** 2), rtol=1e-4)

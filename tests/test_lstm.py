@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from reference import lstm as oracle
+from reference import tree64
+
+from elmo_jax.lstm import LSTM, reverse_valid
+from elmo_jax.recurrence import Clips, State
+
+T, D, B, I, H, P = 5, 2, 3, 4, 6, 3  # noqa: E741
+LENGTHS = jnp.array([5, 2, 0])
+CASES = {
+    "plain cell": (None, Clips()),
+    "projection": (P, Clips()),
+    "clips": (P, Clips(0.2, 0.1)),
+    "cell clip": (None, Clips(0.2, None)),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request, x64):
+    """A layer of each kernel, their parameters in float64, an input and a first state."""
+    projection, clips = request.param
+    layers = {k: LSTM(H, projection, clips, "float64", k) for k in ("fast", "plain")}
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (T, D, B, I), jnp.float64)
+    params = layers["fast"].init(keys[1], x, LENGTHS)["params"]
+    leaves = jax.tree.leaves(params)
+    params = jax.tree.unflatten(
+        jax.tree.structure(params),
+        [
+            jax.random.normal(k, a.shape, jnp.float64)
+            for k, a in zip(jax.random.split(keys[2], len(leaves)), leaves, strict=True)
+        ],
+    )
+    out = projection or H
+    state = State(
+        *(
+            0.1 * jax.random.normal(k, (D, B, n), jnp.float64)
+            for k, n in zip(jax.random.split(keys[3]), (H, out), strict=True)
+        )
+    )
+    return layers, params, x, state, clips
+
+
+@pytest.mark.parametrize("kernel", ["fast", "plain"])
+def test_layer_is_the_equations(case, kernel):
+    layers, params, x, state, clips = case
+    h, last = layers[kernel].apply({"params": params}, x, LENGTHS, state)
+    p = tree64(params)
+    for d in range(D):
+        for b, n in enumerate(LENGTHS.tolist()):
+            cs, hs = oracle(
+                np.asarray(x[:n, d, b]),
+                p["input_kernel"][d],
+                p["recurrent_kernel"][d],
+                p["bias"][d],
+                p["projection_kernel"][d] if "projection_kernel" in p else None,
+                np.asarray(state.c[d, b]),
+                np.asarray(state.h[d, b]),
+                clips.cell or np.inf,
+                clips.projection or np.inf,
+            )
+            if n:
+                np.testing.assert_allclose(h[:n, d, b], hs, rtol=1e-10)
+            np.testing.assert_allclose(last.c[d, b], cs[-1] if n else state.c[d, b], rtol=1e-10)
+            np.testing.assert_allclose(last.h[d, b], hs[-1] if n else state.h[d, b], rtol=1e-10)
+
+
+@pytest.mark.parametrize("uses_state", [False, True])
+def test_fast_gradient_is_the_plain_ones(case, uses_state):
+    layers, params, x, state, _ = case
+
+    def loss(params, x, state, kernel):
+        h, last = layers[kernel].apply({"params": params}, x, LENGTHS, state)
+        real = jnp.where(
+            jnp.arange(T, dtype=jnp.int32)[:, None, None, None] < LENGTHS[None, None, :, None], h, 0
+        )
+        weight = jnp.cos(jnp.arange(h.size, dtype=jnp.float64)).reshape(h.shape)
+        return jnp.sum(weight * real**2) + (jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h) if uses_state else 0)
+
+    fast, plain = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), fast, plain)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(fast))
+
+
+def test_fast_is_plain_in_float32():
+    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
+    both = [
+        jax.value_and_grad(lambda p, k=k: jnp.sum(LSTM(H, P, kernel=k).apply(p, x, LENGTHS)[0] ** 2))(params)
+        for k in ("fast", "plain")
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both)
+
+
+def test_directions_are_independent():
+    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    params = LSTM(H).init(jax.random.key(1), x, LENGTHS)
+    run = lambda x: LSTM(H).apply(params, x, LENGTHS)[0]  # noqa: E731
+    changed = run(x.at[:, 1].add(1.0))
+    np.testing.assert_array_equal(changed[:, 0], run(x)[:, 0])
+    assert not np.array_equal(changed[:, 1], run(x)[:, 1])
+
+
+def test_bfloat16_stays_near_float32():
+    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
+    full, half = (LSTM(H, P, dtype=d).apply(params, x, LENGTHS)[0] for d in ("float32", "bfloat16"))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, atol=0.02)
+    assert not np.array_equal(half, full)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2)])
+def test_reverse_is_slicing_and_its_own_inverse(shape):
+    x = jnp.arange(np.prod(shape)).reshape(shape)
+    y = reverse_valid(x, LENGTHS)
+    for b, n in enumerate(LENGTHS.tolist()):
+        np.testing.assert_array_equal(y[b, :n], x[b, :n][::-1])
+        np.testing.assert_array_equal(y[b, n:], x[b, n:])
+    np.testing.assert_array_equal(reverse_valid(y, LENGTHS), x)
+
+
+def test_reverse_gradient_is_the_numerical_one():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    f = lambda x: jnp.sum(jnp.sin(reverse_valid(x, LENGTHS) * jnp.arange(5.0)[None, :, None]))  # noqa: E731
+    jax.test_util.check_grads(f, (x,), order=1, modes=["rev"], rtol=1e-2)

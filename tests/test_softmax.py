@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import log_softmax
+
+from elmo_jax import softmax
+from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
+
+N, P, V = 7, 3, 20
+
+
+@pytest.fixture
+def case(x64):
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden = jax.random.normal(keys[0], (N, P), jnp.float64)
+    table = jax.random.normal(keys[1], (V, P), jnp.float64)
+    bias = jax.random.normal(keys[2], (V,), jnp.float64)
+    targets = jax.random.randint(keys[3], (N,), 0, V, jnp.int32)
+    return hidden, table, bias, targets, jnp.array([1.0, 0.5, 0, 1, 2, 1, 0])
+
+
+def plain(hidden, table, bias, targets, weight):
+    logits = hidden @ table.T + bias[None]
+    each = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+    return jnp.sum(each * weight), each
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
+def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, monkeypatch):
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", chunk_rows * V * 4)
+    total, each = full_nll(*case)
+    oracle = -log_softmax(np.asarray(case[0] @ case[1].T + case[2][None]))[np.arange(N), case[3]]
+    np.testing.assert_allclose(each, oracle, rtol=1e-12)
+    np.testing.assert_allclose(total, oracle @ np.asarray(case[4]), rtol=1e-12)
+    got, want = (
+        jax.grad(lambda *a, f=f: 3 * f(*a, *case[3:])[0], (0, 1, 2))(*case[:3]) for f in (full_nll, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, want)
+
+
+def test_logits_never_exist_whole(case, monkeypatch):
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", 2 * V * 4)
+    program = str(jax.make_jaxpr(jax.grad(lambda h: full_nll(h, *case[1:])[0]))(case[0]))
+    assert f"[2,{V}]" in program
+    assert f"[{N},{V}]" not in program and f"[{N + 1},{V}]" not in program
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampled_over_all_classes_is_full(case, seed):
+    key = jax.random.key(seed)
+    f = lambda *a: sampled_nll(*a, *case[3:], key, V)[0]  # noqa: E731
+    got = jax.value_and_grad(f, (0, 1, 2))(*case[:3])
+    want = jax.value_and_grad(lambda *a: full_nll(*a, *case[3:])[0], (0, 1, 2))(*case[:3])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
+
+
+def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
+    hidden, table, bias, targets, weight = case
+    key = jax.random.key(3)
+    drawn, log_expected = (np.asarray(a) for a in log_uniform_negatives(key, V, 6))
+    each = sampled_nll(*case, key, 6)[1]
+    logits = np.asarray(hidden @ table.T + bias[None]) - log_expected
+    for n, target in enumerate(np.asarray(targets)):
+        classes = [target, *(k for k in drawn if k != target)]
+        np.testing.assert_allclose(each[n], -log_softmax(logits[n, classes])[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 6, 19])
+def test_expected_counts_are_what_draws_hold(count):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda k: log_uniform_negatives(k, V, count)[0])(keys)
+    assert drawn.shape == (4000, count)
+    expected = np.exp(log_uniform_negatives(keys[0], V, count)[1])
+    np.testing.assert_allclose(np.bincount(drawn.ravel(), minlength=V) / 4000, expected, atol=0.03)
+    np.testing.assert_allclose(expected.sum(), count, rtol=1e-5)
+    assert expected.max() <= 1 + 1e-6
+    assert (np.diff(expected) <= 1e-6).all()
+
+
+def test_more_negatives_than_classes_is_an_error():
+    with pytest.raises(ValueError, match="cannot draw 21 negatives from 20"):
+        log_uniform_negatives(jax.random.key(0), V, V + 1)
+
+
+def test_bfloat16_products_keep_float32_sums():
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden, table = (jax.random.normal(k, (n, P)) for k, n in zip(keys, (N, V), strict=True))
+    rest = table, jnp.zeros(V), jnp.arange(N), jnp.ones(N)
+    half, full = (full_nll(hidden.astype(d), *rest)[0] for d in (jnp.bfloat16, jnp.float32))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, rtol=0.02)

@@ -1,0 +1,54 @@
+"""The modules' imports run one way, and files stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "elmo_jax").glob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
+
+# What each module may import of ours; a module that is not here may import nothing local.
+ALLOWED = {
+    "text": {"errors"},
+    "rows": {"errors", "text"},
+    "data": {"text"},
+    "datasets": {"data", "errors", "rows", "sample", "text"},
+    "lstm": {"recurrence"},
+    "bilm": {"data", "embedders", "lstm", "metrics", "recurrence", "softmax"},
+    "classifier": {"data", "lstm", "metrics"},
+    "checkpoint": {"errors"},
+    "train": {"data"},
+    "fit": {"checkpoint", "data", "errors", "train"},
+    "elmo": {"bilm", "checkpoint", "data", "errors", "text"},
+}
+
+
+def local_imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            top, _, rest = node.module.partition(".")
+            if top in ("elmo_jax", "experiments"):
+                names |= {rest} if rest else {f"{top}:{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_imports_run_one_way(path):
+    if path.parent.name == "elmo_jax" and path.name != "__init__.py":
+        assert local_imports(path) <= ALLOWED.get(path.stem, set())
+
+
+def test_nothing_imports_experiments():
+    for path in (ROOT / "elmo_jax").glob("*.py"):
+        assert "experiments" not in path.read_text().replace("python -m experiments", "").replace(
+            "of experiments.pretrain", ""
+        ).replace("``experiments.pretrain", "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(ast.parse(text))
