@@ -172,7 +172,8 @@ def _save_cache(rows: Rows, cache: Path) -> None:
 
 def _load_cache(cache: Path, path: Path) -> Rows | None:
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
+        # Opened here, since a load that fails leaves open what it opened itself.
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             types = arrays["types"].tobytes().decode().split("\n")
             labels = arrays["labels"].tobytes().decode().split("\x00")
             return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"])

@@ -34,7 +34,7 @@ def test_a_batch_marks_its_filler_rows():
     assert batch.labels.tolist() == [2, 0]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 60))
 def test_bounds_are_the_best_there_are(lengths, most, price):
     array = np.array(lengths)

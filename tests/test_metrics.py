@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from sklearn.metrics import confusion_matrix as sklearn_confusion
@@ -11,6 +11,7 @@ from elmo_jax.metrics import classification, confusion_matrix, perplexities, tok
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
 
 
+@settings(deadline=None, max_examples=25)
 @given(pairs, st.integers(0, 3))
 def test_figures_are_scikit_learns(rows, fillers):
     true, predicted = (np.array(column, np.int32) for column in zip(*rows, strict=True))
