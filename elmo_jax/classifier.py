@@ -31,12 +31,12 @@ class ClassifierConfig:
     """Bidirectional LSTM layers."""
     pooling: Literal["mean", "max", "mean+max"] = "mean+max"
     """How the states of a document's tokens become one vector."""
-    classifier_dropout: float = 0.3
+    classifier_dropout: float = 0.2
     """Share of each layer's input set to 0 in training."""
 
 
 class BiLSTMClassifier(nn.Module):
-    """Bidirectional LSTM layers, pooling over real tokens, a ReLU layer, a logit a class.
+    """Layer norm, bidirectional LSTM layers, pooling over real tokens, a ReLU layer, a logit a class.
 
     Attributes:
         config: its sizes.
@@ -58,6 +58,7 @@ class BiLSTMClassifier(nn.Module):
         """Features ``[B, T, F]`` and lengths ``[B]`` to logits ``[B, C]``."""
         c = self.config
         drop = nn.Dropout(c.classifier_dropout, deterministic=not train)
+        x = nn.LayerNorm(name="norm")(x)  # features come in any scale; an LSTM wants one near 1
         for i in range(c.classifier_layers):
             x = drop(x)
             both = jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)  # [T, D, B, F]

@@ -36,7 +36,7 @@ class DownstreamConfig:
     combiner: Annotated[CombinerConfig, OmitArgPrefixes] = CombinerConfig()
     classifier: Annotated[ClassifierConfig, OmitArgPrefixes] = ClassifierConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig(
-        learning_rate=1e-3, clip_norm=5.0
+        learning_rate=2e-3, clip_norm=5.0
     )
     finetune: bool = False
     """Train the language model too."""

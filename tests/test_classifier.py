@@ -26,6 +26,8 @@ def test_logits_are_the_oracles(pooling):
     p = tree64(params)
     for b, n in enumerate(LENGTHS.tolist()):
         x = np.asarray(X[b, :n], np.float64)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        x = x * p["norm"]["scale"] + p["norm"]["bias"]
         for layer in ("lstm_0", "lstm_1"):
             w = p[layer]
             halves = [
