@@ -52,7 +52,8 @@ def plot_curves(
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         if len(lines) > 1:
-            axes.legend(frameon=False)
+            # Above the axes, where it covers no line.
+            axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
         figure.savefig(path)
         plt.close(figure)
 
