@@ -106,34 +106,27 @@ def fit(
     dispatch_fn = make_dispatch(loss_fn, optimizer)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
+    ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()  # empty between epochs
     with _stop_signals() as caught, _Progress(position.step, epochs * per_epoch, per_epoch) as progress:
         while position.step < epochs * per_epoch:
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()
-
-            def settle(waiting: deque = ahead) -> None:
-                _add(position, *waiting.popleft())
-
             for dispatch in stream.dispatches(position.step, end):
                 state, sums = dispatch_fn(state, dispatch.batches, dispatch.count, key)
                 ahead.append((dispatch, sums))
-                if len(ahead) > 1:  # one dispatch behind, so that the device never waits
-                    settle()
+                _settle(position, ahead, leave=1)  # one behind, so that the device never waits
                 progress.update(position)
                 after_dispatch(position.step)
                 due = save_every is not None and position.step - saved >= save_every
                 if due or caught:
-                    while ahead:
-                        settle()
+                    _settle(position, ahead)
                     saved = position.step
                     if position.step < end:  # or the end of the epoch is about to save it
                         position.seconds = time.perf_counter() - began
                         run.save(_as_tree(state), position)
                         _leave(caught, run, position.step)
-            while ahead:
-                settle()
+            _settle(position, ahead)
             position.seconds = time.perf_counter() - began
             _end_epoch(state, position, run, per_epoch, on_epoch)
             progress.update(position)
@@ -164,6 +157,12 @@ def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     """What is saved: all but what never changes."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _settle(position: Position, ahead: deque[tuple[Dispatch, dict[str, Array]]], leave: int = 0) -> None:
+    """Add up what dispatches gave, oldest first, until `leave` of them are left."""
+    while len(ahead) > leave:
+        _add(position, *ahead.popleft())
 
 
 def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None:

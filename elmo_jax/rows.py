@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_rows(path: Path, text: TextColumns) -> Rows:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the file") from None
     key = hashlib.sha256(f"{_CACHE_VERSION} {text} ".encode() + data).hexdigest()[:32]
     cache = cache_folder() / f"{key}.npz"
@@ -177,5 +178,5 @@ def _load_cache(cache: Path, path: Path) -> Rows | None:
             types = arrays["types"].tobytes().decode().split("\n")
             labels = arrays["labels"].tobytes().decode().split("\x00")
             return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -72,6 +72,15 @@ def test_gzip_is_read(tmp_path):
     assert packed.train.ids.tolist() == plain.train.ids.tolist()
 
 
+def test_a_broken_gzip_is_named(tmp_path):
+    config = write(tmp_path / "d")
+    (tmp_path / "d" / "test.csv").unlink()
+    packed = gzip.compress(b"1,word\n" * 50)
+    (tmp_path / "d" / "test.csv.gz").write_bytes(packed[:12] + b"\xff" * 20 + packed[32:])
+    with pytest.raises(InputError, match=r"test\.csv\.gz: cannot be read"):
+        load_dataset(config)
+
+
 def test_split_is_stratified_seeded_and_keeps_test_out_of_the_vocabulary(tmp_path):
     config = write(tmp_path / "d", test=["1,unseen token"])
     data = load_dataset(config)
