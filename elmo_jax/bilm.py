@@ -7,6 +7,7 @@ Axes: B batch, T time, D direction, L layers (the token vectors are layer 0), P 
 F = 2P features, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.data import Batch
-from elmo_jax.embedders import WordEmbedder
+from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.metrics import token_mask
 from elmo_jax.recurrence import Clips, State
@@ -29,26 +30,51 @@ DIRECTIONS = 2
 class BiLMConfig:
     """The sizes of a bidirectional language model."""
 
+    input: Literal["words", "characters"] = "words"
+    """A table of token vectors, or a CNN over each token's characters."""
+    characters: CharCNNConfig = CharCNNConfig()
     embedding: int = 150
     """Width of the token vectors, and of each direction's states."""
     cells: int = 150
     """LSTM cells a layer and direction; projected to the embedding's width if they differ."""
+    project_cells: bool = False
+    """Project them even if they do not."""
     layers: int = 2
     """LSTM layers a direction."""
+    skip: bool = False
+    """Add its input to the output of every LSTM layer above the first."""
+    cell_clip: float | None = None
+    """Bound of the cells' values; None is unbounded."""
+    projection_clip: float | None = None
+    """Bound of the projected states; where there is no projection, there is no bound."""
     dropout: float = 0.1
     """Share of each LSTM layer's input, and of the top layer's output, set to 0 in training."""
     tie: bool = True
-    """Whether the softmax's table is the token vectors' too (Press and Wolf 2017)."""
+    """Whether the softmax's table is the token vectors' too (Press and Wolf 2017), if by word."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products; sums, states and parameters stay float32."""
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "BiLMConfig":
+        """The inverse of `dataclasses.asdict` followed by JSON.
+
+        Raises:
+            TypeError: a name is unknown, or a value is of another kind.
+        """
+        data = dict(data)
+        characters = dict(data.pop("characters", {}))
+        if "filters" in characters:
+            characters["filters"] = tuple((int(w), int(n)) for w, n in characters["filters"])
+        return cls(**data, characters=CharCNNConfig(**characters))
+
 
 class BiLM(nn.Module):
-    """ELMo's language model (Peters et al. 2018), by word.
+    """ELMo's language model (Peters et al. 2018).
 
     Attributes:
         config: its sizes.
-        vocabulary: V, padding and special tokens included.
+        vocabulary: V, padding and special tokens included; 0 leaves the softmax out, as
+            the official format does.
 
     Example:
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
@@ -63,14 +89,21 @@ class BiLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedder = WordEmbedder(self.vocabulary, c.embedding, c.dtype)
-        projection = None if c.cells == c.embedding else c.embedding
-        self.lstm = [LSTM(c.cells, projection, Clips(), c.dtype) for _ in range(c.layers)]
+        by_word = c.input == "words"
+        if by_word:
+            self.embedder = WordEmbedder(self.vocabulary, c.embedding, c.dtype)
+        else:
+            self.embedder = CharCNN(c.characters, c.embedding, c.dtype)
+        projection = c.embedding if c.project_cells or c.cells != c.embedding else None
+        clips = Clips(c.cell_clip, c.projection_clip if projection else None)
+        self.lstm = [LSTM(c.cells, projection, clips, c.dtype) for _ in range(c.layers)]
         self.drop = nn.Dropout(c.dropout)
-        if not c.tie:
+        self.tied = by_word and c.tie
+        if self.vocabulary and not self.tied:
             scale = nn.initializers.normal(c.embedding**-0.5)
             self.softmax_table = self.param("softmax_table", scale, (self.vocabulary, c.embedding))
-        self.softmax_bias = self.param("softmax_bias", nn.initializers.zeros, (self.vocabulary,))
+        if self.vocabulary:
+            self.softmax_bias = self.param("softmax_bias", nn.initializers.zeros, (self.vocabulary,))
 
     def __call__(
         self, batch: Batch, state: tuple[State, ...] | None = None, train: bool = False
@@ -87,32 +120,47 @@ class BiLM(nn.Module):
             itself, the others are the forward half beside the backward one. And the state
             of each layer after each row's last token.
         """
-        _, (vectors, *layers), state = self.read(batch, state, train)
-        both = jnp.stack([jnp.broadcast_to(vectors, layers[0].shape), *layers])  # [L, T, D, B, P]
+        outputs, state = self.contextualize(self.read(batch), batch.lengths, state, train)
+        both = jnp.stack([h.astype(outputs[-1].dtype) for h in outputs])  # [L, T, D, B, P]
         forward, backward = (both[:, :, d].transpose(0, 2, 1, 3) for d in range(DIRECTIONS))
         turn = jax.vmap(reverse_valid, in_axes=(0, None))
         states = jnp.concatenate([forward, turn(backward, batch.lengths)], axis=-1)
         mask = token_mask(batch.lengths, states.shape[2])[None, :, :, None]
         return jnp.where(mask, states.astype(jnp.float32), 0), state
 
-    def read(
-        self, batch: Batch, state: tuple[State, ...] | None = None, train: bool = False
-    ) -> tuple[Array, list[Array], tuple[State, ...]]:
-        """What each direction reads and how its layers respond, in reading order.
+    def token_vectors(self, tokens: Array) -> Array:
+        """Word ids ``[...]`` or character ids ``[..., C]`` to token vectors ``[..., E]``."""
+        return self.embedder(tokens)
+
+    def read(self, batch: Batch) -> Array:
+        """Token vectors ``[T, D, B, E]``, as each direction reads them."""
+        by_word = self.config.input == "words"
+        vectors = self.token_vectors(jnp.asarray(batch.words if by_word else batch.chars))
+        return _in_reading_order(vectors, jnp.asarray(batch.lengths))
+
+    def contextualize(
+        self, x: Array, lengths: Array, state: tuple[State, ...] | None = None, train: bool = False
+    ) -> tuple[list[Array], tuple[State, ...]]:
+        """How the layers respond to token vectors, in reading order.
+
+        Args:
+            x: ``[T, D, B, E]``.
+            lengths: ``[B]`` int32.
+            state: of each layer; zeros if None.
+            train: whether to drop out.
 
         Returns:
-            Token ids ``[T, D, B]``; token vectors and then every LSTM layer's states, each
-            ``[T, D, B, P]``; and the state of each layer after the last token.
+            The token vectors and then every LSTM layer's states, each ``[T, D, B, P]``; and
+            the state of each layer after the last token.
         """
-        words, lengths = jnp.asarray(batch.words), jnp.asarray(batch.lengths)
-        read = jnp.stack([words, reverse_valid(words, lengths)]).transpose(2, 0, 1)  # [T, D, B]
-        outputs, after = [self.embedder(read)], []
+        outputs, after = [x], []
         for i, lstm in enumerate(self.lstm):
             x = self.drop(outputs[-1], deterministic=not train)
             h, last = lstm(x, lengths, None if state is None else state[i])
-            outputs.append(h)
+            # What goes round the recurrence is h before the addition.
+            outputs.append(h + x.astype(h.dtype) if self.config.skip and i else h)
             after.append(last)
-        return read, outputs, tuple(after)
+        return outputs, tuple(after)
 
     def nll(self, batch: Batch, train: bool = False, negatives: int | None = None) -> dict[str, Array]:
         """Sums of -log p of every next token, by direction.
@@ -128,14 +176,15 @@ class BiLM(nn.Module):
             ``nll_forward``, ``nll_backward``, ``tokens`` predicted a direction, and
             ``words`` of the documents.
         """
-        read, outputs, _ = self.read(batch, None, train)
+        outputs, _ = self.contextualize(self.read(batch), batch.lengths, None, train)
         h = self.drop(outputs[-1], deterministic=not train)[:-1]  # [T - 1, D, B, P]
-        targets = read[1:]
+        words = jnp.asarray(batch.words)[..., None]
+        targets = _in_reading_order(words, jnp.asarray(batch.lengths))[1:, ..., 0]
         weight = token_mask(batch.lengths - 1, h.shape[0]).T[:, None, :].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
         flat = (
             h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
-            self.embedder.table if self.config.tie else self.softmax_table,
+            self.embedder.table if self.tied else self.softmax_table,
             self.softmax_bias,
             targets.reshape(-1),
             weight.reshape(-1),
@@ -153,6 +202,11 @@ class BiLM(nn.Module):
             "tokens": tokens,
             "words": tokens - jnp.sum(batch.weight),
         }
+
+
+def _in_reading_order(x: Array, lengths: Array) -> Array:
+    """``[B, T, E]`` to ``[T, D, B, E]``: as it is, and from each row's end."""
+    return jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)
 
 
 def bilm_loss(model: BiLM, negatives: int | None = None):

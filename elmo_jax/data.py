@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import struct
 
-from elmo_jax.text import BOS, EOS, PAD
+from elmo_jax.text import BOS, EOS, PAD, UNK
 
 _ROUND = 4  # bounds are multiples of it, the longest too
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
@@ -29,6 +30,7 @@ class Batch:
         lengths: ``[B]`` int32, real tokens a row with ``<S>`` and ``</S>``; 0 on filler rows.
         labels: ``[B]`` int32 classes, or None.
         weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
+        chars: ``[B, T, C]`` int32 character ids, 0 beyond the length, or None.
 
     Example:
         >>> batch = Batch.of([[7, 8], [9]])
@@ -40,6 +42,7 @@ class Batch:
     lengths: Any
     labels: Any
     weight: Any
+    chars: Any = None
 
     @classmethod
     def of(
@@ -70,11 +73,16 @@ class Documents:
         ids: ``[tokens]`` int32.
         offsets: ``[N + 1]`` int64; document n is ``ids[offsets[n]:offsets[n + 1]]``.
         labels: ``[N]`` int32 classes.
+        spellings: for models that read characters, the character ids of every token id
+            ``[types, C]``; else None. There may be more types than classes.
+        classes: V. Token ids from here on are spelled, but as a class they are unknown.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    spellings: np.ndarray | None = None
+    classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,12 +97,16 @@ class Documents:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return Documents(self.ids[index], offsets, self.labels[rows])
+        return replace(self, ids=self.ids[index], offsets=offsets, labels=self.labels[rows])
 
     def batch(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
         """These documents as one batch of that shape [B, T]."""
         sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
-        return Batch.of(sentences, self.labels[rows], shape)
+        batch = Batch.of(sentences, self.labels[rows], shape)
+        if self.spellings is None:
+            return batch
+        words = np.where(batch.words < self.classes, batch.words, UNK).astype(np.int32)
+        return replace(batch, words=words, chars=self.spellings[batch.words])
 
 
 def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
@@ -223,6 +235,4 @@ class BatchStream:
         shape = (self.batch_size, bound)
         made = [self.documents.batch(rows, shape) for rows in batches]
         made += [made[0]] * (self.steps_per_dispatch - len(made))  # never run, see Dispatch
-        fields = ("words", "lengths", "labels", "weight")
-        stacked = {name: np.stack([getattr(batch, name) for batch in made]) for name in fields}
-        return Dispatch(replace(made[0], **stacked), len(batches))
+        return Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), len(batches))

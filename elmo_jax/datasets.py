@@ -13,11 +13,12 @@ import numpy as np
 import pooch
 from sklearn.model_selection import train_test_split
 
+from elmo_jax.characters import character_ids
 from elmo_jax.data import Documents
 from elmo_jax.errors import InputError
 from elmo_jax.rows import Row, Rows, TextColumns, read_rows, tokenise_rows
 from elmo_jax.sample import CLASSES, sample_corpus
-from elmo_jax.text import Vocabulary, read_text
+from elmo_jax.text import PAD, UNK, Vocabulary, read_text
 
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
@@ -59,12 +60,13 @@ class Dataset:
     test: Documents
 
 
-def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None) -> Dataset:
+def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spelled: bool = False) -> Dataset:
     """Read, clean, tokenise, split and number a data set.
 
     Args:
         config: what to read and how.
         vocabulary: the numbering; made from the training part if None.
+        spelled: whether documents bring character ids, for models that read them.
 
     Returns:
         The data set; the same config gives the same one.
@@ -84,13 +86,13 @@ def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None) -> Da
     kept, held_out = _split(train_labels, config)
     if vocabulary is None:
         vocabulary = _vocabulary(train, kept, config)
-    documents = _documents(train, train_labels, vocabulary)
+    documents = _documents(train, train_labels, vocabulary, spelled)
     return Dataset(
         classes,
         vocabulary,
         documents.take(kept),
         documents.take(held_out),
-        _documents(test, test_labels, vocabulary),
+        _documents(test, test_labels, vocabulary, spelled),
     )
 
 
@@ -198,5 +200,13 @@ def _vocabulary(train: Rows, kept: np.ndarray, config: DataConfig) -> Vocabulary
     return Vocabulary.from_counts(by_token, config.min_count, config.max_vocab)
 
 
-def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary) -> Documents:
-    return Documents(vocabulary.ids(rows.types)[rows.codes], rows.offsets, labels)
+def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary, spelled: bool) -> Documents:
+    ids = vocabulary.ids(rows.types)
+    if not spelled:
+        return Documents(ids[rows.codes], rows.offsets, labels)
+    # What is no class of its own is still read by its own characters.
+    unknown = np.flatnonzero(ids == UNK)
+    ids[unknown] = len(vocabulary) + np.arange(len(unknown), dtype=ids.dtype)
+    spellings = character_ids([*vocabulary.tokens, *(rows.types[i] for i in unknown)])
+    spellings[PAD] = 0
+    return Documents(ids[rows.codes], rows.offsets, labels, spellings, len(vocabulary))

@@ -1,11 +1,11 @@
 """ELMo for its users: a trained language model that turns sentences into layers of vectors.
 
-Axes: B batch, T time, L layers, F features.
+Axes: L layers, F features.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import Run, read_config, write_atomically
 from elmo_jax.data import Batch
 from elmo_jax.errors import InputError
+from elmo_jax.inference import Reader
+from elmo_jax.pretrained import read_bilm, read_softmax, write_bilm, write_softmax
+from elmo_jax.recurrence import State
 from elmo_jax.text import Vocabulary
 
 VOCABULARY = "vocab.txt"
 _WEIGHTS = "model.safetensors"
-_STEPS = 16  # lengths are padded to a multiple, so that few shapes are compiled
 
 
 class Elmo:
@@ -32,7 +35,8 @@ class Elmo:
     Args:
         model: the language model.
         params: its parameters.
-        vocabulary: its numbering of tokens.
+        vocabulary: its numbering of tokens; None for a model that reads characters and has
+            no softmax.
 
     Example:
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})
@@ -43,9 +47,10 @@ class Elmo:
         [(3, 2, 8), (3, 1, 8)]
     """
 
-    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary):
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
         self.model, self.params, self.vocabulary = model, params, vocabulary
-        self._states = jax.jit(lambda params, batch: model.apply({"params": params}, batch)[0])
+        self._reader = Reader(model, params, vocabulary)
+        self._carried: tuple[State, ...] | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Elmo":
@@ -61,10 +66,11 @@ class Elmo:
         config = read_config(path)
         if "model" not in config:
             raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
-        vocabulary = Vocabulary.load(path / VOCABULARY)
+        named = (path / VOCABULARY).exists() or config["model"].get("input") != "characters"
+        vocabulary = Vocabulary.load(path / VOCABULARY) if named else None
         try:
-            model = BiLM(BiLMConfig(**config["model"]), len(vocabulary))
-        except TypeError as error:
+            model = BiLM(BiLMConfig.from_json(config["model"]), len(vocabulary or ()))
+        except (TypeError, ValueError) as error:
             raise InputError(f"{path / 'config.json'}: 'model' is not understood ({error})") from None
         if (path / _WEIGHTS).exists():
             try:
@@ -78,12 +84,52 @@ class Elmo:
         _check_shapes(model, params, path)
         return cls(model, params, vocabulary)
 
+    @classmethod
+    def from_bilm(cls, options: str | Path, weights: str | Path, dtype: str = "float32") -> "Elmo":
+        """Load a model in the official format of bilm-tf and AllenNLP.
+
+        If `save_bilm` left the softmax and the vocabulary beside the weights, which the
+        format has no place for, they are read too.
+
+        Args:
+            options: the JSON file, perhaps ``.gz``.
+            weights: the HDF5 file, perhaps ``.gz``.
+            dtype: of the products, "float32" or "bfloat16".
+
+        Raises:
+            InputError: a file is missing or damaged, or the two are not of one model.
+        """
+        config, flat = read_bilm(options, weights)
+        vocabulary = None
+        beside = _softmax_path(weights)
+        if beside.exists():
+            vocabulary, softmax = read_softmax(beside, config.embedding)
+            flat |= softmax
+        model = BiLM(replace(config, dtype=dtype), len(vocabulary or ()))
+        return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
+
+    def save_bilm(self, options: str | Path, weights: str | Path) -> None:
+        """Write the official format: ``options.json`` and ``weights.hdf5``.
+
+        A softmax is written beside the weights, as ``NAME.softmax.hdf5``, with its
+        vocabulary: bilm-tf and AllenNLP neither need nor see it.
+
+        Raises:
+            InputError: the model reads words, for which the format has no place, or a file
+                cannot be written.
+        """
+        flat: dict[str, Any] = flatten_dict(self.params, sep="/")
+        write_bilm(self.model.config, flat, options, weights)
+        if self.vocabulary is not None:
+            write_softmax(_softmax_path(weights), self.vocabulary, flat)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder."""
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.vocabulary.save(path / VOCABULARY)
+            if self.vocabulary is not None:
+                self.vocabulary.save(path / VOCABULARY)
             arrays = {name: np.asarray(a) for name, a in flatten_dict(self.params, sep="/").items()}
             save_file(arrays, path / _WEIGHTS)
             write_atomically(
@@ -92,7 +138,9 @@ class Elmo:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
 
-    def embed(self, sentences: Sequence[Sequence[str]], batch_size: int = 32) -> list[np.ndarray]:
+    def embed(
+        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_size: int = 32
+    ) -> list[np.ndarray]:
         """The layer states of every token.
 
         A sentence's vectors depend on its own tokens alone, not on its neighbours in the
@@ -100,6 +148,9 @@ class Elmo:
 
         Args:
             sentences: tokens, as the vocabulary writes them (`tokenize` for raw text).
+            stateful: begin sentence k with the LSTM state that sentence k of the last
+                stateful call ended with, in both directions, as bilm-tf and AllenNLP do;
+                `reset_state` forgets it. All sentences then run at once.
             batch_size: sentences run at once.
 
         Returns:
@@ -109,23 +160,43 @@ class Elmo:
         for i, sentence in enumerate(sentences):
             if isinstance(sentence, str):
                 raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
-        ids = [self.vocabulary.ids(sentence) for sentence in sentences]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        out: dict[int, np.ndarray] = {}
+        c = self.model.config
+        shape = c.layers + 1, 2 * c.embedding
+        out = [np.empty((shape[0], len(s), shape[1]), np.float32) for s in sentences]
         with jax.default_matmul_precision("highest"):
+            if stateful and sentences:
+                self._carried = self._reader.read(sentences, out, self._state(len(sentences)))
+                return out
+            order = sorted(range(len(out)), key=lambda i: len(sentences[i]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                steps = -(-(len(ids[rows[-1]]) + 2) // _STEPS) * _STEPS
-                batch = Batch.of([ids[i] for i in rows], shape=(batch_size, steps))
-                layers = np.asarray(self._states(self.params, batch))  # [L, B, T, F]
-                for row, i in enumerate(rows):
-                    out[i] = layers[:, row, 1 : len(ids[i]) + 1].copy()
-        return [out[i] for i in range(len(ids))]
+                self._reader.read([sentences[i] for i in rows], [out[i] for i in rows])
+        return out
+
+    def reset_state(self) -> None:
+        """Forget what stateful calls carried."""
+        self._carried = None
+
+    def _state(self, rows: int) -> tuple[State, ...]:
+        """The carried state, with zeros for sentences beyond those of earlier calls."""
+        fresh = self._reader.fresh_state(rows)
+        if self._carried is None:
+            return fresh
+        have = len(self._carried[0].c[0])
+        if have >= rows:
+            return self._carried
+        return jax.tree.map(lambda new, old: new.at[:, :have].set(old), fresh, self._carried)
+
+
+def _softmax_path(weights: str | Path) -> Path:
+    path = Path(weights)
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".hdf5") + ".softmax.hdf5")
 
 
 def _check_shapes(model: BiLM, params: Any, path: Path) -> None:
     """Every parameter there, of the right shape and dtype, and no other."""
-    wanted: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
+    spelled = replace(Batch.of([[]]), chars=np.zeros((1, 2, CHARACTERS), np.int32))
+    wanted: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), spelled)["params"])
 
     def kinds(tree: Any) -> dict[Any, Any]:
         flat: dict[Any, Any] = flatten_dict(tree, sep="/")

@@ -64,7 +64,8 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     source = read_config(Path(config.pretrained))
     if "data" not in source:
         raise InputError(f"{config.pretrained}: names no data set; give a run of experiments.pretrain")
-    data = load_dataset(DataConfig(**source["data"]), elmo.vocabulary)
+    spelled = elmo.model.config.input == "characters"
+    data = load_dataset(DataConfig(**source["data"]), elmo.vocabulary, spelled)
     output = config.output or f"runs/downstream-{config.combiner.combiner}"
     run = cli.create_run(config, output, monitor="val_loss")
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
 from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
-from elmo_jax.data import Batch, BatchStream
+from elmo_jax.data import BatchStream
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.elmo import VOCABULARY
 from elmo_jax.fit import fit
@@ -52,7 +53,7 @@ class PretrainConfig:
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
-    data = load_dataset(config.data)
+    data = load_dataset(config.data, spelled=config.model.input == "characters")
     model = BiLM(config.model, len(data.vocabulary))
     run = cli.create_run(config, config.output, monitor="perplexity")
     data.vocabulary.save(run.path / VOCABULARY)
@@ -62,7 +63,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     )
     held_out = BatchStream(data.validation, 2 * config.batch_size, bounds=train.bounds)
     cli.describe(data, train)
-    params = jax.jit(model.init)(jax.random.key(config.seed), Batch.of([[]]))["params"]
+    example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
+    params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
     cli.say(f"model: {cli.count(params):,} parameters, {jax.devices()[0].platform} x {jax.device_count()}")
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)

@@ -50,3 +50,62 @@ def bilm(params, ids):
         nlls.append(-log_p[np.arange(len(read) - 1), read[1:]])
         halves.append(np.stack(states)[:, :: -1 if d else 1])
     return np.concatenate(halves, -1), nlls
+
+
+def characters(word):
+    """Ids of one word by the official table, without the + 1."""
+    marker = {"<S>": [256], "</S>": [257]}
+    inside = marker.get(word) or list(word.encode())[:48]
+    return ([258, *inside, 259] + [260] * 50)[:50]
+
+
+def char_cnn(file, words, activation):
+    """Token vectors [N, E] of words, from the datasets of an official file."""
+    f = {name: np.asarray(a, np.float64) for name, a in file.items()}
+    act = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[activation]
+    out = []
+    for word in words:
+        x = f["char_embed"][characters(word)]  # [50, d]
+        parts = []
+        for i in range(sum(name.startswith("CNN/W") for name in f)):
+            w = f[f"CNN/W_cnn_{i}"][0]
+            steps = range(len(x) - len(w) + 1)
+            y = np.array([np.einsum("kd,kdn->n", x[t : t + len(w)], w) for t in steps]) + f[f"CNN/b_cnn_{i}"]
+            parts.append(act(y.max(0)))
+        y = np.concatenate(parts)
+        for k in range(sum(name.endswith("W_carry") for name in f)):
+            h = {
+                name: f[f"CNN_high_{k}/{name}"]
+                for name in ("W_carry", "b_carry", "W_transform", "b_transform")
+            }
+            g = sigmoid(y @ h["W_carry"] + h["b_carry"])
+            y = g * np.maximum(y @ h["W_transform"] + h["b_transform"], 0) + (1 - g) * y
+        if "CNN_proj/W_proj" in f:
+            y = y @ f["CNN_proj/W_proj"] + f["CNN_proj/b_proj"]
+        out.append(y)
+    return np.array(out)
+
+
+def official(options, file, sentence, state=None):
+    """Layers [L, tokens, 2P] of one sentence as the official format defines them, and the last states."""
+    tokens = ["<S>", *sentence, "</S>"]
+    lstm_options = options["lstm"]
+    clips = lstm_options.get("cell_clip") or np.inf, lstm_options.get("proj_clip") or np.inf
+    vectors = char_cnn(file, tokens, options["char_cnn"]["activation"])
+    halves, after = [], {}
+    for d in (0, 1):
+        x = vectors[::-1] if d else vectors
+        layers = [x]
+        for layer in range(lstm_options["n_layers"]):
+            prefix = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+            w = {name: np.asarray(file.get(prefix + name), np.float64) for name in ("W_0", "B")}
+            w_p = file.get(prefix + "W_P_0")
+            w_p = None if w_p is None else np.asarray(w_p, np.float64)
+            n = x.shape[1]
+            c, h = (state or {}).get((d, layer), (None, None))
+            cs, hs = lstm(x, w["W_0"][:n], w["W_0"][n:], w["B"], w_p, c, h, *clips)
+            after[d, layer] = cs[-1], hs[-1]
+            x = hs + x if lstm_options.get("use_skip_connections") and layer else hs
+            layers.append(x)
+        halves.append(np.stack(layers)[:, :: -1 if d else 1])
+    return np.concatenate(halves, -1)[:, 1:-1], after

@@ -76,7 +76,8 @@ def test_the_loss_of_a_step_has_no_gradient_from_its_target_on():
 
     def step_losses(vectors, direction):
         embedded = params | {"embedder": {"table": vectors}}
-        _, outputs, _ = model.apply({"params": embedded}, by_position(n), method="read")
+        x = model.apply({"params": embedded}, by_position(n), method="read")
+        outputs, _ = model.apply({"params": embedded}, x, jnp.array([n]), method="contextualize")
         h = outputs[-1][:-1, direction, 0]
         log_p = jax.nn.log_softmax(h @ params["embedder"]["table"].T)  # not through the vectors
         targets = doc[1:] if direction == 0 else doc[::-1][1:]

@@ -1,0 +1,96 @@
+"""HDF5 files of named arrays: read with every check, written with checksums and whole or not at all."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from elmo_jax.errors import InputError
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file, unzipped if its name ends in ``.gz``.
+
+    Raises:
+        InputError: it is missing, unreadable or no gzip.
+    """
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); check the path and the file") from None
+
+
+@contextmanager
+def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
+    """Every dataset of a file, perhaps gzipped, by its full name; links are not followed.
+
+    Raises:
+        InputError: the file is missing or damaged, now or when a dataset is read.
+    """
+    source: Any = io.BytesIO(read_bytes(path)) if path.suffix == ".gz" else path
+    found: dict[str, h5py.Dataset] = {}
+
+    def take(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item
+
+    try:
+        with h5py.File(source, "r") as file:
+            file.visititems(take)
+            yield found
+    except (OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as HDF5 ({reason}); get the file again") from None
+
+
+def read_floats(
+    datasets: Mapping[str, h5py.Dataset], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, np.ndarray]:
+    """Float arrays of exactly these names and shapes; nothing is read before all shapes are right.
+
+    Raises:
+        InputError: one is missing, of another shape or kind, not finite, or nobody's.
+    """
+    for name in sorted(shapes.keys() - datasets.keys()):
+        raise InputError(f"{path}: has no dataset {name}; it is of another model than its options")
+    for name in sorted(datasets.keys() - shapes.keys()):
+        raise InputError(f"{path}: has a dataset {name} that its options know nothing of")
+    for name, shape in shapes.items():
+        data = datasets[name]
+        if data.shape != shape or data.dtype.kind != "f":
+            raise InputError(
+                f"{path}: dataset {name} is {data.dtype} {data.shape} where float {shape} is asked for; "
+                "it is of another model than its options"
+            )
+    arrays = {name: np.asarray(datasets[name], np.float32) for name in shapes}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: dataset {name} holds numbers that are not finite; get the file again")
+    return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays, or lists of text, by name; what was there stays until all is written.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with h5py.File(part, "w") as file:
+            for name, array in arrays.items():
+                if isinstance(array, list):
+                    file.create_dataset(name, data=array, dtype=h5py.string_dtype())
+                else:
+                    file.create_dataset(name, data=array, fletcher32=True)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); give another path") from None

@@ -1,0 +1,192 @@
+"""Sentences through a trained biLM: any number, any length, a window of steps at a time.
+
+Nouns: a *window* is the next W steps of reading, in each direction from its own end; a
+*word table* keeps the vectors of words already met on the device.
+Axes: B batch, T time, W steps a window, D direction, L layers, E embedding, P projection.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from elmo_jax.bilm import DIRECTIONS, BiLM
+from elmo_jax.characters import character_ids
+from elmo_jax.recurrence import State
+from elmo_jax.text import BOS, EOS, SPECIAL, Vocabulary
+
+# Shapes are rounded up to these, so that few are compiled and little is padding.
+_WINDOWS = (16, 24, 32, 48, 64, 96, 128)
+_ROWS = (1, 4, 16)
+_SPELLED = 256  # words through the character CNN at once
+
+
+class WordTable:
+    """Token vectors on the device, and the row of each token.
+
+    By word the table is the model's own. From characters it is filled as words are met; a
+    word's vector never depends on when that was. It is emptied when full, so memory is
+    bounded however many words there are.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        vocabulary: its numbering of tokens, if it reads words.
+        capacity: most words kept.
+    """
+
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None, capacity: int = 1 << 15):
+        self._params, self._vocabulary, self._capacity = params, vocabulary, capacity
+        self._rows: dict[str, int] = {}
+        self._size, self._width = 0, model.config.embedding
+        self._longest_filter = max(width for width, _ in model.config.characters.filters)
+        by_word = model.config.input == "words"
+        self.table = params["embedder"]["table"] if by_word else jnp.zeros((0, self._width), jnp.float32)
+        self._by_word = by_word
+
+        def spell(params: Any, ids: Array) -> Array:
+            vectors: Any = model.apply({"params": params}, ids, method="token_vectors")
+            return vectors.astype(jnp.float32)
+
+        def put(table: Array, vectors: Array, start: Array) -> Array:
+            return jax.lax.dynamic_update_slice(table, vectors, (start, jnp.zeros_like(start)))
+
+        self._spell, self._put = jax.jit(spell), jax.jit(put, donate_argnums=0)
+
+    def rows(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Rows of `table` for every token, ``<S>`` before and ``</S>`` behind: int32 ``[tokens + 2]``."""
+        if self._by_word:
+            assert self._vocabulary is not None
+            return [np.r_[BOS, self._vocabulary.ids(s), EOS].astype(np.int32) for s in sentences]
+        begin, end = SPECIAL[BOS], SPECIAL[EOS]
+        self._learn(dict.fromkeys((begin, end, *(word for s in sentences for word in s))))
+        known = self._rows
+        return [
+            np.fromiter((known[word] for word in (begin, *s, end)), np.int32, len(s) + 2) for s in sentences
+        ]
+
+    def _learn(self, words: dict[str, None]) -> None:
+        new = [word for word in words if word not in self._rows]
+        if len(self._rows) + len(new) > self._capacity:
+            self._rows, new = {}, list(words)
+        new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # words of a length share a shape
+        self._grow(len(self._rows) + len(new))
+        for i in range(0, len(new), _SPELLED):
+            part = new[i : i + _SPELLED]
+            # The last part is filled up with its last word; what it writes is written over.
+            ids = character_ids(part + part[-1:] * (_SPELLED - len(part)), multiple=self._multiple)
+            self.table = self._put(self.table, self._spell(self._params, ids), np.int32(len(self._rows)))
+            self._rows.update({word: len(self._rows) + k for k, word in enumerate(part)})
+
+    @property
+    def _multiple(self) -> int:
+        return max(8, self._longest_filter)
+
+    def _grow(self, words: int) -> None:
+        need = words + _SPELLED
+        if need > len(self.table):
+            size = 1 << (need - 1).bit_length()
+            self.table = jnp.zeros((size, self._width), jnp.float32).at[: len(self.table)].set(self.table)
+
+
+class Reader:
+    """Runs batches of sentences through a language model, a window at a time.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        vocabulary: its numbering of tokens, if it reads words.
+        window: most steps at once; longer sentences take several windows, each beginning
+            with the state the one before ended with, which changes nothing.
+    """
+
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None, window: int = 128):
+        self.config, self.words = model.config, WordTable(model, params, vocabulary)
+        self.window = window
+        self._params = params
+
+        def run(params: Any, x: Array, lengths: Array, state: Any):
+            x = x.astype(model.config.dtype)
+            out: Any = model.apply({"params": params}, x, lengths, state, method="contextualize")
+            return jnp.stack([h.astype(jnp.float32) for h in out[0]]), out[1]
+
+        self._run = jax.jit(run, donate_argnums=3)
+        self._take = jax.jit(
+            lambda table, rows: jnp.take(table, rows, axis=0)
+        )  # its shape changes, run's not
+
+    def fresh_state(self, rows: int) -> tuple[State, ...]:
+        """Zeros, for that many sentences."""
+        c = self.config
+        shapes = (DIRECTIONS, rows, c.cells), (DIRECTIONS, rows, c.embedding)
+        return tuple(State(*(jnp.zeros(shape, jnp.float32) for shape in shapes)) for _ in range(c.layers))
+
+    def read(
+        self, sentences: Sequence[Sequence[str]], out: Sequence[Any], state: tuple[State, ...] | None = None
+    ) -> tuple[State, ...]:
+        """Write the layers of every token of a batch of sentences.
+
+        Args:
+            sentences: tokens; B of them.
+            out: for each sentence what takes ``out[:, tokens, features] = ...`` for float32
+                ``[L, tokens, F]``: an array, or an HDF5 dataset.
+            state: the first state, of at least B rows; zeros if None.
+
+        Returns:
+            The state after each sentence, for as many rows as were given.
+        """
+        rows = len(state[0].c[0]) if state is not None else _round_up(len(sentences), _ROWS)
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
+        carried: Any = self.fresh_state(rows) if state is None else state
+        longest = int(lengths.max(initial=2))
+        steps = min(self.window, _round_up(longest, _WINDOWS))
+        for start in range(0, longest, steps):
+            indices = self._indices(sentences, start, steps, rows)
+            left = np.clip(lengths - start, 0, steps).astype(np.int32)
+            x = self._take(self.words.table, indices)
+            layers, carried = self._run(self._params, x, left, carried)
+            _write(np.asarray(layers), start, [len(s) for s in sentences], out)
+        return carried
+
+    def _indices(self, sentences: Sequence[Sequence[str]], start: int, steps: int, rows: int) -> np.ndarray:
+        """Word-table rows ``[W, D, B]`` of one window of every sentence."""
+        parts, where = [], []
+        for b, sentence in enumerate(sentences):
+            n = len(sentence)
+            for d in range(DIRECTIONS):
+                # Reading index r is token r - 1 forward and n - r backward; 0 and n + 1 are
+                # the marks, which a part gets at both its ends, so it is cut one wider.
+                low, high = max(start - 1, 0), min(start + steps - 1, n)
+                if start >= n + 2:
+                    continue
+                part = sentence[low:high] if d == 0 else sentence[n - high : n - low][::-1]
+                parts.append(part)
+                where.append((b, d, low))
+        index = np.zeros((steps, DIRECTIONS, rows), np.int32)
+        for (b, d, low), row in zip(where, self.words.rows(parts), strict=True):
+            if d == 1:  # it begins with the end
+                row = np.r_[row[-1], row[1:-1], row[0]]
+            first = start - low  # 0 for the first window, which begins with a mark; else 1
+            cut = row[first : first + steps]
+            index[: len(cut), d, b] = cut
+        return index
+
+
+def _write(layers: np.ndarray, start: int, counts: Sequence[int], out: Sequence[Any]) -> None:
+    """Hand a window's ``[L, W, D, B, P]`` to the sentences, each half at its own place."""
+    _, steps, _, _, width = layers.shape
+    for b, (n, array) in enumerate(zip(counts, out, strict=True)):
+        low, high = max(start, 1), min(start + steps, n + 1)  # reading indices of real tokens
+        if low < high:
+            part = layers[:, low - start : high - start, :, b]
+            array[:, low - 1 : high - 1, :width] = part[:, :, 0]
+            array[:, n + 1 - high : n + 1 - low, width:] = part[:, ::-1, 1]
+
+
+def _round_up(n: int, sizes: Sequence[int]) -> int:
+    """The least of the sizes that holds n; beyond the last, its least multiple."""
+    return next((size for size in sizes if size >= n), -(-n // sizes[-1]) * sizes[-1])
