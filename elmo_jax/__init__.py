@@ -1,12 +1,15 @@
 """ELMo in JAX: train, load and use deep contextualised word vectors (Peters et al. 2018)."""
 
 from elmo_jax.bilm import BiLM, BiLMConfig, bilm_features, bilm_loss, bilm_sums
+from elmo_jax.characters import character_ids
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
 from elmo_jax.combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
 from elmo_jax.data import Batch, BatchStream, Documents
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
 from elmo_jax.elmo import Elmo
+from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
+from elmo_jax.estimator import ElmoVectorizer
 from elmo_jax.fit import fit
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.softmax import full_nll, sampled_nll
@@ -23,12 +26,14 @@ __all__ = [
     "BiLM",
     "BiLMConfig",
     "BiLSTMClassifier",
+    "CharCNNConfig",
     "ClassifierConfig",
     "CombinerConfig",
     "DataConfig",
     "Dataset",
     "Documents",
     "Elmo",
+    "ElmoVectorizer",
     "FrozenMix",
     "InputError",
     "LearnedFunction",
@@ -39,6 +44,7 @@ __all__ = [
     "bilm_features",
     "bilm_loss",
     "bilm_sums",
+    "character_ids",
     "classifier_loss",
     "clean",
     "evaluate",

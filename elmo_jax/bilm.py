@@ -182,6 +182,23 @@ class BiLM(nn.Module):
         targets = _in_reading_order(words, jnp.asarray(batch.lengths))[1:, ..., 0]
         weight = token_mask(batch.lengths - 1, h.shape[0]).T[:, None, :].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
+        total, each = self._nll(h, targets, weight, negatives)
+        by_direction = jnp.sum(each * weight, axis=(0, 2))
+        tokens = jnp.sum(weight[:, 0])
+        return {
+            "loss": total,
+            "nll_forward": by_direction[0],
+            "nll_backward": by_direction[1],
+            "tokens": tokens,
+            "words": tokens - jnp.sum(batch.weight),
+        }
+
+    def surprisal(self, h: Array, targets: Array) -> Array:
+        """-log p of each target with the full softmax, all of the leading shape of h ``[..., P]``."""
+        return self._nll(h, targets, jnp.ones(targets.shape, jnp.float32), None)[1]
+
+    def _nll(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> tuple[Array, Array]:
+        """The weighted sum, and every target's own value in the shape of the targets."""
         flat = (
             h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
             self.embedder.table if self.tied else self.softmax_table,
@@ -193,15 +210,7 @@ class BiLM(nn.Module):
             total, each = full_nll(*flat)
         else:
             total, each = sampled_nll(*flat, self.make_rng("negatives"), negatives)
-        by_direction = jnp.sum(each.reshape(targets.shape) * weight, axis=(0, 2))
-        tokens = jnp.sum(weight[:, 0])
-        return {
-            "loss": total,
-            "nll_forward": by_direction[0],
-            "nll_backward": by_direction[1],
-            "tokens": tokens,
-            "words": tokens - jnp.sum(batch.weight),
-        }
+        return total, each.reshape(targets.shape)
 
 
 def _in_reading_order(x: Array, lengths: Array) -> Array:

@@ -52,6 +52,11 @@ class Elmo:
         self._reader = Reader(model, params, vocabulary)
         self._carried: tuple[State, ...] | None = None
 
+    def __reduce__(self):
+        """Pickled as what it is made of: scikit-learn pipelines are."""
+        params = jax.tree.map(np.asarray, self.params)
+        return _rebuild, (self.model.config, self.model.vocabulary, params, self.vocabulary)
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Elmo":
         """Load a run of ``experiments.pretrain`` (its best epoch), or what `save_pretrained` wrote.
@@ -139,7 +144,7 @@ class Elmo:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
 
     def embed(
-        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_size: int = 32
+        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = 2048
     ) -> list[np.ndarray]:
         """The layer states of every token.
 
@@ -151,27 +156,66 @@ class Elmo:
             stateful: begin sentence k with the LSTM state that sentence k of the last
                 stateful call ended with, in both directions, as bilm-tf and AllenNLP do;
                 `reset_state` forgets it. All sentences then run at once.
-            batch_size: sentences run at once.
+            batch_tokens: sentences times steps run at once, about.
 
         Returns:
             For each sentence float32 ``[L, tokens, F]``: layer 0 the token vectors, then
             each LSTM layer; the first half of F read forward, the second backward.
+
+        Raises:
+            InputError: a sentence is no list of strings.
         """
-        for i, sentence in enumerate(sentences):
-            if isinstance(sentence, str):
-                raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
-        c = self.model.config
-        shape = c.layers + 1, 2 * c.embedding
-        out = [np.empty((shape[0], len(s), shape[1]), np.float32) for s in sentences]
+        _check_sentences(sentences)
+        layers, _, width = self.shape(0)
+        out = [np.empty((layers, len(s), width), np.float32) for s in sentences]
+        self._reader.batch_tokens = batch_tokens
         with jax.default_matmul_precision("highest"):
             if stateful and sentences:
                 self._carried = self._reader.read(sentences, out, self._state(len(sentences)))
                 return out
-            order = sorted(range(len(out)), key=lambda i: len(sentences[i]))
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for rows in self._reader.groups([len(s) for s in sentences]):
                 self._reader.read([sentences[i] for i in rows], [out[i] for i in rows])
         return out
+
+    def embed_into(self, sentence: Sequence[str], out: Any) -> None:
+        """`embed` one sentence of any length, a window at a time, into what need not fit in memory.
+
+        Args:
+            sentence: its tokens.
+            out: takes ``out[:, tokens, features] = values`` for `shape` ``[L, tokens, F]``;
+                an HDF5 dataset, for one.
+        """
+        _check_sentences([sentence])
+        with jax.default_matmul_precision("highest"):
+            self._reader.read([sentence], [out])
+
+    def shape(self, tokens: int) -> tuple[int, int, int]:
+        """``(L, tokens, F)``, the shape of a sentence's layers."""
+        return self.model.config.layers + 1, tokens, 2 * self.model.config.embedding
+
+    def surprisal(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """How unexpected each token is to each direction: -log p in nats, with the full softmax.
+
+        Args:
+            sentences: tokens.
+
+        Returns:
+            For each sentence float32 ``[2, tokens + 1]``: forward, every token given those
+            before it and then ``</S>``; backward, ``<S>`` and then every token, given those
+            behind it. The mean of a row is the log of its perplexity.
+
+        Raises:
+            InputError: the model has no softmax, or a sentence is no list of strings.
+        """
+        _check_sentences(sentences)
+        if self.vocabulary is None:
+            raise InputError("the model was loaded without a softmax, and cannot tell how likely a token is")
+        out: dict[int, np.ndarray] = {}
+        with jax.default_matmul_precision("highest"):
+            for rows in self._reader.groups([len(s) for s in sentences]):
+                parts = self._reader.surprisal([sentences[i] for i in rows])
+                out |= dict(zip(rows, parts, strict=True))
+        return [out[i] for i in range(len(sentences))]
 
     def reset_state(self) -> None:
         """Forget what stateful calls carried."""
@@ -186,6 +230,19 @@ class Elmo:
         if have >= rows:
             return self._carried
         return jax.tree.map(lambda new, old: new.at[:, :have].set(old), fresh, self._carried)
+
+
+def _rebuild(config: BiLMConfig, classes: int, params: Any, vocabulary: Vocabulary | None) -> Elmo:
+    return Elmo(BiLM(config, classes), params, vocabulary)
+
+
+def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
+    for i, sentence in enumerate(sentences):
+        if isinstance(sentence, str):
+            raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
+        for token in sentence:
+            if not isinstance(token, str):
+                raise InputError(f"sentence {i} holds {token!r:.60}, which is no string; give its tokens")
 
 
 def _softmax_path(weights: str | Path) -> Path:

@@ -5,7 +5,7 @@ Nouns: a *window* is the next W steps of reading, in each direction from its own
 Axes: B batch, T time, W steps a window, D direction, L layers, E embedding, P projection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from elmo_jax.text import BOS, EOS, SPECIAL, Vocabulary
 
 # Shapes are rounded up to these, so that few are compiled and little is padding.
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
-_ROWS = (1, 4, 16)
+_ROWS = (1, 4, 16, 64)
 _SPELLED = 256  # words through the character CNN at once
 
 
@@ -101,12 +101,26 @@ class Reader:
         vocabulary: its numbering of tokens, if it reads words.
         window: most steps at once; longer sentences take several windows, each beginning
             with the state the one before ended with, which changes nothing.
+        batch_tokens: sentences times steps at once, about.
     """
 
-    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None, window: int = 128):
+    def __init__(
+        self,
+        model: BiLM,
+        params: Any,
+        vocabulary: Vocabulary | None,
+        window: int = 128,
+        batch_tokens: int = 2048,
+    ):
         self.config, self.words = model.config, WordTable(model, params, vocabulary)
-        self.window = window
-        self._params = params
+        self.window, self.batch_tokens = window, batch_tokens
+        self._params: Any = params
+        self._vocabulary: Any = vocabulary
+
+        def nll(params: Any, layers: Array, targets: Array) -> Array:
+            return model.apply({"params": params}, layers[-1], targets, method="surprisal")  # type: ignore
+
+        self._nll = jax.jit(nll)
 
         def run(params: Any, x: Array, lengths: Array, state: Any):
             x = x.astype(model.config.dtype)
@@ -130,7 +144,7 @@ class Reader:
         """Write the layers of every token of a batch of sentences.
 
         Args:
-            sentences: tokens; B of them.
+            sentences: tokens; B of them, at least one.
             out: for each sentence what takes ``out[:, tokens, features] = ...`` for float32
                 ``[L, tokens, F]``: an array, or an HDF5 dataset.
             state: the first state, of at least B rows; zeros if None.
@@ -138,19 +152,68 @@ class Reader:
         Returns:
             The state after each sentence, for as many rows as were given.
         """
-        rows = len(state[0].c[0]) if state is not None else _round_up(len(sentences), _ROWS)
+        counts = [len(s) for s in sentences]
+        last: Any = state
+        for start, layers, after in self._windows(sentences, state):
+            _write(np.asarray(layers), start, counts, out)
+            last = after
+        return last
+
+    def surprisal(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """-log p of every token with the full softmax; see `Elmo.surprisal`."""
+        ids = [np.r_[BOS, self._vocabulary.ids(s), EOS].astype(np.int32) for s in sentences]
+        out = [np.empty((DIRECTIONS, len(s) + 1), np.float32) for s in sentences]
+        for start, layers, _ in self._windows(sentences, None):
+            _, steps, _, rows, _ = layers.shape
+            targets = np.zeros((steps, DIRECTIONS, rows), np.int32)
+            for b, row in enumerate(ids):
+                for d in range(DIRECTIONS):
+                    part = row[:: -1 if d else 1][start + 1 : start + 1 + steps]
+                    targets[: len(part), d, b] = part
+            each = np.asarray(self._nll(self._params, layers, targets))
+            for b, row in enumerate(out):
+                last = min(start + steps, row.shape[1])
+                if start < last:
+                    row[0, start:last] = each[: last - start, 0, b]
+                    row[1, ::-1][start:last] = each[: last - start, 1, b]
+        return out
+
+    def _windows(
+        self, sentences: Sequence[Sequence[str]], state: tuple[State, ...] | None
+    ) -> Iterator[tuple[int, Array, tuple[State, ...]]]:
+        """Every window's first step, its layers ``[L, W, D, B, P]``, and the state after it."""
+        rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences)
         lengths = np.zeros(rows, np.int32)
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
         carried: Any = self.fresh_state(rows) if state is None else state
         longest = int(lengths.max(initial=2))
-        steps = min(self.window, _round_up(longest, _WINDOWS))
+        steps = self._steps(longest)
         for start in range(0, longest, steps):
             indices = self._indices(sentences, start, steps, rows)
             left = np.clip(lengths - start, 0, steps).astype(np.int32)
             x = self._take(self.words.table, indices)
             layers, carried = self._run(self._params, x, left, carried)
-            _write(np.asarray(layers), start, [len(s) for s in sentences], out)
-        return carried
+            yield start, layers, carried
+
+    def groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Sentences to run together: of like length, about `batch_tokens` steps at once."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        start = 0
+        while start < len(order):
+            rows = self._most_rows(lengths[order[start]] + 2)
+            yield order[start : start + rows]
+            start += rows
+
+    def rows_for(self, sentences: Sequence[Sequence[str]]) -> int:
+        """Rows of the batch these sentences make, filler among them."""
+        most = self._most_rows(max(map(len, sentences)) + 2)
+        return len(sentences) if len(sentences) >= most else min(most, _round_up(len(sentences), _ROWS))
+
+    def _most_rows(self, longest: int) -> int:
+        return max(1, self.batch_tokens // self._steps(longest))
+
+    def _steps(self, longest: int) -> int:
+        return min(self.window, _round_up(longest, _WINDOWS))
 
     def _indices(self, sentences: Sequence[Sequence[str]], start: int, steps: int, rows: int) -> np.ndarray:
         """Word-table rows ``[W, D, B]`` of one window of every sentence."""

@@ -93,8 +93,9 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     task = lambda params: loss_fn({**state.frozen, **params}, batch, key)  # noqa: E731
     (loss, sums), gradients = jax.value_and_grad(task, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return state, {**sums, "loss": loss}
 

@@ -3,8 +3,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from reference import bilm
 
-from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax.bilm import BiLM, BiLMConfig, bilm_sums
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -33,12 +34,32 @@ def test_layers_are_the_models_without_the_markers(elmo):
 
 def test_neighbours_order_and_repetition_change_nothing(elmo):
     together = elmo.embed(SENTENCES)
-    backwards = elmo.embed(SENTENCES[::-1], batch_size=2)[::-1]
-    alone = [elmo.embed([sentence], batch_size=1)[0] for sentence in SENTENCES]
+    backwards = elmo.embed(SENTENCES[::-1], batch_tokens=20)[::-1]
+    alone = [elmo.embed([sentence], batch_tokens=1)[0] for sentence in SENTENCES]
     for a, b, c, again in zip(together, backwards, alone, elmo.embed(SENTENCES), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
         np.testing.assert_allclose(a, c, atol=1e-6)
         np.testing.assert_array_equal(a, again)
+
+
+def test_surprisal_is_the_training_loss_token_by_token(elmo):
+    windows = Elmo(elmo.model, elmo.params, elmo.vocabulary)
+    windows._reader.window = 5
+    sums = jax.jit(bilm_sums(elmo.model))
+    for sentence, each, again in zip(
+        SENTENCES, elmo.surprisal(SENTENCES), windows.surprisal(SENTENCES), strict=True
+    ):
+        assert each.shape == (2, len(sentence) + 1)
+        np.testing.assert_allclose(each, again, rtol=1e-5)
+        want = sums(elmo.params, Batch.of([elmo.vocabulary.ids(sentence)], shape=(1, 26)))
+        np.testing.assert_allclose(each.sum(1), [want["nll_forward"], want["nll_backward"]], rtol=1e-5)
+        np.testing.assert_allclose(
+            bilm(elmo.params, ids(elmo, sentence))[1], [each[0], each[1, ::-1]], rtol=1e-4
+        )
+
+
+def ids(elmo, sentence):
+    return np.array([1, *elmo.vocabulary.ids(sentence), 2])
 
 
 def test_context_changes_the_upper_layers_alone(elmo):
@@ -59,6 +80,8 @@ def test_export_then_import_is_identity(elmo, tmp_path):
 def test_a_sentence_that_is_a_string_is_named(elmo):
     with pytest.raises(InputError, match="sentence 1 is a string"):
         elmo.embed([["fine"], "not fine"])
+    with pytest.raises(InputError, match="sentence 0 holds 3, which is no string"):
+        elmo.surprisal([["fine", 3]])
 
 
 @pytest.mark.parametrize(

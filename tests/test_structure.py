@@ -35,6 +35,8 @@ ALLOWED = {
         "recurrence",
         "text",
     },
+    "dump": {"checkpoint", "elmo", "errors", "text"},
+    "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "text", "train"},
 }
 
 

@@ -1,0 +1,232 @@
+"""A text file's layers in one HDF5 file, as bilm-tf and AllenNLP lay them out, of any size.
+
+Nouns: a *line* is one sentence; a *part* is a file with the layers of some thousand tokens'
+lines, written whole or not at all, so that a stop loses one part's work at the most. The
+parts are joined at the end.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from elmo_jax.checkpoint import write_atomically
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.text import tokenize
+
+Layers = Literal["all", "top", "average", "mix"]
+
+PART_TOKENS = 50_000  # of a part: a few seconds' work and some hundred MB at most
+_LONG = 4_096  # tokens from which a line's layers go to the file a window at a time
+_CHUNK = 256  # tokens an HDF5 chunk
+_INDEX_BYTES = 64 << 20  # of the text; a larger one gets no sentence_to_index
+
+
+@dataclass(frozen=True)
+class DumpConfig:
+    """What is written of each line."""
+
+    layers: Layers = "all"
+    """All [L, tokens, F]; or [tokens, F]: the top one, their average, or the mix of a trained combiner."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the numbers in the file."""
+    tokenize: bool = False
+    """Split raw text as the training commands do; else lines are tokens with spaces between."""
+    long: Literal["split", "refuse"] = "split"
+    """Lines of more than --max-length tokens: read on with the state carried, which changes nothing,
+    or an error."""
+    max_length: int = 100_000
+    """Tokens that make a line long."""
+    batch_tokens: int = 2048
+    """Sentences times tokens run at once, about."""
+
+
+def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers from 0 and their tokens, one line in memory at a time.
+
+    Raises:
+        InputError: the file is missing or not UTF-8, with the line.
+    """
+    try:
+        with path.open("rb") as file:
+            for i, line in enumerate(file):
+                try:
+                    yield i, split(line.decode("utf-8-sig" if i == 0 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    bad = line[error.start]
+                    raise InputError(
+                        f"{path}:{i + 1}: byte 0x{bad:02x} is not UTF-8; convert the file to UTF-8"
+                    ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+class Dump:
+    """Writes one text's layers into one HDF5 file; goes on where it was stopped.
+
+    The file holds a dataset a line, named by the line's number from 0, and
+    ``sentence_to_index``, a JSON object from each line to its number.
+
+    Args:
+        elmo: the model.
+        source: the text, a sentence a line.
+        target: the HDF5 file.
+        config: what to write.
+        weights: of the layers, if `config.layers` is "mix".
+
+    Raises:
+        InputError: the text cannot be read, or a line is too long and is to be refused.
+    """
+
+    def __init__(
+        self,
+        elmo: Elmo,
+        source: Path,
+        target: Path,
+        config: DumpConfig,
+        weights: Sequence[float] | None = None,
+    ):
+        self.elmo, self.source, self.target, self.config = elmo, source, target, config
+        layers, _, self.features = elmo.shape(0)
+        of = {"average": [1 / layers] * layers, "top": [0.0] * (layers - 1) + [1.0], "mix": weights}
+        self.weights = of.get(config.layers)
+        self.parts = target.with_name(target.name + ".parts")
+        self.lines = self.tokens = 0
+        for i, line in self._read():
+            if config.long == "refuse" and len(line) > config.max_length:
+                raise InputError(
+                    f"{source}:{i + 1}: has {len(line):,} tokens, more than --max-length "
+                    f"{config.max_length:,}; cut the line, or give --long split"
+                )
+            self.lines, self.tokens = i + 1, self.tokens + len(line)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the layers will take, without HDF5's own."""
+        each = np.dtype(self.config.dtype).itemsize * self.features
+        return self.tokens * each * (1 if self.weights is not None else self.elmo.shape(0)[0])
+
+    def begin(self, about: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """Make ready to write; ``about`` says which model it is.
+
+        Raises:
+            InputError: there is a file or an unfinished one and no word what to do with it, it is
+                of another text, model or configuration, or there is not room enough.
+        """
+        settings = {"config": asdict(self.config), "weights": self.weights, "lines": self.lines}
+        settings |= {"tokens": self.tokens, "source": str(self.source), **about}
+        mark = self.parts / "settings.json"
+        if overwrite:
+            self.target.unlink(missing_ok=True)
+            shutil.rmtree(self.parts, ignore_errors=True)
+        if self.target.exists():
+            raise InputError(f"{self.target}: is there already; replace it with --overwrite")
+        if self.parts.exists() and not resume:
+            raise InputError(f"{self.parts}: holds an unfinished dump; --resume it or --overwrite it")
+        if mark.exists() and json.loads(mark.read_text()) != json.loads(json.dumps(settings)):
+            raise InputError(f"{self.parts}: is of another text, model or settings; give --overwrite")
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            write_atomically(mark, json.dumps(settings) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.parts}: cannot be written ({error.strerror}); give another path"
+            ) from None
+        self._check_room()
+
+    def _check_room(self) -> None:
+        done = sum(path.stat().st_size for path in self.parts.iterdir())
+        need, free = 2 * self.size - done, shutil.disk_usage(self.parts).free
+        if need > free:
+            raise InputError(
+                f"{self.target}: needs {need / 1e9:.1f} GB while it is written, and {free / 1e9:.1f} GB are "
+                "free; make room, or give --dtype float16 or --layers top"
+            )
+
+    def write(self, on_tokens: Callable[[int], None] = lambda n: None) -> None:
+        """Write what is not written yet; `on_tokens` hears how many tokens each step did.
+
+        Raises:
+            InputError: the disk is full; what is written stays.
+        """
+        try:
+            for number, part in enumerate(self._blocks()):
+                path = self.parts / f"{number:06d}.h5"
+                if not path.exists():
+                    self._write_part(path, part)
+                on_tokens(sum(len(line) for _, line in part))
+            self._join()
+        except OSError as error:
+            raise InputError(f"{self.target}: cannot be written ({error}); make room and --resume") from None
+
+    def _read(self) -> Iterator[tuple[int, list[str]]]:
+        return read_lines(self.source, tokenize if self.config.tokenize else str.split)
+
+    def _blocks(self) -> Iterator[list[tuple[int, list[str]]]]:
+        """The lines of each part: the same however often it is asked."""
+        block: list[tuple[int, list[str]]] = []
+        tokens = 0
+        for i, line in self._read():
+            block.append((i, line))
+            tokens += len(line) + 1
+            if tokens >= PART_TOKENS:
+                yield block
+                block, tokens = [], 0
+        if block:
+            yield block
+
+    def _write_part(self, path: Path, lines: list[tuple[int, list[str]]]) -> None:
+        unfinished = path.with_suffix(".unfinished")
+        with h5py.File(unfinished, "w") as file:
+            short = [(i, line) for i, line in lines if len(line) <= _LONG]
+            embedded = self.elmo.embed([line for _, line in short], batch_tokens=self.config.batch_tokens)
+            for (i, _), layers in zip(short, embedded, strict=True):
+                data = layers if self.weights is None else np.einsum("l,ltf->tf", self.weights, layers)
+                self._dataset(file, i, layers.shape[1])[...] = data
+            for i, line in lines:
+                if len(line) > _LONG:
+                    data = self._dataset(file, i, len(line))
+                    self.elmo.embed_into(line, data if self.weights is None else _Mixed(data, self.weights))
+        unfinished.replace(path)
+
+    def _dataset(self, file: h5py.File, number: int, tokens: int) -> h5py.Dataset:
+        shape = self.elmo.shape(tokens) if self.weights is None else (tokens, self.features)
+        if not tokens:  # HDF5 cannot cut nothing into chunks
+            return file.create_dataset(str(number), shape, self.config.dtype)
+        chunks = (*[1] * (len(shape) - 2), min(tokens, _CHUNK), self.features // 2)
+        return file.create_dataset(str(number), shape, self.config.dtype, chunks=chunks, fletcher32=True)
+
+    def _join(self) -> None:
+        whole = self.target.with_name(self.target.name + ".part")
+        with h5py.File(whole, "w") as file:
+            for path in sorted(self.parts.glob("*.h5")):
+                with h5py.File(path, "r") as part:
+                    for name in part:
+                        part.copy(name, file)
+            index = self._index()
+            if index is not None:
+                file.create_dataset("sentence_to_index", (1,), h5py.string_dtype())[0] = index
+        whole.replace(self.target)
+        shutil.rmtree(self.parts)
+
+    def _index(self) -> str | None:
+        if self.source.stat().st_size > _INDEX_BYTES:
+            return None
+        with self.source.open(encoding="utf-8-sig") as file:
+            return json.dumps({line.rstrip("\r\n"): str(i) for i, line in enumerate(file)})
+
+
+class _Mixed:
+    """Weighs layers as they are written, so that no line needs to be whole in memory."""
+
+    def __init__(self, data: h5py.Dataset, weights: Sequence[float]):
+        self.data, self.weights = data, weights
+
+    def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
+        self.data[where[1:]] = np.einsum("l,ltf->tf", self.weights, layers)
