@@ -1,0 +1,111 @@
+"""Running text as windows whose LSTM state is carried from batch to batch, as bilm-tf trains.
+
+Nouns: a *stream* is all sentences of an epoch end to end, in an order drawn anew; each batch
+row reads a stretch of it of its own, and a *window* is the next U + 1 tokens of every row.
+Axes: B batch, U steps a window, D direction, C characters, K steps a dispatch.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from elmo_jax.data import Dispatch, Documents
+from elmo_jax.text import BOS, EOS, UNK
+
+DIRECTIONS = 2
+
+
+@struct.dataclass
+class Window:
+    """The next tokens of every row, in reading order; a JAX pytree.
+
+    Attributes:
+        words: ``[U + 1, D, B]`` int32 ids. Forward a sentence is ``<S> w1 ... wn </S>``,
+            backward ``</S> wn ... w1 <S>``, both at the same places.
+        weight: ``[U, D, B]`` float32: 1 where the next token is to be predicted, 0 from a
+            sentence's last mark to the next one's first.
+        chars: ``[U, D, B, C]`` int32 of all but the last token, or None.
+    """
+
+    words: Any
+    weight: Any
+    chars: Any = None
+
+
+class ContiguousStream:
+    """Documents as windows; the window of a step is a function of (seed, step) alone.
+
+    What is left of an epoch's stream after the last whole window is not read.
+
+    Args:
+        documents: at least B (U + 1) tokens, marks among them.
+        batch_size: B.
+        unroll: U.
+        seed: of the order of sentences.
+        steps_per_dispatch: K.
+
+    Example:
+        >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
+        >>> stream = ContiguousStream(docs, batch_size=2, unroll=3, seed=0)
+        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.dispatches(0, 2)]
+        (2, [(1, 4, 2, 2), (1, 4, 2, 2)])
+    """
+
+    def __init__(
+        self, documents: Documents, batch_size: int, unroll: int, seed: int, steps_per_dispatch: int = 1
+    ):
+        self.documents, self.batch_size, self.unroll = documents, batch_size, unroll
+        self.seed, self.steps_per_dispatch = seed, steps_per_dispatch
+        total = int(documents.offsets[-1]) + 2 * len(documents)
+        self.stretch = total // batch_size  # tokens a row
+        self.steps_per_epoch = (self.stretch - 1) // unroll
+        if self.steps_per_epoch < 1:
+            raise ValueError(f"{total} tokens are too few for {batch_size} rows of {unroll + 1}")
+        self.tokens_per_epoch = self.steps_per_epoch * unroll * batch_size
+        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
+        """The windows of steps `first` up to but not including `last`, counted from the first epoch."""
+        step = first
+        while step < last:
+            left = self.steps_per_epoch - step % self.steps_per_epoch
+            count = min(self.steps_per_dispatch, left, last - step)
+            made = [self.window(step + i) for i in range(count)]
+            made += [made[0]] * (self.steps_per_dispatch - count)  # never run, see Dispatch
+            yield Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), count)
+            step += count
+
+    def window(self, step: int) -> Window:
+        """The window of a step."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        order, begins = self._order(epoch)
+        rows = np.arange(self.batch_size) * self.stretch + i * self.unroll
+        place = np.arange(self.unroll + 1)[:, None] + rows[None]  # [U + 1, B], in the stream
+        sentence = np.searchsorted(begins, place, "right") - 1
+        within = place - begins[sentence]
+        document = order[sentence]
+        begin = np.asarray(self.documents.offsets[document])
+        n = np.asarray(self.documents.offsets[document + 1]) - begin
+        inner = (within > 0) & (within <= n)
+        words = np.empty((self.unroll + 1, DIRECTIONS, self.batch_size), np.int32)
+        for d, (at, marks) in enumerate(((within - 1, (BOS, EOS)), (n - within, (EOS, BOS)))):
+            words[:, d] = np.where(within == 0, marks[0], marks[1])
+            words[:, d][inner] = self.documents.ids[(begin + at)[inner]]
+        weight = (within <= n)[:-1].astype(np.float32)  # the last mark predicts nothing
+        weight = np.repeat(weight[:, None], DIRECTIONS, axis=1)
+        documents = self.documents
+        chars = None if documents.spellings is None else documents.spellings[words[:-1]]
+        if documents.classes is not None:
+            words = np.where(words < documents.classes, words, UNK).astype(np.int32)
+        return Window(words, weight, chars)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's sentences in order, and where in the stream each begins."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+            lengths = self.documents.lengths[order] + 2
+            self._drawn = epoch, order, np.cumsum(lengths) - lengths
+        return self._drawn[1:]

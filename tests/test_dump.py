@@ -1,0 +1,141 @@
+import json
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+from elmo_jax import dump as module
+from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax.data import Batch
+from elmo_jax.dump import Dump, DumpConfig
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.text import Vocabulary
+from experiments import embed, evaluate
+
+LINES = ["the bank rose .", "", "the river bank of the river " * 3, "bank", "the bank rose ."]
+
+
+@pytest.fixture(scope="module")
+def elmo():
+    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
+    model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
+    params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]
+    return Elmo(model, params, vocabulary)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+def write(elmo, text, weights=None, **settings):
+    dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig(**settings), weights)
+    dump.begin({}, resume=True, overwrite=False)
+    dump.write()
+    with h5py.File(dump.target) as file:
+        return {name: data[...] for name, data in file.items()}, dump
+
+
+@pytest.mark.parametrize("long", [module._LONG, 2])
+@pytest.mark.parametrize("layers", ["all", "top", "average", "mix"])
+def test_a_dump_holds_what_embed_gives(elmo, text, layers, long, monkeypatch):
+    monkeypatch.setattr(module, "_LONG", long)
+    monkeypatch.setattr(module, "PART_TOKENS", 6)
+    mix = [0.5, -1.0, 2.0] if layers == "mix" else None
+    held, dump = write(elmo, text, mix, layers=layers)
+    assert json.loads(held.pop("sentence_to_index")[0]) == {line: str(i) for i, line in enumerate(LINES)}
+    assert held.keys() == set(map(str, range(5)))
+    weights = {"top": [0, 0, 1], "average": [1 / 3] * 3, "mix": mix}.get(layers)
+    for i, whole in enumerate(elmo.embed([line.split() for line in LINES])):
+        want = whole if weights is None else np.einsum("l,ltf->tf", weights, whole)
+        assert held[str(i)].dtype == np.float32
+        np.testing.assert_allclose(held[str(i)], want, atol=1e-6)
+    assert not dump.parts.exists()
+    assert dump.size == sum(a.nbytes for a in held.values())
+
+
+def test_half_precision_and_checksums(elmo, text):
+    held, dump = write(elmo, text, dtype="float16")
+    assert held["0"].dtype == np.float16
+    with h5py.File(dump.target) as file:
+        assert file["0"].fletcher32
+
+
+def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
+    monkeypatch.setattr(module, "PART_TOKENS", 6)
+    dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
+    dump.begin({}, resume=False, overwrite=False)
+    written, real = [], Dump._write_part
+
+    def counted(self, path, lines):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(self, path, lines)
+
+    monkeypatch.setattr(Dump, "_write_part", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dump.write()
+    with pytest.raises(InputError, match="--resume it or --overwrite it"):
+        dump.begin({}, resume=False, overwrite=False)
+    with pytest.raises(InputError, match="another text, model or settings"):
+        dump.begin({"model": "other"}, resume=True, overwrite=False)
+    monkeypatch.setattr(
+        Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
+    )
+    seen = []
+    dump.begin({}, resume=True, overwrite=False)
+    dump.write(seen.append)
+    assert sorted(written) == sorted(set(written)) and sum(seen) == dump.tokens
+    with h5py.File(dump.target) as file:
+        np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "said"),
+    [
+        (b"the bank\nthe \xff bank\n", {}, r"in\.txt:2: byte 0xff is not UTF-8"),
+        (b"the\nthe bank rose\n", {"long": "refuse", "max_length": 2}, r"in\.txt:2: has 3 tokens"),
+        (None, {}, r"in\.txt: cannot be read"),
+    ],
+)
+def test_a_wrong_text_is_named(elmo, text, data, settings, said):
+    text.unlink() if data is None else text.write_bytes(data)
+    with pytest.raises(InputError, match=said):
+        write(elmo, text, **settings)
+
+
+def test_no_room_is_said_before_anything_is_written(elmo, text, monkeypatch):
+    monkeypatch.setattr(Dump, "size", 10**18)
+    with pytest.raises(InputError, match="GB are free"):
+        write(elmo, text)
+
+
+def test_commands(elmo, text, tmp_path, capsys, monkeypatch):
+    elmo.save_pretrained(tmp_path / "model")
+    run = lambda module, *args: (monkeypatch.setattr("sys.argv", ["x", *map(str, args)]), module.main())[1]  # noqa: E731
+    out = tmp_path / "out.h5"
+    assert run(embed, text, out, "--pretrained", tmp_path / "model", "--layers", "top") == 0
+    assert out.exists() and "5 lines, 27 tokens" in capsys.readouterr().out
+    assert run(embed, text, out, "--pretrained", tmp_path / "model") == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert run(embed, text, out) == 2
+    assert "give one of --pretrained RUN and --bilm" in capsys.readouterr().err
+    assert run(embed, text, out, "--pretrained", tmp_path / "model", "--layers", "mix") == 2
+    assert "--mix-from" in capsys.readouterr().err
+
+    scores = tmp_path / "scores"
+    assert run(evaluate, tmp_path / "model", text, "--output", scores) == 0
+    said = capsys.readouterr().out
+    each = elmo.surprisal([line.split() for line in LINES if line])
+    total = sum(a.sum(1) for a in each) / sum(a.shape[1] for a in each)
+    assert f"perplexity {np.exp(total.mean()):.2f} (forward {np.exp(total[0]):.2f}" in said
+    lines = [json.loads(line) for line in (scores / "scores.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == [1, 3, 4, 5]
+    np.testing.assert_allclose(lines[0]["log_p_forward"], -each[0][0].sum(), rtol=1e-5)
+    assert run(evaluate, tmp_path / "model") == 2
+    assert "at least one text" in capsys.readouterr().err
