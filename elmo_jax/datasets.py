@@ -4,6 +4,7 @@ Nouns: a *data set* is three parts of documents (training, validation, test) wit
 vocabulary, made from the training part alone.
 """
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,15 @@ class Dataset:
     train: Documents
     validation: Documents
     test: Documents
+
+    @property
+    def digest(self) -> str:
+        """A sha256 of every part's ids, lengths and labels: the same for the same texts alone."""
+        hashed = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.ids, part.lengths, part.labels):
+                hashed.update(np.ascontiguousarray(array))
+        return hashed.hexdigest()
 
 
 def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None) -> Dataset:

@@ -3,7 +3,7 @@
 Axes: B batch, T time, L layers, F features.
 """
 
-import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +13,20 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.checkpoint import Run, read_config, write_atomically
+from elmo_jax.checkpoint import Run
 from elmo_jax.data import Batch
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import check_files, digest, read_config, structure, write_atomically, write_config
+from elmo_jax.steps import check_kinds
 from elmo_jax.text import Vocabulary
 
 VOCABULARY = "vocab.txt"
 _WEIGHTS = "model.safetensors"
 _STEPS = 16  # lengths are padded to a multiple, so that few shapes are compiled
+_LONGEST = 2**16  # tokens a sentence; a longer one is a mistake, and would take much memory
 
 
 class Elmo:
@@ -61,21 +64,18 @@ class Elmo:
         config = read_config(path)
         if "model" not in config:
             raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
+        check_files(path)
         vocabulary = Vocabulary.load(path / VOCABULARY)
-        try:
-            model = BiLM(BiLMConfig(**config["model"]), len(vocabulary))
-        except TypeError as error:
-            raise InputError(f"{path / 'config.json'}: 'model' is not understood ({error})") from None
-        if (path / _WEIGHTS).exists():
-            try:
-                params = unflatten_dict(load_file(path / _WEIGHTS), sep="/")
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path / _WEIGHTS}: cannot be read ({error}); export it again") from None
+        model = BiLM(_model_config(config["model"], f"{path}: model"), len(vocabulary))
+        if _WEIGHTS in config["files"]:
+            params = _read_weights(path / _WEIGHTS)
         else:
-            run = Run.open(path)
-            params = run.restore_best(("params",))["params"]
-            run.close()
-        _check_shapes(model, params, path)
+            params = Run.open(path).restore_best(("params",))["params"]
+        wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
+        check_kinds(params, wanted, str(path))
+        for name, a in flatten_dict(params, sep="/").items():
+            if not np.isfinite(a).all():
+                raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")
         return cls(model, params, vocabulary)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -83,12 +83,12 @@ class Elmo:
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.vocabulary.save(path / VOCABULARY)
             arrays = {name: np.asarray(a) for name, a in flatten_dict(self.params, sep="/").items()}
-            save_file(arrays, path / _WEIGHTS)
-            write_atomically(
-                path / "config.json", json.dumps({"model": asdict(self.model.config)}, indent=2) + "\n"
-            )
+            files = {_WEIGHTS: save(arrays), VOCABULARY: self.vocabulary.text.encode()}
+            for name, data in files.items():
+                write_atomically(path / name, data)
+            digests = {name: digest(data) for name, data in files.items()}
+            write_config(path, {"model": asdict(self.model.config)}, digests)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
 
@@ -106,35 +106,54 @@ class Elmo:
             For each sentence float32 ``[L, tokens, F]``: layer 0 the token vectors, then
             each LSTM layer; the first half of F read forward, the second backward.
         """
-        for i, sentence in enumerate(sentences):
-            if isinstance(sentence, str):
-                raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
+        _check_sentences(sentences)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
         ids = [self.vocabulary.ids(sentence) for sentence in sentences]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: dict[int, np.ndarray] = {}
         with jax.default_matmul_precision("highest"):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                steps = -(-(len(ids[rows[-1]]) + 2) // _STEPS) * _STEPS
-                batch = Batch.of([ids[i] for i in rows], shape=(batch_size, steps))
+            while order:
+                # The longest first, and fewer of the very long at once, so that memory is bounded.
+                steps = -(-(len(ids[order[-1]]) + 2) // _STEPS) * _STEPS
+                most = min(batch_size, max(1, _LONGEST // steps))
+                rows = [order.pop() for _ in range(min(most, len(order)))]
+                batch = Batch.of([ids[i] for i in rows], shape=(most, steps))
                 layers = np.asarray(self._states(self.params, batch))  # [L, B, T, F]
                 for row, i in enumerate(rows):
                     out[i] = layers[:, row, 1 : len(ids[i]) + 1].copy()
         return [out[i] for i in range(len(ids))]
 
 
-def _check_shapes(model: BiLM, params: Any, path: Path) -> None:
-    """Every parameter there, of the right shape and dtype, and no other."""
-    wanted: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
+def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
+    if isinstance(sentences, str) or not isinstance(sentences, Sequence | np.ndarray):
+        raise InputError("sentences must be a list of lists of tokens (see tokenize)")
+    for i, sentence in enumerate(sentences):
+        if isinstance(sentence, str):
+            raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
+        if not isinstance(sentence, Sequence | np.ndarray):
+            raise InputError(f"sentence {i} is a {type(sentence).__name__}; give a list of its tokens")
+        if len(sentence) > _LONGEST:
+            raise InputError(f"sentence {i} has {len(sentence):,} tokens; split it, {_LONGEST:,} is the most")
+        for token in sentence:
+            if not isinstance(token, str):
+                raise InputError(f"sentence {i} holds {reprlib.repr(token)}, which is no string; give tokens")
 
-    def kinds(tree: Any) -> dict[Any, Any]:
-        flat: dict[Any, Any] = flatten_dict(tree, sep="/")
-        return {name: (tuple(a.shape), str(a.dtype)) for name, a in flat.items()}
 
-    want, have = kinds(wanted), kinds(params)
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise InputError(
-                f"{path}: parameter {name} is {have.get(name, 'missing')}, but its config.json and vocab.txt "
-                f"ask for {want.get(name, 'none')}; the files are not of one model"
-            )
+def _model_config(data: Any, source: str) -> BiLMConfig:
+    config = structure(BiLMConfig, data, source)
+    if not (
+        config.embedding > 0 and config.cells > 0 and 0 < config.layers <= 64 and 0 <= config.dropout < 1
+    ):
+        raise InputError(f"{source}: these are no sizes of a model: {reprlib.repr(data)}; train again")
+    return config
+
+
+def _read_weights(path: Path) -> Any:
+    """The arrays of a safetensors file, nested by the slashes in their names."""
+    try:
+        arrays = load_file(path)
+        return unflatten_dict(arrays, sep="/")
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read ({reason}); export it again") from None

@@ -122,9 +122,14 @@ class Vocabulary:
         """int32 ids ``[tokens]``; what is not in the vocabulary is ``<UNK>``."""
         return np.fromiter((self._ids.get(token, UNK) for token in tokens), np.int32)
 
+    @property
+    def text(self) -> str:
+        """What its file holds, a token a line."""
+        return "".join(f"{token}\n" for token in self.tokens[1:])
+
     def save(self, path: Path) -> None:
-        """Write the file, a token a line."""
-        path.write_text("".join(f"{token}\n" for token in self.tokens[1:]), encoding="utf-8")
+        """Write the file."""
+        path.write_text(self.text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

@@ -17,10 +17,12 @@ ALLOWED = {
     "lstm": {"recurrence"},
     "bilm": {"data", "embedders", "lstm", "metrics", "recurrence", "softmax"},
     "classifier": {"data", "lstm", "metrics"},
-    "checkpoint": {"errors"},
+    "integrity": {"errors"},
+    "steps": {"errors", "integrity"},
+    "checkpoint": {"errors", "integrity", "steps"},
     "train": {"data"},
     "fit": {"checkpoint", "data", "errors", "train"},
-    "elmo": {"bilm", "checkpoint", "data", "errors", "text"},
+    "elmo": {"bilm", "checkpoint", "data", "errors", "integrity", "steps", "text"},
 }
 
 
