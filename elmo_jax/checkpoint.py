@@ -153,9 +153,8 @@ class Run:
         try:
             run._lock.acquire()
         except filelock.Timeout:
-            raise InputError(
-                f"{path}: another run is writing there; wait for it, or give another --output"
-            ) from None
+            told = "another run writes there; wait for it, or give another --output"
+            raise InputError(f"{path}: {told}") from None
         return run
 
     @classmethod

@@ -65,7 +65,7 @@ class Dataset:
         hashed = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             for array in (part.ids, part.lengths, part.labels):
-                hashed.update(np.ascontiguousarray(array))
+                hashed.update(array.tobytes())
         return hashed.hexdigest()
 
 

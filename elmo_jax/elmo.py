@@ -73,7 +73,8 @@ class Elmo:
             params = Run.open(path).restore_best(("params",))["params"]
         wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
         check_kinds(params, wanted, str(path))
-        for name, a in flatten_dict(params, sep="/").items():
+        arrays: dict[Any, Any] = flatten_dict(params, sep="/")
+        for name, a in arrays.items():
             if not np.isfinite(a).all():
                 raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")
         return cls(model, params, vocabulary)

@@ -60,7 +60,7 @@ def write_manifest(folder: Path) -> None:
     """Write the digest of every file below the folder into its ``manifest.json``."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
 
 
 def damage(folder: Path) -> str | None:
