@@ -5,6 +5,7 @@ vocabulary, made from the training part alone.
 """
 
 import hashlib
+import reprlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,8 @@ def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]
         listed = folder / "classes.txt"
         names = tuple(read_text(listed).split("\n")) if listed.is_file() else None
         names = None if names is None else tuple(name.strip() for name in names if name.strip())
+        if names and len(set(names)) < len(names):
+            raise InputError(f"{listed}: names a class twice; each line must be another")
     train, test = (read_rows(_find(folder, name), config.text) for name in ("train.csv", "test.csv"))
     return train, test, names
 
@@ -155,7 +158,7 @@ def _find(folder: Path, name: str) -> Path:
 def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
     """The classes' names, and each written label's number."""
     written = set(train.labels)
-    integers = all(label.isdecimal() for label in written)
+    integers = all(label.isdecimal() and len(label) < 19 for label in written)
     if names is None:
         classes = tuple(sorted(written, key=int if integers else None))
         return classes, {label: i for i, label in enumerate(classes)}
@@ -168,10 +171,9 @@ def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[s
 def _labels(rows: Rows, number: dict[str, int]) -> np.ndarray:
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if label not in number:
-            known = ", ".join(sorted(number)[:10])
-            raise InputError(
-                f"{rows.path}:{line}: label {label!r} is not one of {known}; mend or remove the row"
-            )
+            known = ", ".join(map(reprlib.repr, sorted(number)[:10]))
+            told = f"label {reprlib.repr(label)} is not one of {known}"
+            raise InputError(f"{rows.path}:{line}: {told}; mend or remove the row")
     return np.array([number[label] for label in rows.labels], np.int32)
 
 

@@ -68,16 +68,15 @@ class Elmo:
         vocabulary = Vocabulary.load(path / VOCABULARY)
         model = BiLM(_model_config(config["model"], f"{path}: model"), len(vocabulary))
         if _WEIGHTS in config["files"]:
-            params = _read_weights(path / _WEIGHTS)
+            arrays = _read_weights(path / _WEIGHTS)
         else:
-            params = Run.open(path).restore_best(("params",))["params"]
+            arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
         wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])
-        check_kinds(params, wanted, str(path))
-        arrays: dict[Any, Any] = flatten_dict(params, sep="/")
+        check_kinds(arrays, wanted, str(path))
         for name, a in arrays.items():
             if not np.isfinite(a).all():
                 raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")
-        return cls(model, params, vocabulary)
+        return cls(model, unflatten_dict(arrays, sep="/"), vocabulary)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder."""
@@ -150,11 +149,10 @@ def _model_config(data: Any, source: str) -> BiLMConfig:
     return config
 
 
-def _read_weights(path: Path) -> Any:
-    """The arrays of a safetensors file, nested by the slashes in their names."""
+def _read_weights(path: Path) -> dict[str, Any]:
+    """The arrays of a safetensors file."""
     try:
-        arrays = load_file(path)
-        return unflatten_dict(arrays, sep="/")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read ({reason}); export it again") from None

@@ -155,6 +155,8 @@ def create_run(
     config: Any, output: str, monitor: str, files: Mapping[str, str] | None = None, **more: Any
 ) -> Run:
     """The run's folder, with everything in its configuration but how it was started."""
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite are two different things; give one")
     about_the_call = {"resume", "overwrite", "allow_config_change", "tensorboard"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     settings |= {"output": output, **more}
