@@ -7,7 +7,6 @@ Axes: B batch, T time, D direction, L layers (the token vectors are layer 0), P 
 F = 2P features, V vocabulary.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,19 +52,6 @@ class BiLMConfig:
     """Whether the softmax's table is the token vectors' too (Press and Wolf 2017), if by word."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products; sums, states and parameters stay float32."""
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "BiLMConfig":
-        """The inverse of `dataclasses.asdict` followed by JSON.
-
-        Raises:
-            TypeError: a name is unknown, or a value is of another kind.
-        """
-        data = dict(data)
-        characters = dict(data.pop("characters", {}))
-        if "filters" in characters:
-            characters["filters"] = tuple((int(w), int(n)) for w, n in characters["filters"])
-        return cls(**data, characters=CharCNNConfig(**characters))
 
 
 class BiLM(nn.Module):

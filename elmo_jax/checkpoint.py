@@ -1,29 +1,30 @@
-"""A run's folder: its configuration, its metrics, and the steps Orbax saved.
+"""A run's folder: its configuration, its metrics, and its saved steps.
 
 Nouns: a *run* is one training from its first to its last epoch, however often it was
 stopped; its *position* is what the host must remember to go on: the step, the sums of the
 epoch under way and the *records* of those that ended, one JSON line each.
 """
 
-import contextlib
 import json
-import logging
+import math
+import reprlib
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
+import filelock
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, write_atomically, write_config
+from elmo_jax.steps import Steps, check_kinds
 
-KEEP = 2  # newest steps kept beside the best
-_CONFIG, _METRICS, _STEPS = "config.json", "metrics.jsonl", "checkpoints"
+_METRICS, _STEPS, _RESULTS, _LOCK = "metrics.jsonl", "checkpoints", "results.json", ".lock"
+_OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
+_FREE = {"output", "epochs", "save_every", "files"}  # may change, or are compared on their own
+_ORDER = {"seed", "steps_per_dispatch"}  # of the batches alone, once training has begun
 
 
 @dataclass
@@ -31,25 +32,33 @@ class Position:
     """Where a run stands.
 
     Attributes:
-        step: optimiser steps taken.
+        step: optimiser steps, the skipped ones among them.
         sums: of the epoch under way, added up in float64.
         seconds: spent in the epoch under way.
         records: of the epochs that ended.
+        skipped: how many of the last steps, without a break, were skipped.
     """
 
     step: int = 0
     sums: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step was an epoch's last."""
+        return bool(self.records) and self.records[-1]["step"] == self.step
 
     def to_json(self) -> dict[str, Any]:
         sums = {name: np.asarray(value).tolist() for name, value in self.sums.items()}
-        return {"step": self.step, "sums": sums, "seconds": self.seconds, "records": self.records}
+        return {**self.__dict__, "sums": sums}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Position":
-        sums = {name: np.asarray(value, np.float64) for name, value in data["sums"].items()}
-        return cls(data["step"], sums, data["seconds"], data["records"])
+    def from_json(cls, data: Any, source: str) -> "Position":
+        position = structure(cls, data, source)
+        position.sums = {name: np.asarray(value, np.float64) for name, value in position.sums.items()}
+        return position
 
 
 class Run:
@@ -65,13 +74,15 @@ class Run:
         ...     run = Run.create(Path(folder) / "run", {"seed": 1}, monitor="val_loss")
         ...     run.save({"w": np.ones(2, np.float32)}, Position(step=3))
         ...     run.close()
-        ...     Run.open(run.path).config
-        {'monitor': 'val_loss', 'seed': 1}
+        ...     Run.open(run.path).restore_best()["w"].tolist()
+        [1.0, 1.0]
     """
 
     def __init__(self, path: Path, monitor: str):
         self.path, self.monitor = path, monitor
-        self._manager: ocp.CheckpointManager | None = None
+        self.steps = Steps(path / _STEPS)
+        # The kernel lets go of it when the process ends, however that comes about.
+        self._lock = filelock.FileLock(path / _LOCK, blocking=False, thread_local=False)
 
     @classmethod
     def create(
@@ -81,38 +92,69 @@ class Run:
         monitor: str,
         resume: bool = False,
         overwrite: bool = False,
+        allow_change: bool = False,
+        files: Mapping[str, str] | None = None,
     ) -> "Run":
         """Make the folder and write the configuration, or go on with what is there.
 
+        The folder is locked against other writers until `close`, or the process's end.
+
         Args:
             path: the folder; a new one, unless `resume` or `overwrite`.
-            config: written to ``config.json``; to resume, all but "output" and "epochs"
-                must be what it was.
+            config: written to ``config.json``; to resume, all but "output", "epochs" and
+                "save_every" must be what it was.
             monitor: the record's figure that is lowest at the best epoch.
             resume: go on with a run that is there; begin one if none is.
             overwrite: remove a run that is there.
+            allow_change: to resume between two epochs, "seed" and "steps_per_dispatch" may
+                change too: they give the order of the batches that come.
+            files: names and texts to write beside, which must be the same to resume.
 
         Raises:
-            InputError: the folder holds a run, or another's configuration, or is no folder.
+            InputError: the folder holds a run, or another's configuration, or is no folder,
+                or another process writes to it.
         """
-        run = cls(path, monitor)
-        config = {"monitor": monitor, **json.loads(json.dumps(config))}
+        path = Path(path)
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: is a file; give --output a folder")
-        if (path / _CONFIG).exists():
-            if resume:
-                _compare(read_config(path), config, path)
-            elif overwrite:
-                run.clear()
-            else:
-                raise InputError(f"{path}: holds a run; go on with --resume, replace it with --overwrite")
-        elif path.exists() and any(path.iterdir()):
-            raise InputError(f"{path}: is not empty and holds no run; give --output a new folder")
+        config = {"monitor": monitor, **json.loads(json.dumps(config))}
+        texts = {name: text.encode() for name, text in (files or {}).items()}
+        digests = {name: digest(data) for name, data in texts.items()}
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / _CONFIG, json.dumps(config, indent=2) + "\n")
+            run = cls._lock_folder(path, monitor)
+            try:
+                if (path / CONFIG).exists():
+                    if resume:
+                        run._compare(config, texts, allow_change)
+                    elif overwrite:
+                        run.clear()
+                    else:
+                        raise InputError(
+                            f"{path}: holds a run; go on with --resume, replace it with --overwrite"
+                        )
+                write_config(path, config, digests)
+                for name, data in texts.items():
+                    write_atomically(path / name, data)
+                run.steps.tidy()
+            except BaseException:
+                run.close()
+                raise
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another --output") from None
+        return run
+
+    @classmethod
+    def _lock_folder(cls, path: Path, monitor: str) -> "Run":
+        """The folder, made if need be, and no one else's."""
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / CONFIG).exists() and {p.name for p in path.iterdir()} - _OURS:
+            raise InputError(f"{path}: is not empty and holds no run; give --output a new folder")
+        run = cls(path, monitor)
+        try:
+            run._lock.acquire()
+        except filelock.Timeout:
+            told = "another run writes there; wait for it, or give another --output"
+            raise InputError(f"{path}: {told}") from None
         return run
 
     @classmethod
@@ -122,63 +164,80 @@ class Run:
         Raises:
             InputError: there is none.
         """
-        return cls(path, read_config(path).get("monitor", "loss"))
+        monitor = read_config(path).get("monitor")
+        if not isinstance(monitor, str):
+            raise InputError(f"{path}: holds no run, but something exported; give a run's folder")
+        return cls(path, monitor)
 
     @property
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
         return read_config(self.path)
 
-    @property
-    def manager(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: -metrics["value"], n=1, keep_checkpoints_without_metrics=False
-            )
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(KEEP), best]),
-                cleanup_tmp_directories=True,
-            )
-            handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-            with _quiet():
-                self._manager = ocp.CheckpointManager(
-                    (self.path / _STEPS).absolute(), options=options, item_handlers=handlers
+    def _compare(self, config: Mapping[str, Any], texts: Mapping[str, bytes], allow_change: bool) -> None:
+        """Refuse to go on with other settings or other texts than the run began with."""
+        before = read_config(self.path)
+        changed = {name: text for name, text in changes(before, config).items() if name not in _FREE}
+        ordered = changed.keys() <= _ORDER
+        if changed and not (allow_change and ordered):
+            told = "; ".join(f"{name} {text}" for name, text in changed.items())
+            remedy = "use those to --resume" + (", or --allow-config-change" if ordered else "")
+            raise InputError(f"{self.path}: was run with other settings ({told}); {remedy}")
+        for step in self.steps.whole() if changed else ():
+            if not self._position(step).ended:
+                raise InputError(
+                    f"{self.path}: stopped within an epoch; {', '.join(changed)} may change after it"
                 )
-        return self._manager
+            break
+        for name, data in texts.items():
+            if before["files"].get(name) != digest(data):
+                told = _difference(self.path / name, data)
+                raise InputError(f"{self.path / name}: {told}; use the texts it was made from")
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else that may lie in the folder."""
         shutil.rmtree(self.path / _STEPS, ignore_errors=True)
-        for name in (_CONFIG, _METRICS):
+        for name in (_RESULTS, _METRICS, CONFIG):  # the last, since it makes the folder a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` anew: every record so far, a line each, or the file as it was."""
-        write_atomically(self.path / _METRICS, "".join(json.dumps(record) + "\n" for record in records))
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        write_atomically(self.path / _METRICS, "".join(lines))
 
     def save(self, state: Any, position: Position) -> None:
-        """Save a step, in the background; the best epoch and the newest two steps are kept."""
-        if position.step in self.manager.all_steps():
-            return
-        ended = position.records and position.records[-1]["step"] == position.step
-        with _quiet():
-            self.manager.save(
-                position.step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position.to_json())
-                ),
-                metrics={"value": position.records[-1][self.monitor]} if ended else None,
-            )
+        """Save a step, in the background; the best epoch and the newest two steps are kept.
+
+        Raises:
+            InputError: it, or the save before, cannot be written, or a number is not finite.
+        """
+        self.steps.save(position.step, state, position.to_json(), self._figures(position))
+
+    def _figures(self, position: Position) -> dict[int, float]:
+        """What epochs came to, by the step each ended at."""
+        records = (record for record in position.records if {"step", self.monitor} <= record.keys())
+        return {record["step"]: record[self.monitor] for record in records}
+
+    def _position(self, step: int) -> Position:
+        return Position.from_json(self.steps.position(step), f"{self.steps.path / str(step)}")
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
-        """The newest step, or None if there is none.
+        """The newest whole step, or None if none was ever saved.
 
         Args:
             template: a pytree of the shapes and dtypes to restore.
+
+        Raises:
+            InputError: no step is whole, or it is not of these shapes and dtypes.
         """
-        step = self.manager.latest_step()
-        return None if step is None else (self._load(step, template), self._position(step))
+        for step in self.steps.whole(set_aside=True):
+            check_kinds(self.steps.kinds(step), template, f"{self.steps.path / str(step)}")
+            return self.steps.load(step, template), self._position(step)
+        if self.steps.saved():
+            raise InputError(
+                f"{self.path}: no saved step is whole; restore a copy, or begin anew with --overwrite"
+            )
+        return None
 
     def restore_best(self, names: tuple[str, ...] = ()) -> Any:
         """What was saved at the best epoch's end; the newest step if no epoch ended.
@@ -187,78 +246,42 @@ class Run:
             names: the keys of the state to restore; all if empty.
 
         Raises:
-            InputError: no step was saved.
+            InputError: no step was saved, or none is whole.
         """
-        newest = self.manager.latest_step()
-        if newest is None:
-            raise InputError(f"{self.path}: holds no saved step; let the training run reach one")
-        ended = self._position(newest).records
-        best = min(ended, key=lambda record: record[self.monitor])["step"] if ended else newest
-        saved = self.manager.item_metadata(best)["state"]
-        template = {
-            name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[name])
-            for name in names or saved.keys()
-        }
-        return self._load(best, template)
+        whole = list(self.steps.whole())
+        if not whole:
+            what = "no saved step is whole; restore a copy" if self.steps.saved() else "holds no saved step"
+            raise InputError(f"{self.path}: {what}; let the training run reach one")
+        figures = self._figures(self._position(whole[0]))
+        best = min(whole, key=lambda step: (figures.get(step, math.inf), -step))
+        saved = self.steps.kinds(best)
+        missing = set(names) - saved.keys()
+        if missing:
+            raise InputError(f"{self.steps.path / str(best)}: holds no {', '.join(missing)}; train again")
+        return self.steps.load(best, {name: saved[name] for name in names or saved})
 
-    def _load(self, step: int, template: Any) -> Any:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        args = ocp.args.PyTreeRestore(abstract, partial_restore=True)
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self.path.absolute() / _STEPS / str(step) / "state", args=args)
+    def wait(self) -> None:
+        """Wait for the save under way.
 
-    def _position(self, step: int) -> Position:
-        with _quiet():
-            args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            return Position.from_json(self.manager.restore(step, args=args)["position"])
+        Raises:
+            InputError: it failed.
+        """
+        self.steps.wait()
 
     def close(self) -> None:
-        """Wait for saves under way."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        """Wait for the save under way, and let others write to the folder."""
+        try:
+            self.steps.close()
+        finally:
+            self._lock.release()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a run or of an exported folder.
-
-    Raises:
-        InputError: there is none, or it is not JSON.
-    """
-    if not (path / _CONFIG).is_file():
-        raise InputError(
-            f"{path}: holds no run (no {_CONFIG}); train one with python -m experiments.pretrain"
-        )
-    try:
-        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path / _CONFIG}: cannot be read ({error}); restore it or train again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path / _CONFIG}: is no JSON object; restore it or train again")
-    return config
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename: a reader, or a crash, sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _compare(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    free = {"output", "epochs"}
-    changed = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise InputError(f"{path}: was run with other settings ({'; '.join(changed)}); use those to --resume")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's advice about topologies, which a user cannot act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _difference(path: Path, data: bytes) -> str:
+    """How a text differs from the file that is there."""
+    if not path.is_file():
+        return "is missing, and would be another one now"
+    there, now = (raw.decode(errors="replace").splitlines() for raw in (path.read_bytes(), data))
+    for line, (old, new) in enumerate(zip(there, now, strict=False), 1):
+        if old != new:
+            return f"line {line} is {reprlib.repr(old)} there, {reprlib.repr(new)} now"
+    return f"has {len(there):,} lines there, {len(now):,} now"

@@ -19,9 +19,9 @@ import numpy as np
 import pooch
 
 from elmo_jax.characters import character_ids
-from elmo_jax.checkpoint import write_atomically
 from elmo_jax.data import Documents
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import write_atomically
 from elmo_jax.text import PAD, UNK, Vocabulary
 
 _VERSION = 1  # of the store's layout

@@ -215,6 +215,11 @@ class BatchStream:
             groups += [(bound, batches[i : i + k]) for i in range(0, len(batches), k)]
         return groups if rng is None else [groups[i] for i in rng.permutation(len(groups))]
 
+    def rows(self, step: int) -> np.ndarray:
+        """``[N]`` which documents the batch of a step holds, counted from the first epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return [rows for _, batches in self._epoch(epoch) for rows in batches][place]
+
     def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
         """The batches of steps `first` up to but not including `last`, counted from the first epoch."""
         step = first

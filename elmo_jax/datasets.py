@@ -4,6 +4,8 @@ Nouns: a *data set* is three parts of documents (training, validation, test) wit
 vocabulary, made from the training part alone.
 """
 
+import hashlib
+import reprlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,15 @@ class Dataset:
     validation: Documents
     test: Documents
 
+    @property
+    def digest(self) -> str:
+        """A sha256 of every part's ids, lengths and labels: the same for the same texts alone."""
+        hashed = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.ids, part.lengths, part.labels):
+                hashed.update(array.tobytes())
+        return hashed.hexdigest()
+
 
 def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spelled: bool = False) -> Dataset:
     """Read, clean, tokenise, split and number a data set.
@@ -113,6 +124,8 @@ def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]
         listed = folder / "classes.txt"
         names = tuple(read_text(listed).split("\n")) if listed.is_file() else None
         names = None if names is None else tuple(name.strip() for name in names if name.strip())
+        if names and len(set(names)) < len(names):
+            raise InputError(f"{listed}: names a class twice; each line must be another")
     train, test = (read_rows(_find(folder, name), config.text) for name in ("train.csv", "test.csv"))
     return train, test, names
 
@@ -147,7 +160,7 @@ def _find(folder: Path, name: str) -> Path:
 def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
     """The classes' names, and each written label's number."""
     written = set(train.labels)
-    integers = all(label.isdecimal() for label in written)
+    integers = all(label.isdecimal() and len(label) < 19 for label in written)
     if names is None:
         classes = tuple(sorted(written, key=int if integers else None))
         return classes, {label: i for i, label in enumerate(classes)}
@@ -160,10 +173,9 @@ def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[s
 def _labels(rows: Rows, number: dict[str, int]) -> np.ndarray:
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if label not in number:
-            known = ", ".join(sorted(number)[:10])
-            raise InputError(
-                f"{rows.path}:{line}: label {label!r} is not one of {known}; mend or remove the row"
-            )
+            known = ", ".join(map(reprlib.repr, sorted(number)[:10]))
+            told = f"label {reprlib.repr(label)} is not one of {known}"
+            raise InputError(f"{rows.path}:{line}: {told}; mend or remove the row")
     return np.array([number[label] for label in rows.labels], np.int32)
 
 

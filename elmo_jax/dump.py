@@ -15,9 +15,9 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from elmo_jax.checkpoint import write_atomically
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import write_atomically
 from elmo_jax.text import tokenize
 
 Layers = Literal["all", "top", "average", "mix"]

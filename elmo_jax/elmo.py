@@ -3,30 +3,23 @@
 Axes: L layers, F features.
 """
 
-import json
+import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.characters import CHARACTERS
-from elmo_jax.checkpoint import Run, read_config, write_atomically
-from elmo_jax.data import Batch
 from elmo_jax.errors import InputError
+from elmo_jax.exported import load_folder, save_folder
 from elmo_jax.inference import Reader
 from elmo_jax.pretrained import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.recurrence import State
 from elmo_jax.text import Vocabulary
-
-VOCABULARY = "vocab.txt"
-_WEIGHTS = "model.safetensors"
 
 
 class Elmo:
@@ -39,6 +32,7 @@ class Elmo:
             no softmax.
 
     Example:
+        >>> from elmo_jax.data import Batch
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
         >>> params = model.init(jax.random.key(0), Batch.of([[4, 5]]))["params"]
@@ -67,27 +61,7 @@ class Elmo:
         Raises:
             InputError: it is neither, or its files do not fit each other.
         """
-        path = Path(path)
-        config = read_config(path)
-        if "model" not in config:
-            raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
-        named = (path / VOCABULARY).exists() or config["model"].get("input") != "characters"
-        vocabulary = Vocabulary.load(path / VOCABULARY) if named else None
-        try:
-            model = BiLM(BiLMConfig.from_json(config["model"]), len(vocabulary or ()))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path / 'config.json'}: 'model' is not understood ({error})") from None
-        if (path / _WEIGHTS).exists():
-            try:
-                params = unflatten_dict(load_file(path / _WEIGHTS), sep="/")
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path / _WEIGHTS}: cannot be read ({error}); export it again") from None
-        else:
-            run = Run.open(path)
-            params = run.restore_best(("params",))["params"]
-            run.close()
-        _check_shapes(model, params, path)
-        return cls(model, params, vocabulary)
+        return cls(*load_folder(Path(path)))
 
     @classmethod
     def from_bilm(cls, options: str | Path, weights: str | Path, dtype: str = "float32") -> "Elmo":
@@ -130,18 +104,7 @@ class Elmo:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder."""
-        path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if self.vocabulary is not None:
-                self.vocabulary.save(path / VOCABULARY)
-            arrays = {name: np.asarray(a) for name, a in flatten_dict(self.params, sep="/").items()}
-            save_file(arrays, path / _WEIGHTS)
-            write_atomically(
-                path / "config.json", json.dumps({"model": asdict(self.model.config)}, indent=2) + "\n"
-            )
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
+        save_folder(Path(path), self.model, self.params, self.vocabulary)
 
     def embed(
         self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = 2048
@@ -166,6 +129,8 @@ class Elmo:
             InputError: a sentence is no list of strings.
         """
         _check_sentences(sentences)
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
         layers, _, width = self.shape(0)
         out = [np.empty((layers, len(s), width), np.float32) for s in sentences]
         self._reader.batch_tokens = batch_tokens
@@ -237,32 +202,18 @@ def _rebuild(config: BiLMConfig, classes: int, params: Any, vocabulary: Vocabula
 
 
 def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
+    if isinstance(sentences, str) or not isinstance(sentences, Sequence | np.ndarray):
+        raise InputError("sentences must be a list of lists of tokens (see tokenize)")
     for i, sentence in enumerate(sentences):
         if isinstance(sentence, str):
             raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
+        if not isinstance(sentence, Sequence | np.ndarray):
+            raise InputError(f"sentence {i} is a {type(sentence).__name__}; give a list of its tokens")
         for token in sentence:
             if not isinstance(token, str):
-                raise InputError(f"sentence {i} holds {token!r:.60}, which is no string; give its tokens")
+                raise InputError(f"sentence {i} holds {reprlib.repr(token)}, which is no string; give tokens")
 
 
 def _softmax_path(weights: str | Path) -> Path:
     path = Path(weights)
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".hdf5") + ".softmax.hdf5")
-
-
-def _check_shapes(model: BiLM, params: Any, path: Path) -> None:
-    """Every parameter there, of the right shape and dtype, and no other."""
-    spelled = replace(Batch.of([[]]), chars=np.zeros((1, 2, CHARACTERS), np.int32))
-    wanted: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), spelled)["params"])
-
-    def kinds(tree: Any) -> dict[Any, Any]:
-        flat: dict[Any, Any] = flatten_dict(tree, sep="/")
-        return {name: (tuple(a.shape), str(a.dtype)) for name, a in flat.items()}
-
-    want, have = kinds(wanted), kinds(params)
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise InputError(
-                f"{path}: parameter {name} is {have.get(name, 'missing')}, but its config.json and vocab.txt "
-                f"ask for {want.get(name, 'none')}; the files are not of one model"
-            )

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import BatchStream, Dispatch
 from elmo_jax.errors import InputError
 from elmo_jax.train import LossFn, TrainState, make_dispatch
+
+PATIENCE = 5  # steps in a row that may be skipped because they are not finite
 
 
 class Interrupted(Exception):
@@ -94,7 +97,8 @@ def fit(
         The last state and every epoch's record.
 
     Raises:
-        InputError: the loss is no longer finite.
+        InputError: several losses or gradients in a row, or the figure the run is to lower,
+            were not finite; or a step could not be saved.
         Interrupted: SIGINT or SIGTERM came; the step was saved.
     """
     position = Position()
@@ -107,6 +111,13 @@ def fit(
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()  # empty between epochs
+
+    def settle(leave: int = 0) -> None:
+        while len(ahead) > leave:
+            _add(position, *ahead.popleft())
+        if position.skipped >= PATIENCE:
+            raise InputError(_why(position, state, stream))
+
     with _stop_signals() as caught, _Progress(position.step, epochs * per_epoch, per_epoch) as progress:
         while position.step < epochs * per_epoch:
             end = (position.step // per_epoch + 1) * per_epoch
@@ -115,39 +126,48 @@ def fit(
             for dispatch in stream.dispatches(position.step, end):
                 state, sums = dispatch_fn(state, dispatch.batches, dispatch.count, key)
                 ahead.append((dispatch, sums))
-                _settle(position, ahead, leave=1)  # one behind, so that the device never waits
+                settle(leave=1)  # one behind, so that the device never waits
                 progress.update(position)
                 after_dispatch(position.step)
                 due = save_every is not None and position.step - saved >= save_every
                 if due or caught:
-                    _settle(position, ahead)
+                    settle()
                     saved = position.step
                     if position.step < end:  # or the end of the epoch is about to save it
                         position.seconds = time.perf_counter() - began
                         run.save(_as_tree(state), position)
                         _leave(caught, run, position.step)
-            _settle(position, ahead)
+            settle()
             position.seconds = time.perf_counter() - began
             _end_epoch(state, position, run, per_epoch, on_epoch)
             progress.update(position)
             _leave(caught, run, position.step)
-    run.close()
+    run.wait()
     return state, position.records
 
 
 def _leave(caught: list[int], run: Run, step: int) -> None:
     """Stop here if a signal asked for it; the step is being saved."""
     if caught:
-        run.close()
+        run.wait()
         raise Interrupted(caught[0], step)
 
 
 def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, on_epoch) -> None:
     epoch = position.step // per_epoch
-    record = {"event": "epoch", "epoch": epoch, "step": position.step}
-    record |= {"loss": float(position.sums["loss"]) / per_epoch}
+    taken = float(position.sums["steps"])
+    skipped = per_epoch - round(taken)
+    if skipped:
+        warnings.warn(f"{skipped} steps of epoch {epoch} were skipped: not finite", stacklevel=2)
+    record = {"event": "epoch", "epoch": epoch, "step": position.step, "skipped": skipped}
+    record |= {"loss": float(position.sums["loss"]) / max(taken, 1)}
     sums = {**position.sums, "seconds": position.seconds}
     record |= on_epoch(state, sums) | {"seconds": round(position.seconds, 3)}
+    if not np.isfinite(record[run.monitor]):
+        raise InputError(
+            f"{run.monitor} is {record[run.monitor]} after epoch {epoch}; lower --learning-rate or "
+            "--clip-norm; the last saved step is kept"
+        )
     position.records = [*position.records, record]
     position.sums, position.seconds = {}, 0.0
     run.save(_as_tree(state), position)
@@ -159,24 +179,28 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
-def _settle(position: Position, ahead: deque[tuple[Dispatch, dict[str, Array]]], leave: int = 0) -> None:
-    """Add up what dispatches gave, oldest first, until `leave` of them are left."""
-    while len(ahead) > leave:
-        _add(position, *ahead.popleft())
-
-
 def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None:
     """Add a dispatch's sums, step by step, so that how steps were shared out does not show."""
     arrays = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     for i in range(dispatch.count):
-        if not np.isfinite(arrays["loss"][i]):
-            raise InputError(
-                f"the loss is {arrays['loss'][i]} at step {position.step + 1}; lower --learning-rate or "
-                "--clip-norm; the last saved step is kept"
-            )
+        if position.skipped >= PATIENCE:
+            return  # and leave the position where it went wrong
+        position.skipped = 0 if arrays["steps"][i] else position.skipped + 1
         for name, value in arrays.items():
             position.sums[name] = position.sums.get(name, 0.0) + value[i]
         position.step += 1
+
+
+def _why(position: Position, state: TrainState, stream: BatchStream) -> str:
+    """What is known of the steps that were skipped."""
+    rates = optax.tree.get(state.opt_state, "hyperparams", {})
+    rate = f"learning rate {float(rates['learning_rate']):g}, " if "learning_rate" in rates else ""
+    rows = ", ".join(map(str, stream.rows(position.step - 1)))
+    return (
+        f"the loss or a gradient was not finite {position.skipped} steps in a row, up to step "
+        f"{position.step} ({rate}documents {rows}); lower --learning-rate or --clip-norm; the "
+        "last saved step is kept"
+    )
 
 
 class _Progress:
@@ -199,7 +223,7 @@ class _Progress:
     def update(self, position: Position) -> None:
         done = position.step - self.first
         epoch = min(position.step // self.per_epoch + 1, self.total // self.per_epoch)
-        loss = position.sums.get("loss", 0.0) / (position.step % self.per_epoch or 1)
+        loss = position.sums.get("loss", 0.0) / max(position.sums.get("steps", 0.0), 1.0)
         if not self.bar.disable:
             self.bar.set_description(f"epoch {epoch}", refresh=False)
             if loss:

@@ -157,8 +157,9 @@ class _Options:
 
     def __init__(self, path: Path):
         self.path = path
+        data = read_bytes(path)
         try:
-            self.data = json.loads(read_bytes(path).decode("utf-8-sig"))
+            self.data = json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             reason = str(error)[:100]
             raise InputError(f"{path}: is not JSON ({reason}); give the model's options file") from None

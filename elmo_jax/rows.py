@@ -89,7 +89,11 @@ def read_rows(path: Path, text: TextColumns) -> Rows:
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
-            data = gzip.decompress(data)
+            most = max(2**24, 100 * len(data))  # text shrinks to a fifth
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise InputError(f"{path}: unpacks to over a hundred times its size; check the file")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the file") from None
     key = hashlib.sha256(f"{_CACHE_VERSION} {text} ".encode() + data).hexdigest()[:32]
@@ -121,6 +125,8 @@ def _csv_rows(data: bytes, path: Path, text: TextColumns) -> Iterator[Row]:
     for line, cells in rows:
         if len(cells) < 2:
             raise InputError(f"{path}:{line}: has 1 column, not label,text; check its commas and quotes")
+        if not cells[0].strip():
+            raise InputError(f"{path}:{line}: the label is empty; mend or remove the row")
         used = cells[1:] if text == "title+description" else cells[-1:]
         yield Row(line, cells[0].strip(), clean(" ".join(used)))
 

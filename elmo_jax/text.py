@@ -6,6 +6,7 @@ falling count behind four special ones.
 
 import html
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: it is missing, unreadable or not UTF-8 (with the line).
     """
+    if path.exists() and not path.is_file():  # a pipe or a device may have no end
+        raise InputError(f"{path}: is no file; give one")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -65,13 +68,17 @@ def read_text(path: Path) -> str:
 
 
 def decode(data: bytes, path: Path) -> str:
-    """UTF-8 bytes as text; the path is for the message alone."""
+    """UTF-8 bytes without NUL as text; the path is for the message alone."""
     try:
-        return data.decode("utf-8-sig")
+        text, bad = data.decode("utf-8-sig"), data.find(b"\0")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        bad = data[error.start]
-        raise InputError(f"{path}:{line}: byte 0x{bad:02x} is not UTF-8; convert the file to UTF-8") from None
+        text, bad = "", error.start
+    if bad >= 0:
+        line = data.count(b"\n", 0, bad) + 1
+        raise InputError(
+            f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
+        )
+    return text
 
 
 class Vocabulary:
@@ -99,7 +106,9 @@ class Vocabulary:
             raise InputError(f"{source}:1: must begin with the lines {', '.join(SPECIAL[1:])}; add them")
         if len(self._ids) < len(self.tokens):
             line = next(i for i, token in enumerate(self.tokens) if self._ids[token] != i)
-            raise InputError(f"{source}:{line}: {self.tokens[line]!r} stands twice; remove one of the two")
+            raise InputError(
+                f"{source}:{line}: {reprlib.repr(self.tokens[line])} stands twice; remove one of the two"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -122,9 +131,14 @@ class Vocabulary:
         """int32 ids ``[tokens]``; what is not in the vocabulary is ``<UNK>``."""
         return np.fromiter((self._ids.get(token, UNK) for token in tokens), np.int32)
 
+    @property
+    def text(self) -> str:
+        """What its file holds, a token a line."""
+        return "".join(f"{token}\n" for token in self.tokens[1:])
+
     def save(self, path: Path) -> None:
-        """Write the file, a token a line."""
-        path.write_text("".join(f"{token}\n" for token in self.tokens[1:]), encoding="utf-8")
+        """Write the file."""
+        path.write_text(self.text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

@@ -51,10 +51,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         "constant": optax.constant_schedule(top),
     }[config.schedule]
     rate = optax.join_schedules([optax.linear_schedule(top / warmup, top, warmup - 1), after], [warmup])
+    # The rate becomes part of the state, where a message about a failed step finds it.
     if config.optimizer == "adam":
-        step = optax.adam(rate)
+        step = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(rate)
     else:
-        step = optax.adagrad(rate, initial_accumulator_value=1.0)
+        fixed = {"initial_accumulator_value": 1.0, "eps": 1e-7}
+        step = optax.inject_hyperparams(optax.adagrad, static_args=tuple(fixed))(rate, **fixed)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
 
 
@@ -87,8 +89,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step; its randomness is ``fold_in(key, state.step)``.
 
+    If the loss or a gradient is not finite, the step is skipped: it is counted in
+    ``state.step``, and changes nothing else.
+
     Returns:
-        The next state, and the task's sums with the ``loss`` among them.
+        The next state, and the task's sums with the ``loss`` among them, and ``steps``,
+        which is 1; all are 0 if the step was skipped.
     """
     key = jax.random.fold_in(key, state.step)
     task = lambda params: loss_fn({**state.frozen, **params}, batch, key)  # noqa: E731
@@ -96,8 +102,12 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    keep = lambda new, old: jnp.where(sound, new, old)  # noqa: E731
+    params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, {**sums, "loss": loss}
+    sums = {**sums, "loss": loss, "steps": jnp.ones(())}
+    return state, {name: keep(value, jnp.zeros_like(value)) for name, value in sums.items()}
 
 
 def make_dispatch(loss_fn: LossFn, optimizer: optax.GradientTransformation):

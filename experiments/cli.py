@@ -74,36 +74,63 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
         The exit code.
     """
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Compiled programs are kept between runs: it is much of a short run's time.
     jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         settings = parse(config, prog)
-        _check(settings)
+        check(settings)
         command(settings)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        print(f"error: {_reason(error)}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-        print(f"{stop}; go on with: python -m {prog} {shlex.join([*args, '--resume'])}", file=sys.stderr)
+        print(f"{stop}; go on with: {_again(prog)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped before training began; nothing to save", file=sys.stderr)
-        return 130
+        print(f"stopped at once; what was saved is kept, go on with: {_again(prog)}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # a return would wait for a save under way
     return 0
+
+
+def _again(prog: str) -> str:
+    """The command that goes on with this run."""
+    args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
+    return f"python -m {prog} {shlex.join([*args, '--resume'])}"
+
+
+def _reason(error: Exception) -> str:
+    """An error that a user can mend in one line; any other is raised again, a defect."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        return f"{error.filename or 'a file'}: {error.strerror}; mend that and go on with --resume"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; lower --batch-size, --steps-per-dispatch, --max-length or the model's sizes"
+    raise error
 
 
 _SHARES = {"validation", "dropout", "classifier_dropout", "warmup"}  # in [0, 1), validation not 0
 _AT_LEAST_0 = {"seed", "split_seed"}
+_SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
+_DEPTHS = {"layers", "classifier_layers"}  # at most 64
 
 
-def _check(settings: Any) -> None:
-    """Numbers must be ones that mean something; all but a few must be positive."""
+def check(settings: Any) -> None:
+    """Numbers must be ones that mean something; all but a few must be positive.
+
+    Raises:
+        InputError: one is not, by its flag.
+    """
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            _check(value)
+            check(value)
+        elif isinstance(value, str) and "\0" in value:
+            raise InputError(f"{flag} holds a NUL character; leave it out")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             continue
         elif field.name in _SHARES:
@@ -111,8 +138,11 @@ def _check(settings: Any) -> None:
                 raise InputError(f"{flag} must be between 0 and 1, not {value}")
         elif isinstance(value, int):
             least = 0 if field.name in _AT_LEAST_0 else 1
+            most = 2**16 if field.name in _SIZES else 64 if field.name in _DEPTHS else 2**31 - 1
             if value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}")
+            if value > most:
+                raise InputError(f"{flag} must be at most {most}, not {value}")
         elif not 0 < value < float("inf"):
             raise InputError(f"{flag} must be above 0 and finite, not {value}")
 
@@ -123,12 +153,17 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def create_run(config: Any, output: str, monitor: str, **more: Any) -> Run:
+def create_run(
+    config: Any, output: str, monitor: str, files: Mapping[str, str] | None = None, **more: Any
+) -> Run:
     """The run's folder, with everything in its configuration but how it was started."""
-    about_the_call = {"resume", "overwrite", "tensorboard"}
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite are two different things; give one")
+    about_the_call = {"resume", "overwrite", "allow_config_change", "tensorboard"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     settings |= {"output": output, **more}
-    return Run.create(Path(output), settings, monitor, config.resume, config.overwrite)
+    started = (config.resume, config.overwrite, config.allow_config_change)
+    return Run.create(Path(output), settings, monitor, *started, files=files)
 
 
 def describe(data: Dataset, stream: BatchStream) -> None:

@@ -14,7 +14,6 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
 from elmo_jax.bilm import bilm_features
-from elmo_jax.checkpoint import read_config, write_atomically
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
 from elmo_jax.combiners import CombinerConfig, make_combiner
 from elmo_jax.data import BatchStream
@@ -22,6 +21,7 @@ from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import fit
+from elmo_jax.integrity import read_config, structure, write_atomically
 from elmo_jax.metrics import classification
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
@@ -54,6 +54,8 @@ class DownstreamConfig:
     """Folder of the run; runs/downstream-COMBINER if not given."""
     resume: bool = False
     """Go on with the run in that folder."""
+    allow_config_change: bool = False
+    """To go on between two epochs with another --seed or --steps-per-dispatch."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -64,10 +66,12 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     source = read_config(Path(config.pretrained))
     if "data" not in source:
         raise InputError(f"{config.pretrained}: names no data set; give a run of experiments.pretrain")
+    settings = structure(DataConfig, source["data"], f"{config.pretrained}: data")
+    cli.check(settings)
     spelled = elmo.model.config.input == "characters"
-    data = load_dataset(DataConfig(**source["data"]), elmo.vocabulary, spelled)
+    data = load_dataset(settings, elmo.vocabulary, spelled)
     output = config.output or f"runs/downstream-{config.combiner.combiner}"
-    run = cli.create_run(config, output, monitor="val_loss")
+    run = cli.create_run(config, output, monitor="val_loss", texts=data.digest)
 
     train = BatchStream(
         data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from elmo_jax.checkpoint import read_config
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import read_config
 from experiments import cli
 
 

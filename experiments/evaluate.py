@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
-from elmo_jax.checkpoint import write_atomically
 from elmo_jax.dump import read_lines
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets
+from elmo_jax.integrity import write_atomically
 from elmo_jax.text import tokenize
 from experiments import cli
 

@@ -13,7 +13,7 @@ from elmo_jax import report
 from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
 from elmo_jax.data import BatchStream
 from elmo_jax.datasets import DataConfig, load_dataset
-from elmo_jax.elmo import VOCABULARY
+from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer
@@ -47,6 +47,8 @@ class PretrainConfig:
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in that folder."""
+    allow_config_change: bool = False
+    """To go on between two epochs with another --seed or --steps-per-dispatch."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -55,8 +57,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
     data = load_dataset(config.data, spelled=config.model.input == "characters")
     model = BiLM(config.model, len(data.vocabulary))
-    run = cli.create_run(config, config.output, monitor="perplexity")
-    data.vocabulary.save(run.path / VOCABULARY)
+    files = {VOCABULARY: data.vocabulary.text}
+    run = cli.create_run(config, config.output, monitor="perplexity", files=files, texts=data.digest)
 
     train = BatchStream(
         data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch
@@ -77,7 +79,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
         record["tokens_per_second"] = round(float(sums["words"]) / sums["seconds"], 1)
         epoch = int(state.step) // train.steps_per_epoch
         cli.say(
-            f"epoch {epoch}: loss {float(sums['loss']) / train.steps_per_epoch:.4f}, held-out perplexity "
+            f"epoch {epoch}: loss {sums['loss'] / max(sums['steps'], 1):.4f}, held-out perplexity "
             f"{record['perplexity']:.1f} (forward {record['perplexity_forward']:.1f}, backward "
             f"{record['perplexity_backward']:.1f}), {record['tokens_per_second']:,.0f} tokens/s, "
             f"{sums['seconds']:.0f} s"
@@ -103,6 +105,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     cli.say(
         f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {run.path}"
     )
+    run.close()
     return records
 
 

@@ -1,6 +1,8 @@
 """Strict promotion everywhere, a cache of its own for every test, and the small fixtures."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import jax
@@ -44,6 +46,22 @@ def documents(rng) -> Documents:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(4, 50, offsets[-1]).astype(np.int32)
     return Documents(ids, offsets, (np.arange(40) % 3).astype(np.int32))
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What sees a command end in one line, with exit code 2 and bounded memory."""
+    in_use = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
+
+    def check(main, args, said):
+        monkeypatch.setattr(sys, "argv", ["prog", *map(str, args)])
+        before = in_use()
+        code, err = main(), capsys.readouterr().err
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err[:2000]
+        assert said in err and len(err) < 1000, err[:2000]
+        assert in_use() - before < 1.5e9  # for inputs of up to 50 MB
+
+    return check
 
 
 @pytest.fixture

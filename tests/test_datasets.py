@@ -128,7 +128,7 @@ def test_a_broken_cache_is_made_again(tmp_path):
         (["1,a", "2,b", "1,c", "2,d", '1," "'], None, r"train\.csv:5: the text has no tokens"),
         ([""], None, r"train\.csv: holds no rows"),
         (['1,"a\nb"', '2,"open'], None, r"train\.csv:3: not a row of CSV"),
-        (None, ["1,ok", "7,odd"], r"test\.csv:2: label '7' is not one of 1, 2"),
+        (None, ["1,ok", "7,odd"], r"test\.csv:2: label '7' is not one of '1', '2'"),
         (["1,a"], ["1,a"], r"train\.csv: cannot be split"),
     ],
 )

@@ -1,5 +1,3 @@
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from elmo_jax.bilm import BiLM, BiLMConfig, bilm_sums
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import read_config, write_config
 from elmo_jax.text import Vocabulary
 
 SENTENCES = [["the", "bank", "rose", "."], ["bank"], [], ["the", "river", "bank", "of", "the", "river"] * 4]
@@ -88,17 +87,32 @@ def test_a_sentence_that_is_a_string_is_named(elmo):
     ("name", "data", "said"),
     [
         ("config.json", b"{", r"config\.json: cannot be read"),
-        ("config.json", json.dumps({"model": {"embedding": 6, "cells": 5}}).encode(), "are not of one model"),
-        ("vocab.txt", b"<S>\n</S>\n<UNK>\n", "are not of one model"),
-        ("model.safetensors", b"\x00" * 20, r"model\.safetensors: cannot be read"),
-        ("config.json", b"{}", "holds no language model"),
-        ("config.json", b'{"model": {"width": 3}}', r"config\.json: 'model' is not understood"),
-        ("config.json", b"[]", r"config\.json: is no JSON object"),
+        ("config.json", b"{}", r"config\.json: is not what was saved"),
+        ("config.json", b"[]", r"config\.json: is not what was saved"),
+        ("vocab.txt", b"<S>\n</S>\n<UNK>\n", r"vocab\.txt is not what was saved"),
+        ("model.safetensors", b"\x00" * 20, r"model\.safetensors is not what was saved"),
     ],
 )
 def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
     elmo.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=said):
+        Elmo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "holds no language model"),
+        ({"width": 3}, "'width' is not known"),
+        ({"cells": "five"}, r"Expected `int`, got `str`"),
+        ({"embedding": 6, "cells": 5}, r"\[8, 4\] there, but float32 \[8, 6\] is asked for"),
+    ],
+)
+def test_a_whole_folder_of_no_model_is_named(elmo, tmp_path, model, said):
+    elmo.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    write_config(tmp_path, {"model": model} if model else {}, config["files"])
     with pytest.raises(InputError, match=said):
         Elmo.from_pretrained(tmp_path)
 

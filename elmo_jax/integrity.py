@@ -1,0 +1,199 @@
+"""What was written, proven when it is read: digests, manifests and sealed configurations.
+
+Nouns: a *digest* is a file's size and sha256; a *manifest* holds the digest of every file
+of a folder; a configuration is *sealed* by a digest of its own and names those of the files
+beside it.
+"""
+
+import hashlib
+import json
+import os
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from elmo_jax.errors import InputError
+
+T = TypeVar("T")
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+_MOST_JSON = 2**24  # bytes; a configuration or manifest is never that long
+
+
+def digest(data: bytes | Path) -> dict[str, Any]:
+    """The size and sha256 of bytes, or of a file's."""
+    if isinstance(data, bytes):
+        return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with data.open("rb") as file:
+        hashed = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": hashed}
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write beside and rename: a reader, or a crash, sees the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    move(part, path)
+
+
+def move(part: Path, path: Path) -> None:
+    """Rename a file or folder to its final name, and make both outlast a power cut."""
+    for below in [part, *part.rglob("*")]:
+        _sync(below)
+    part.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a file must be open for writing, and a folder cannot be
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the digest of every file below the folder into its ``manifest.json``."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """What is first found not to be as the folder's manifest has it, or None.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     _ = (Path(name) / "weights").write_text("3.1")
+        ...     write_manifest(Path(name))
+        ...     _ = (Path(name) / "weights").write_text("3.7")
+        ...     damage(Path(name))
+        'weights is not what was saved (sha256)'
+    """
+    try:
+        files = json.loads(_read(folder / MANIFEST))
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        return f"{MANIFEST} is not what was saved"
+    return _mismatch(folder, files, MANIFEST)
+
+
+def _mismatch(folder: Path, files: Any, source: str) -> str | None:
+    """The first of these digests that the folder's files do not have."""
+    if not isinstance(files, dict) or not files:
+        return f"{source} lists no files"
+    for name, wanted in files.items():
+        path = folder / name
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{source} names {name!r}, which is not below it"
+        try:
+            # The size first: no need to read a file that cannot be right, or has no end.
+            if not path.is_file():
+                return f"{name} is missing"
+            if not isinstance(wanted, dict) or path.stat().st_size != wanted.get("size"):
+                return f"{name} is not what was saved (size)"
+            if digest(path) != wanted:
+                return f"{name} is not what was saved (sha256)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MOST_JSON:
+        raise ValueError(f"longer than {_MOST_JSON:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _seal(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def write_config(folder: Path, config: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write ``config.json``, sealed, with the digests of files of that folder."""
+    config = {**config, "files": dict(files)}
+    write_atomically(folder / CONFIG, json.dumps({**config, "sha256": _seal(config)}, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `write_config` wrote, "files" among it.
+
+    Raises:
+        InputError: there is none, or it was changed since.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: holds no run (no {CONFIG}); train one with python -m experiments.pretrain"
+        )
+    try:
+        config = json.loads(_read(path))
+        whole = isinstance(config, dict) and config.pop("sha256", None) == _seal(config)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it or train again") from None
+    if not whole:
+        raise InputError(f"{path}: is not what was saved (sha256); restore it or train again")
+    return config
+
+
+def check_files(folder: Path) -> None:
+    """Check the files that ``config.json`` names.
+
+    Raises:
+        InputError: one is missing or was changed since.
+    """
+    wrong = _mismatch(folder, read_config(folder).get("files"), CONFIG)
+    if wrong:
+        raise InputError(f"{folder}: {wrong}; restore it, or save the folder again")
+
+
+def structure(kind: type[T], data: Any, source: str) -> T:
+    """JSON as a dataclass: no field unknown, each of its type, numbers finite and below 2**31.
+
+    Args:
+        kind: the dataclass.
+        data: what was read.
+        source: where, for the message.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    try:
+        made: Any = msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{source}: {error}; restore it or train again") from None
+    _check_fields(made, data, source)
+    return made
+
+
+def _check_fields(made: Any, data: Mapping[str, Any], source: str) -> None:
+    for name, value in data.items():
+        if name not in made.__dataclass_fields__:
+            raise InputError(f"{source}: {name!r} is not known; restore it or train again")
+        if isinstance(value, int | float) and not abs(value) < 2**31:  # nor NaN
+            raise InputError(f"{source}: {name} is {reprlib.repr(value)}; restore it or train again")
+        if isinstance(value, dict):
+            _check_fields(getattr(made, name), value, f"{source}.{name}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Each setting that differs, as it was and as it is.
+
+    Example:
+        >>> changes({"model": {"cells": 4}, "seed": 0}, {"model": {"cells": 8}, "seed": 0})
+        {'model.cells': '4 -> 8'}
+    """
+    found: dict[str, str] = {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= {f"{name}.{below}": text for below, text in changes(old, new).items()}
+        elif old != new:
+            found[name] = f"{old!r} -> {new!r}"
+    return found

@@ -1,0 +1,177 @@
+"""Processes that train and are killed, run out of disk, or are told twice to stop."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from elmo_jax.checkpoint import Run
+from elmo_jax.data import BatchStream, Documents
+from elmo_jax.errors import InputError
+from elmo_jax.fit import Interrupted, fit
+from elmo_jax.train import TrainState
+
+# Children of a server that has imported all this, but has not started JAX, begin at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["elmo_jax", "pytest"])
+
+
+def loss_fn(params, batch, key):
+    noise = jax.random.normal(key, params["ballast"].shape)
+    each = (params["table"][batch.words].sum(1) - batch.labels) ** 2 * batch.weight
+    return each.sum() + jnp.mean((params["ballast"] - noise) ** 2), {"documents": batch.weight.sum()}
+
+
+def train(path, epochs, save_every=2, file_limit=None, resume=True):
+    """Train a model whose saves are slow enough to be hit."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 10, 40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    documents = Documents(rng.integers(4, 50, offsets[-1]).astype(np.int32), offsets, np.arange(40) % 3)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12,), steps_per_dispatch=2)
+    optimizer = optax.adam(0.05)
+    params = {"table": jnp.zeros(50), "ballast": jax.random.normal(jax.random.key(5), (200_000,))}
+    run = Run.create(path, {}, monitor="loss", resume=resume)
+    state = TrainState.create(params, optimizer)
+    on_epoch = lambda state, sums: {"documents": float(sums["documents"])}  # noqa: E731
+    try:
+        fit(
+            state,
+            loss_fn,
+            optimizer,
+            stream,
+            run,
+            epochs=epochs,
+            seed=7,
+            on_epoch=on_epoch,
+            save_every=save_every,
+        )
+        run.close()
+    except Interrupted as stop:
+        os._exit(stop.exit_code)
+    except InputError as error:
+        Path(f"{path}.error").write_text(str(error))
+        os._exit(2)
+
+
+def start(*args, **more):
+    process = PROCESSES.Process(target=train, args=args, kwargs=more)
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def steps(path):
+    folder = path / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0), any(
+        n.endswith(".part") for n in names
+    )
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.001)
+    assert condition()
+
+
+def outcome(path):
+    run = Run.open(path)
+    (newest, *_), lines = run.steps.whole(), (path / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return newest, records, run.steps.load(newest, run.steps.kinds(newest))
+
+
+def kill_and_compare(tmp_path, kills, epochs):
+    """Kill a run that often, half of the times in the middle of a save, and compare its end."""
+    whole, path, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    undisturbed = start(whole, epochs)
+    in_saves = 0
+    for kill in range(kills):
+        before, _ = steps(path)
+        process = start(path, epochs)
+        wait_for(lambda before=before, process=process: steps(path)[0] > before or not process.is_alive())
+        if kill % 2:
+            wait_for(lambda process=process: steps(path)[1] or not process.is_alive())
+            time.sleep(moments.uniform(0, 0.01))
+        else:
+            time.sleep(moments.uniform(0, 0.1))
+        assert process.is_alive(), "it ended before it could be killed"
+        process.kill()
+        assert finish(process) == -signal.SIGKILL
+        in_saves += steps(path)[1]
+        for line in (path / "metrics.jsonl").read_text().splitlines():
+            json.loads(line)
+    assert finish(start(path, epochs)) == finish(undisturbed) == 0
+    (step, records, got), (last, wanted, want) = outcome(path), outcome(whole)
+    assert step == last and records == wanted and [r["epoch"] for r in records] == list(range(1, epochs + 1))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    return in_saves
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
+    kill_and_compare(tmp_path, kills=3, epochs=4)
+
+
+@pytest.mark.slow
+def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(tmp_path):
+    assert kill_and_compare(tmp_path, kills=50, epochs=60) >= 10
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_steps_before(tmp_path):
+    path = tmp_path / "run"
+    assert finish(start(path, 1)) == 0
+    before = outcome(path)
+    assert finish(start(path, 2, file_limit=100_000)) == 2
+    said = Path(f"{path}.error").read_text()
+    assert "could not be saved (File too large); the steps before are kept" in said and "\n" not in said
+    after = outcome(path)
+    assert after[:2] == before[:2]
+    jax.tree.map(np.testing.assert_array_equal, after[2], before[2])
+    assert not list((path / "checkpoints").glob("*.part"))
+    assert finish(start(path, 2)) == 0
+
+
+def test_one_writer_a_folder_until_it_dies(tmp_path):
+    path = tmp_path / "run"
+    process = start(path, 1000)
+    wait_for(lambda: steps(path)[0] > 0)
+    with pytest.raises(InputError, match="another run writes there"):
+        Run.create(path, {}, monitor="loss", resume=True)
+    with pytest.raises(InputError, match="another run writes there"):
+        Run.create(path, {}, monitor="loss", overwrite=True)
+    process.kill()
+    finish(process)
+    Run.create(path, {}, monitor="loss", resume=True).close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_open_files_do_not_grow(tmp_path):
+    counts = []
+    process = start(tmp_path / "run", 1000)
+    for step in (10, 40, 70):
+        wait_for(lambda step=step: steps(tmp_path / "run")[0] > step)
+        counts.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+    process.terminate()
+    assert finish(process) == 143
+    assert max(counts) - min(counts) <= 8  # those of a save under way

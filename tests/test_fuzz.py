@@ -1,0 +1,83 @@
+"""Any bytes are a right value or an InputError; nothing that is loaded can run code."""
+
+import ast
+from pathlib import Path
+
+import jax
+import numpy as np
+from exported import WEIGHTS, WORDS, seal, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.exported import VOCABULARY
+from elmo_jax.rows import read_rows
+from elmo_jax.text import Vocabulary
+
+FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(data=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")))
+def test_any_bytes_are_a_vocabulary_or_an_error(tmp_path, data):
+    (tmp_path / "v").write_bytes(data)
+    try:
+        vocabulary = Vocabulary.load(tmp_path / "v")
+    except InputError:
+        return
+        assert vocabulary.ids(vocabulary.tokens).tolist() == list(range(len(vocabulary)))
+
+
+@FUZZ
+@given(data=st.binary(max_size=200) | st.text("ab,\"'\n\r\0é ", max_size=60).map(str.encode))
+def test_any_bytes_are_rows_or_an_error(tmp_path, data):
+    (tmp_path / "f.csv").write_bytes(data)
+    try:
+        rows = read_rows(tmp_path / "f.csv", "title+description")
+    except InputError:
+        return
+        assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
+        again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
+        assert (again.types, again.labels) == (rows.types, rows.labels)
+        np.testing.assert_array_equal(again.codes, rows.codes)
+
+
+@FUZZ
+@given(data=st.binary(max_size=300), at=st.integers(0, 10_000), cut=st.integers(0, 10_000))
+def test_any_bytes_are_weights_or_an_error(tmp_path_factory, data, at, cut):
+    folder = tmp_path_factory.mktemp("e")
+    whole = weights()
+    at, cut = at % len(whole), cut % len(whole)
+    raw = whole[:at] + data + whole[at + cut :]
+    (folder / WEIGHTS).write_bytes(raw)
+    (folder / VOCABULARY).write_text(WORDS.text)
+    seal(folder)
+    try:
+        elmo = Elmo.from_pretrained(folder)
+    except InputError:
+        return
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(elmo.params))
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    """No pickle, eval, exec or shell; NumPy loads with pickle refused."""
+    root = Path(__file__).parent.parent
+    for path in [*(root / "elmo_jax").glob("*.py"), *(root / "experiments").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {
+                    "pickle",
+                    "dill",
+                    "cloudpickle",
+                    "joblib",
+                    "shelve",
+                    "marshal",
+                    "subprocess",
+                }
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "compile", "os.system", "os.popen", "__import__"}
+                if called in {"np.load", "numpy.load"}:
+                    assert "allow_pickle=False" in ast.unparse(node)
