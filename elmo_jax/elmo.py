@@ -68,7 +68,7 @@ class Elmo:
         vocabulary = Vocabulary.load(path / VOCABULARY)
         model = BiLM(_model_config(config["model"], f"{path}: model"), len(vocabulary))
         if _WEIGHTS in config["files"]:
-            arrays = _read_weights(path / _WEIGHTS)
+            arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
         else:
             arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
         wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch.of([[]]))["params"])

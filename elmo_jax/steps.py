@@ -182,9 +182,9 @@ class Steps:
             step: a whole step.
             template: of arrays, or of their shapes and dtypes.
         """
-        args = ocp.args.PyTreeRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, template), partial_restore=True
-        )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
+        args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
         with _quiet(), self._reader(step) as reader:
             return reader.restore(self.path / str(step) / _STATE, args=args)
 
