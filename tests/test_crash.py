@@ -150,8 +150,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_steps_before(tmp_pat
     after = outcome(path)
     assert after[:2] == before[:2]
     jax.tree.map(np.testing.assert_array_equal, after[2], before[2])
-    assert not list((path / "checkpoints").glob("*.part"))
     assert finish(start(path, 2)) == 0
+    assert not list((path / "checkpoints").glob("*.part"))
 
 
 def test_one_writer_a_folder_until_it_dies(tmp_path):
