@@ -119,10 +119,11 @@ class Steps:
 
     @contextlib.contextmanager
     def _reported(self, step: int) -> Iterator[None]:
-        """Tell in one line that a step could not be saved, and leave no part of it."""
+        """Tell in one line that a step could not be saved, and make room again."""
         try:
             yield
         except (OSError, ValueError) as error:  # Orbax hands on what its storage says as the latter
+            # What Orbax still writes there meanwhile is removed when the run goes on.
             shutil.rmtree(self.path / f"{step}{_PART}", ignore_errors=True)
             number = re.search(r"os_error_code='(\d+)'", str(error))
             reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
@@ -182,9 +183,9 @@ class Steps:
             step: a whole step.
             template: of arrays, or of their shapes and dtypes.
         """
-        args = ocp.args.PyTreeRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, template), partial_restore=True
-        )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
+        args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
         with _quiet(), self._reader(step) as reader:
             return reader.restore(self.path / str(step) / _STATE, args=args)
 

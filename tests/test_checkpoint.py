@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import write_config
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.int32(4), "half": jnp.ones(2, jnp.bfloat16)}
 
@@ -63,6 +65,72 @@ def test_output_and_epochs_may_change(tmp_path):
     Run.create(tmp_path / "run", {"epochs": 1, "output": "a", "lr": 1}, monitor="loss")
     run = Run.create(tmp_path / "run", {"epochs": 2, "output": "b", "lr": 1}, monitor="loss", resume=True)
     assert run.config["epochs"] == 2
+
+
+def test_order_may_change_between_epochs_if_allowed(tmp_path):
+    def create(seed, **more):
+        return Run.create(tmp_path / "run", {"seed": seed, "lr": 1}, monitor="loss", resume=True, **more)
+
+    run = create(0)
+    run.save(STATE, Position(3, records=[{"step": 3, "loss": 1.0}]))
+    run.close()
+    with pytest.raises(InputError, match=r"\(seed 0 -> 1\); use those to --resume, or --allow-config-change"):
+        create(1)
+    run = create(1, allow_change=True)
+    run.save(STATE, Position(4, records=[{"step": 3, "loss": 1.0}]))
+    run.close()
+    with pytest.raises(InputError, match="stopped within an epoch; seed may change after it"):
+        create(2, allow_change=True)
+    with pytest.raises(
+        InputError, match=r"other settings \(monitor 'loss' -> 'figure'\); use those to --resume$"
+    ):
+        Run.create(tmp_path / "run", {"seed": 1, "lr": 1}, "figure", resume=True, allow_change=True)
+
+
+def test_texts_must_be_the_same_to_go_on_and_are_mended(tmp_path):
+    def create(text):
+        return Run.create(tmp_path / "run", {}, "loss", resume=True, files={"vocab.txt": text})
+
+    create("the\nbank\n").close()
+    with pytest.raises(InputError, match=r"vocab\.txt: line 2 is 'bank' there, 'river' now"):
+        create("the\nriver\n")
+    with pytest.raises(InputError, match=r"vocab\.txt: has 2 lines there, 1 now"):
+        create("the\n")
+    (tmp_path / "run" / "vocab.txt").write_text("damaged")
+    create("the\nbank\n").close()
+    assert (tmp_path / "run" / "vocab.txt").read_text() == "the\nbank\n"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["files"]["vocab.txt"]["size"] == 9
+
+
+def test_one_writer_a_folder(tmp_path):
+    run = Run.create(tmp_path / "run", {}, monitor="loss")
+    for how in ({"resume": True}, {"overwrite": True}, {}):
+        with pytest.raises(InputError, match="another run writes there; wait for it"):
+            Run.create(tmp_path / "run", {}, monitor="loss", **how)
+    Run.open(tmp_path / "run")  # to read is free
+    run.close()
+    Run.create(tmp_path / "run", {}, monitor="loss", overwrite=True).close()
+
+
+def test_what_is_exported_is_no_run(tmp_path):
+    write_config(tmp_path, {"model": {}}, {})
+    with pytest.raises(InputError, match="holds no run, but something exported"):
+        Run.open(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that refuses even root")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match=r"/sys/kernel/run: cannot be written \(.*\); give another --output"):
+        Run.create(Path("/sys/kernel/run"), {}, monitor="loss")
+
+
+def test_metrics_hold_no_number_that_json_has_not(tmp_path):
+    run = Run.create(tmp_path / "run", {}, monitor="loss")
+    run.log([{"loss": 1.0}])
+    with pytest.raises(ValueError, match="JSON"):
+        run.log([{"loss": float("nan")}])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
+    run.close()
 
 
 def test_places_a_run_cannot_go(tmp_path):

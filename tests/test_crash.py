@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from elmo_jax.checkpoint import Run
+from elmo_jax import steps as steps_module
+from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted, fit
@@ -148,8 +150,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_steps_before(tmp_pat
     after = outcome(path)
     assert after[:2] == before[:2]
     jax.tree.map(np.testing.assert_array_equal, after[2], before[2])
-    assert not list((path / "checkpoints").glob("*.part"))
     assert finish(start(path, 2)) == 0
+    assert not list((path / "checkpoints").glob("*.part"))
 
 
 def test_one_writer_a_folder_until_it_dies(tmp_path):
@@ -163,6 +165,54 @@ def test_one_writer_a_folder_until_it_dies(tmp_path):
     process.kill()
     finish(process)
     Run.create(path, {}, monitor="loss", resume=True).close()
+
+
+def save_on_devices(path, count):
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    mesh = jax.make_mesh((count,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shared_out = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    state = {
+        "a": jax.device_put(jnp.arange(3.0), everywhere),
+        "b": jax.device_put(jnp.arange(8.0), shared_out),
+    }
+    run = Run.create(path, {}, monitor="loss")
+    run.save(state, Position(1))
+    run.close()
+
+
+def test_a_step_saved_on_four_devices_is_restored_on_one(tmp_path):
+    process = PROCESSES.Process(target=save_on_devices, args=(tmp_path / "run", 4))
+    process.start()
+    assert finish(process) == 0
+    run = Run.open(tmp_path / "run")
+    want = {"a": jnp.arange(3.0), "b": jnp.arange(8.0)}
+    for got in (run.restore(want)[0], run.restore_best()):
+        assert all(a.devices() == {jax.devices()[0]} for a in got.values())
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def stop_twice(path):
+    """Tell itself to stop, and again while the save that this starts is still under way."""
+    write = steps_module.write_manifest
+
+    def slowly(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        write(folder)
+
+    steps_module.write_manifest = slowly
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    train(path, 1000, save_every=10**9)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    began = time.monotonic()
+    process = PROCESSES.Process(target=stop_twice, args=(tmp_path / "run",))
+    process.start()
+    assert finish(process) == -signal.SIGTERM
+    assert time.monotonic() - began < 50
+    Run.create(tmp_path / "run", {}, monitor="loss", resume=True).close()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

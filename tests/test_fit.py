@@ -13,7 +13,14 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted, fit
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
+from elmo_jax.train import (
+    OptimizerConfig,
+    TrainState,
+    evaluate,
+    make_dispatch,
+    make_optimizer,
+    train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 EPOCHS = 2
@@ -28,7 +35,7 @@ def loss_fn(params, batch, key):
     return each.sum() / batch.weight.sum(), {"documents": batch.weight.sum(), "error": each.sum()}
 
 
-def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, **more):
+def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, figure=None, **more):
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05), EPOCHS * stream.steps_per_epoch)
     state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
@@ -37,7 +44,8 @@ def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, **m
 
     def on_epoch(state, sums):
         held = evaluate(error, {**state.params, **state.frozen}, BatchStream(documents, 4, bounds=(32,)))
-        return {"figure": float(held["error"] / held["documents"]), "train": float(sums["error"])}
+        value = float(held["error"] / held["documents"]) if figure is None else figure()
+        return {"figure": value, "train": float(sums["error"])}
 
     try:
         return fit(state, loss, optimizer, stream, run, epochs=epochs, seed=7, on_epoch=on_epoch, **more)
@@ -144,6 +152,57 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp
     run = Run.open(tmp_path / "sick")
     assert np.isfinite(run.restore_best()["params"]["table"]).all()
     run.close()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,))
+    (batch,) = (jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 1))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    start = TrainState.create({"table": jnp.ones(50)}, optimizer, {"scale": jnp.ones(())})
+
+    def task(params, batch, key, loss=0.0, gradient=0.0):
+        value, sums = loss_fn(params, batch, key)
+        root = jnp.sqrt(jnp.sum((params["table"] - 1) ** 2))  # whose gradient here is 0 / 0
+        return value + loss + gradient * root, sums
+
+    for sick in ({"loss": jnp.nan}, {"loss": jnp.inf}, {"gradient": 1.0}):
+        loss = lambda params, batch, key, sick=sick: task(params, batch, key, **sick)  # noqa: E731
+        after, sums = train_step(start, batch, jax.random.key(0), loss, optimizer)
+        same((after.params, after.opt_state), (start.params, start.opt_state))
+        assert int(after.step) == 1 and {name: float(a) for name, a in sums.items()} == {
+            "documents": 0,
+            "error": 0,
+            "loss": 0,
+            "steps": 0,
+        }
+    after, sums = train_step(start, batch, jax.random.key(0), loss_fn, optimizer)
+    assert float(sums["steps"]) == 1 and (np.asarray(after.params["table"]) != 1).any()
+
+
+def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documents, tmp_path):
+    longest = documents.lengths.max()
+
+    def sick(params, batch, key):
+        loss, sums = loss_fn(params, batch, key)
+        return jnp.where(jnp.any(batch.lengths == longest + 2), jnp.nan, loss), sums
+
+    with pytest.warns(UserWarning, match=r"\d steps of epoch \d were skipped") as said:
+        state, records = run_fit(documents, tmp_path / "run", loss=sick)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    steps = range(EPOCHS * stream.steps_per_epoch)
+    hit = [(documents.lengths[stream.rows(step)] == longest).any() for step in steps]
+    want = np.reshape(hit, (EPOCHS, -1)).sum(1)
+    assert [r["skipped"] for r in records] == want.tolist() and want.all() and len(said) == EPOCHS
+    assert int(state.step) == len(steps)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_figure_that_is_not_finite_stops_before_it_is_saved(documents, tmp_path):
+    figures = iter([1.0, float("nan")])
+    with pytest.raises(InputError, match="figure is nan after epoch 2; lower --learning-rate"):
+        run_fit(documents, tmp_path / "run", figure=lambda: next(figures))
+    run = Run.open(tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == len(run.steps.saved()) == 1
 
 
 def test_the_best_epoch_is_kept_beyond_the_newest(documents, tmp_path):

@@ -1,0 +1,68 @@
+"""How commands end: what is printed to go on with, and what of the system's errors a user sees."""
+
+import errno
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from elmo_jax.fit import Interrupted
+from experiments import cli
+
+
+@dataclass(frozen=True)
+class Config:
+    """A command."""
+
+    output: str = "runs/x"
+    """Folder."""
+    resume: bool = False
+    """Go on."""
+
+
+def end(error, args, monkeypatch, capsys):
+    def command(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["prog", *args])
+    code, err = cli.run(Config, command, "experiments.x"), capsys.readouterr().err
+    assert err.count("\n") == 1
+    return code, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_printed_is_the_one_to_go_on_with(number, monkeypatch, capsys):
+    args = ["--output", "my runs/$HOME's; rm", "--resume"]
+    code, err = end(Interrupted(number, 7), args, monkeypatch, capsys)
+    assert code == 128 + number and f"stopped by {number.name} at step 7, saved" in err
+    printed = shlex.split(err.partition("go on with: ")[2])
+    assert printed == ["python", "-m", "experiments.x", *args]
+
+
+def test_a_second_interrupt_does_not_wait(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    _, err = end(KeyboardInterrupt(), [], monkeypatch, capsys)
+    assert codes == [130] and "stopped at once; what was saved is kept" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "a file: No space left on device; mend that"),
+        (PermissionError(errno.EACCES, "Permission denied", "x.png"), "x.png: Permission denied"),
+        (MemoryError(), "out of memory; lower --batch-size"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, said, monkeypatch, capsys):
+    code, err = end(error, [], monkeypatch, capsys)
+    assert code == 2 and err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError("who knows"), ValueError("x")])
+def test_a_defect_keeps_its_traceback(error, monkeypatch, capsys):
+    with pytest.raises(type(error)):
+        end(error, [], monkeypatch, capsys)
