@@ -15,14 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax import Array
 from tqdm import tqdm
 
 from elmo_jax.checkpoint import Position, Run
-from elmo_jax.data import BatchStream, Dispatch
+from elmo_jax.data import Dispatch, Stream
 from elmo_jax.errors import InputError
-from elmo_jax.train import LossFn, TrainState, make_dispatch
+from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
 
 
 class Interrupted(Exception):
@@ -62,8 +61,8 @@ def _stop_signals() -> Iterator[list[int]]:
 def fit(
     state: TrainState,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    stream: BatchStream,
+    optimizer: Optimizer,
+    stream: Stream,
     run: Run,
     *,
     epochs: int,

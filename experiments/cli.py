@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,21 +18,28 @@ import pooch
 import tyro
 from tqdm import tqdm
 
-from elmo_jax.checkpoint import Run
+from elmo_jax.checkpoint import Run, write_atomically
 from elmo_jax.data import BatchStream
 from elmo_jax.datasets import Dataset
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 
 C = TypeVar("C")
+RESULTS = "results.json"
 
 
-def parse(config: type[C], prog: str) -> C:
-    """The command line as a dataclass; a wrong flag ends in one line and exit code 2."""
+def parse(config: type[C], prog: str, presets: Mapping[str, C] | None = None) -> C:
+    """The command line as a dataclass; a wrong flag ends in one line and exit code 2.
+
+    A preset, ``--preset NAME``, changes the defaults, so every other flag wins over it.
+    """
     box = io.StringIO()
+    named = [v for f, v in zip(sys.argv, sys.argv[1:], strict=False) if f == "--preset"]
+    named += [arg.removeprefix("--preset=") for arg in sys.argv if arg.startswith("--preset=")]
+    default = (presets or {}).get(named[-1] if named else "", config())
     try:
         with contextlib.redirect_stderr(box), _wide():
-            return tyro.cli(config, prog=f"python -m {prog}", description=config.__doc__)
+            return tyro.cli(config, prog=f"python -m {prog}", description=config.__doc__, default=default)
     except SystemExit as error:
         if error.code == 2:
             raise InputError(_one_line(box.getvalue(), prog)) from None
@@ -60,13 +68,16 @@ def _wide():
             os.environ["COLUMNS"] = before
 
 
-def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
+def run(
+    config: type[C], command: Callable[[C], Any], prog: str, presets: Mapping[str, C] | None = None
+) -> int:
     """Parse, call, and turn what a user can mend into one line and an exit code.
 
     Args:
         config: the command's flags.
         command: what to call with them.
         prog: the command's module, for messages.
+        presets: sets of defaults, by name.
 
     Returns:
         The exit code.
@@ -76,7 +87,7 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
     jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        settings = parse(config, prog)
+        settings = parse(config, prog, presets)
         _check(settings)
         command(settings)
     except InputError as error:
@@ -92,7 +103,8 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
     return 0
 
 
-_SHARES = {"validation", "dropout", "classifier_dropout", "warmup"}  # in [0, 1), validation not 0
+# In [0, 1), validation not 0.
+_SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
 _AT_LEAST_0 = {"seed", "split_seed"}
 
 
@@ -111,6 +123,12 @@ def _check(settings: Any) -> None:
             least = 0 if field.name in _AT_LEAST_0 else 1
             if value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}")
+        elif field.name == "labels":
+            if not 0 < value <= 1:
+                raise InputError(f"{flag} must be above 0 and at most 1, not {value}")
+        elif field.name == "exponent":
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{flag} must be at least 0 and finite, not {value}")
         elif not 0 < value < float("inf"):
             raise InputError(f"{flag} must be above 0 and finite, not {value}")
 
@@ -123,10 +141,17 @@ def say(line: str) -> None:
 
 def create_run(config: Any, output: str, monitor: str, **more: Any) -> Run:
     """The run's folder, with everything in its configuration but how it was started."""
-    about_the_call = {"resume", "overwrite", "tensorboard"}
+    about_the_call = {"preset", "resume", "overwrite", "tensorboard"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     settings |= {"output": output, **more}
-    return Run.create(Path(output), settings, monitor, config.resume, config.overwrite)
+    run = Run.create(Path(output), settings, monitor, config.resume, config.overwrite)
+    (run.path / RESULTS).unlink(missing_ok=True)  # it stands for a run that reached its end
+    return run
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``: the run has reached its end."""
+    write_atomically(path / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def describe(data: Dataset, stream: BatchStream) -> None:
@@ -137,6 +162,13 @@ def describe(data: Dataset, stream: BatchStream) -> None:
         f"batches: {stream.steps_per_epoch:,} an epoch of {stream.batch_size}, "
         f"lengths up to {', '.join(map(str, stream.bounds))}, {stream.padding:.1%} padding"
     )
+
+
+def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]:
+    """Seconds of training in all, and the text's tokens a second."""
+    seconds = sum(record["seconds"] for record in records)
+    rate = stream.tokens_per_epoch * len(records) / max(seconds, 1e-9)
+    return {"seconds": round(seconds, 1), "tokens_per_second": round(rate, 1)}
 
 
 def count(params: Any) -> int:

@@ -16,10 +16,13 @@ ALLOWED = {
     "datasets": {"data", "errors", "rows", "sample", "text"},
     "lstm": {"recurrence"},
     "bilm": {"data", "embedders", "lstm", "metrics", "recurrence", "softmax"},
-    "classifier": {"data", "lstm", "metrics"},
+    "classifier": {"data", "lstm", "metrics", "text"},
     "checkpoint": {"errors"},
     "train": {"data"},
     "fit": {"checkpoint", "data", "errors", "train"},
+    "vectors": {"errors", "text"},
+    "svd": {"data", "errors"},
+    "sgns": {"data", "text", "train"},
     "elmo": {"bilm", "checkpoint", "data", "errors", "text"},
 }
 
