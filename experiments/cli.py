@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -28,18 +29,23 @@ C = TypeVar("C")
 RESULTS = "results.json"
 
 
-def parse(config: type[C], prog: str, presets: Mapping[str, C] | None = None) -> C:
+def parse(
+    config: type[C], prog: str, presets: Mapping[str, C] | None = None, args: Sequence[str] | None = None
+) -> C:
     """The command line as a dataclass; a wrong flag ends in one line and exit code 2.
 
     A preset, ``--preset NAME``, changes the defaults, so every other flag wins over it.
     """
     box = io.StringIO()
-    named = [v for f, v in zip(sys.argv, sys.argv[1:], strict=False) if f == "--preset"]
-    named += [arg.removeprefix("--preset=") for arg in sys.argv if arg.startswith("--preset=")]
+    given = sys.argv[1:] if args is None else list(args)
+    named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
+    named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
     default = (presets or {}).get(named[-1] if named else "", config())
     try:
         with contextlib.redirect_stderr(box), _wide():
-            return tyro.cli(config, prog=f"python -m {prog}", description=config.__doc__, default=default)
+            return tyro.cli(
+                config, prog=f"python -m {prog}", description=config.__doc__, default=default, args=given
+            )
     except SystemExit as error:
         if error.code == 2:
             raise InputError(_one_line(box.getvalue(), prog)) from None
@@ -95,7 +101,8 @@ def run(
         return 2
     except Interrupted as stop:
         args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-        print(f"{stop}; go on with: python -m {prog} {shlex.join([*args, '--resume'])}", file=sys.stderr)
+        args += ["--resume"] * any(field.name == "resume" for field in dataclasses.fields(config()))
+        print(f"{stop}; go on with: python -m {prog} {shlex.join(args)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("stopped before training began; nothing to save", file=sys.stderr)
@@ -141,12 +148,17 @@ def say(line: str) -> None:
 
 def create_run(config: Any, output: str, monitor: str, **more: Any) -> Run:
     """The run's folder, with everything in its configuration but how it was started."""
-    about_the_call = {"preset", "resume", "overwrite", "tensorboard"}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
-    settings |= {"output": output, **more}
+    settings = settings_of(config) | {"output": output, **more}
     run = Run.create(Path(output), settings, monitor, config.resume, config.overwrite)
     (run.path / RESULTS).unlink(missing_ok=True)  # it stands for a run that reached its end
     return run
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A command's flags but for those about the call alone, as ``config.json`` holds them."""
+    about_the_call = {"preset", "resume", "overwrite", "tensorboard"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
+    return json.loads(json.dumps(settings))
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
