@@ -29,7 +29,11 @@ figure { margin: .5rem 0; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { color: #4b5560; font-size: .9rem; }
 code { background: #f1f4f6; border-radius: 4px; padding: .1em .3em; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { font-size: 15px; } th, td { padding: .3rem .45rem; font-size: .8rem; } }
+@media (max-width: 40rem) {
+  body { font-size: 15px; padding: .5rem .75rem 3rem; }
+  th, td { padding: .3rem .25rem; font-size: .72rem; white-space: normal; }
+  th:first-child, td:first-child { min-width: 5.2rem; }
+}
 """
 
 

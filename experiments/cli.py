@@ -101,7 +101,7 @@ def run(
         return 2
     except Interrupted as stop:
         args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-        args += ["--resume"] * any(field.name == "resume" for field in dataclasses.fields(config()))
+        args += ["--resume"] * hasattr(config, "resume")
         print(f"{stop}; go on with: python -m {prog} {shlex.join(args)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax.checkpoint import read_config, write_atomically
@@ -95,7 +97,9 @@ class Plan:
         inputs: dict[str, Any] = {"pretrained": self.language_model}
         if base.features != "elmo":
             inputs = {"vectors": str(self.output / base.features)}
-        name = "-".join([flags[1], *(f"{key}-{value:g}" for key, value in changes.items())])
+        name = "-".join(
+            [flags[1], *(key if value is True else f"{key}-{value:g}" for key, value in changes.items())]
+        )
         settings = self._at(base, f"{name}-seed{seed}", seed=seed, **inputs, **changes)
         work *= settings.epochs * settings.labels
         return Stage(f"{name} seed {seed}", "elmo" if base.features == "elmo" else "static", work,
@@ -134,7 +138,11 @@ def compare(config: CompareConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     seconds = run_stages([*stages, *more], output)
-    results.write(classifiers, plan.sources(), Path(plan.language_model), seconds, output)
+    about = (
+        f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."
+    )
+    results.write(classifiers, plan.sources(), Path(plan.language_model), seconds, about, output)
     cli.say(f"written to {output / 'report.html'}")
     if studies:
         claims.write(studies, output)

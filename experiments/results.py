@@ -32,6 +32,7 @@ def write(
     sources: Sequence[Stage],
     language_model: Path,
     seconds: Mapping[str, float],
+    about: str,
     output: Path,
 ) -> None:
     """Draw the figures and write ``report.md`` and ``report.html``.
@@ -41,6 +42,7 @@ def write(
         sources: the stages that made their features.
         language_model: the run of the language model.
         seconds: each stage's time, where known.
+        about: how the page came about, a paragraph.
         output: the folder.
     """
     results = {method: [run.results() for run in runs] for method, runs in classifiers.items()}
@@ -48,6 +50,7 @@ def write(
     figures = output / "figures"
     figures.mkdir(exist_ok=True)
     page = Page("Word vectors with and without context: the comparison")
+    page.text(about)
     _summary(page, results, order)
     page.heading("All figures")
     page.table(*_table(results, order))
@@ -65,10 +68,15 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
     Example:
         >>> spread([0.5, 0.7]), spread([0.5])
-        ('0.6000 ± 0.1414', '0.5000')
+        ('0.6000 ±\\xa00.1414', '0.5000')
     """
     mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {report.deviation(np.array(values)):.{digits}f}"
+    # A narrow column breaks the line before the sign alone.
+    return (
+        mean
+        if len(values) == 1
+        else f"{mean} ±\N{NO-BREAK SPACE}{report.deviation(np.array(values)):.{digits}f}"
+    )
 
 
 def _scores(runs: Sequence[Mapping], part: str, score: str) -> list[float]:
