@@ -111,7 +111,13 @@ def plot_dots(
             mean, spread = float(np.mean(runs)), float(deviation(np.array(runs)))
             axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=_COLOURS[0], capsize=3)
             axes.annotate(
-                f"{mean:.3f}", (mean, i), (0, 7), textcoords="offset points", ha="center", fontsize=9
+                f"{mean:.3f}",
+                (mean, i),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the broken line ends there
             )
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.8)

@@ -20,6 +20,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "train": {"data"},
     "fit": {"checkpoint", "data", "errors", "train"},
+    "page": {"errors"},
     "vectors": {"errors", "text"},
     "svd": {"data", "errors"},
     "sgns": {"data", "text", "train"},
