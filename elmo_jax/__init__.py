@@ -15,6 +15,7 @@ from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.softmax import full_nll, sampled_nll
 from elmo_jax.text import Vocabulary, clean, tokenize
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, train_step
+from elmo_jax.vectors import WordVectors
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "ScalarMix",
     "TrainState",
     "Vocabulary",
+    "WordVectors",
     "bilm_features",
     "bilm_loss",
     "bilm_sums",

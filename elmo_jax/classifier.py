@@ -4,7 +4,7 @@ Axes: B batch, T time, D direction, L layers of the features, F features, H cell
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ from jax import Array
 from elmo_jax.data import Batch
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.metrics import confusion_matrix, token_mask
+from elmo_jax.text import UNK
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
 Features = Callable[[Any, Batch, Array | None], Array]
@@ -29,10 +30,16 @@ class ClassifierConfig:
     """LSTM cells a layer and direction, and units of the ReLU layer."""
     classifier_layers: int = 2
     """Bidirectional LSTM layers."""
-    pooling: Literal["mean", "max", "mean+max"] = "mean+max"
+    pooling: Literal["mean", "max", "mean+max", "attention", "mean+max+attention"] = "mean+max"
     """How the states of a document's tokens become one vector."""
     classifier_dropout: float = 0.2
     """Share of each layer's input set to 0 in training."""
+    variational: bool = False
+    """Drop the same features at every token of a document (Gal and Ghahramani 2016)."""
+    word_dropout: float = 0.0
+    """Share of tokens made unknown in training, before the features are computed."""
+    label_smoothing: float = 0.0
+    """Share of the training target spread evenly over all classes."""
 
 
 class BiLSTMClassifier(nn.Module):
@@ -58,20 +65,26 @@ class BiLSTMClassifier(nn.Module):
         """Features ``[B, T, F]`` and lengths ``[B]`` to logits ``[B, C]``."""
         c = self.config
         drop = nn.Dropout(c.classifier_dropout, deterministic=not train)
+        steps = (1,) if c.variational else ()  # along which one draw serves
+        drop_steps = nn.Dropout(c.classifier_dropout, steps, deterministic=not train)
         x = nn.LayerNorm(name="norm")(x)  # features come in any scale; an LSTM wants one near 1
         for i in range(c.classifier_layers):
-            x = drop(x)
+            x = drop_steps(x)
             both = jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)  # [T, D, B, F]
             h, _ = LSTM(c.hidden, name=f"lstm_{i}")(both, lengths)
             forward, backward = h.transpose(1, 2, 0, 3)
             x = jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)  # [B, T, 2H]
-        x = drop(_pool(x, lengths, c.pooling))
+        scores = nn.Dense(1, name="attention")(x) if "attention" in c.pooling else None
+        x = drop(_pool(x, lengths, c.pooling, scores))
         x = drop(nn.relu(nn.Dense(c.hidden, name="hidden")(x)))
         return nn.Dense(self.classes, name="logits")(x)
 
 
-def _pool(x: Array, lengths: Array, pooling: str) -> Array:
-    """``[B, T, F]`` over real steps to ``[B, F]``, or ``[B, 2F]`` for both ways; 0 on rows without any."""
+def _pool(x: Array, lengths: Array, pooling: str, scores: Array | None) -> Array:
+    """``[B, T, F]`` over real steps to ``[B, F]`` for each way, side by side; 0 on rows without any step.
+
+    Attention is the mean weighted by the softmax of the scores ``[B, T, 1]`` over real steps.
+    """
     mask = token_mask(lengths, x.shape[1])[:, :, None]
     pooled = []
     if "mean" in pooling:
@@ -80,6 +93,10 @@ def _pool(x: Array, lengths: Array, pooling: str) -> Array:
     if "max" in pooling:
         top = jnp.where(mask, x, -jnp.inf).max(1)
         pooled.append(jnp.where(lengths[:, None] > 0, top, 0))
+    if scores is not None:
+        # Fillers, which have no real step, get even weights over zeros instead of NaN.
+        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(x.dtype).min), axis=1)
+        pooled.append(jnp.sum(weights * jnp.where(mask, x, 0), axis=1))
     return jnp.concatenate(pooled, axis=-1)
 
 
@@ -97,12 +114,26 @@ def classify(
         model: the classifier.
     """
     keys = (None, None) if key is None else jax.random.split(key)
+    if keys[1] is not None and model.config.word_dropout:
+        batch = _hide_words(batch, jax.random.fold_in(keys[1], 1), model.config.word_dropout)
     layers = features(params, batch, keys[0])[:, :, 1:-1]
     x = combiner.apply({"params": params["combiner"]}, layers)
     rngs: Any = {} if key is None else {"dropout": keys[1]}
     lengths = jnp.maximum(batch.lengths - 2, 0)
     logits: Any = model.apply({"params": params["classifier"]}, x, lengths, key is not None, rngs=rngs)
     return logits
+
+
+def _hide_words(batch: Batch, key: Array, share: float) -> Batch:
+    """That share of the words made unknown; markers and padding stay."""
+    words = jnp.asarray(batch.words)
+    hidden = jax.random.bernoulli(key, share, words.shape) & (words > UNK)
+    return replace(batch, words=jnp.where(hidden, UNK, words))
+
+
+def static_features(params: Any, batch: Batch, key: Array | None) -> Array:
+    """The rows of a fixed table ``params["vectors"]`` as the one layer ``[1, B, T, F]``."""
+    return jax.lax.stop_gradient(jnp.take(params["vectors"], batch.words, axis=0))[None]
 
 
 def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):
@@ -114,7 +145,9 @@ def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):
 
     def loss(params: Any, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
         logits = classify(params, batch, key, features, combiner, model)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels) * batch.weight
+        smooth = 0.0 if key is None else model.config.label_smoothing
+        targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, model.classes), smooth)
+        each = optax.softmax_cross_entropy(logits, targets) * batch.weight
         total, rows = each.sum(), batch.weight.sum()
         confusion = confusion_matrix(batch.labels, logits.argmax(-1), batch.weight, model.classes)
         return total / jnp.maximum(rows, 1), {"nll": total, "documents": rows, "confusion": confusion}

@@ -22,8 +22,26 @@ class CombinerConfig:
     """trainable or frozen weights a layer, or a learned function of all layers."""
     normalize: Literal["none", "softmax"] = "none"
     """trainable: weights as they are, or softmax-normalised and scaled as in the paper."""
+    layer_norm: bool = False
+    """trainable, frozen: bring each layer to mean 0 and variance 1 over its features first."""
     activation: Literal["relu", "tanh"] = "relu"
     """function: what follows its linear map."""
+
+
+class OneLayer(nn.Module):
+    """The only layer as it is, for vectors that know no context.
+
+    Example:
+        >>> OneLayer().apply({}, jnp.ones((1, 2, 3, 4))).shape
+        (2, 3, 4)
+    """
+
+    @nn.compact
+    def __call__(self, layers: Array) -> Array:
+        return layers[0]
+
+    def lambdas(self, params: Any) -> None:
+        """None: there is nothing to weigh."""
 
 
 class ScalarMix(nn.Module):
@@ -51,7 +69,7 @@ class ScalarMix(nn.Module):
                 "weights": self.param("weights", nn.initializers.zeros, (n,)),
                 "gamma": self.param("gamma", nn.initializers.ones, ()),
             }
-        return _weighted(self.lambdas(params), layers)
+        return _weighted(self.lambdas(params), layers, self.config)
 
     def lambdas(self, params: Any) -> Array:
         """The weight of each layer ``[L]``, γ included."""
@@ -75,7 +93,7 @@ class FrozenMix(nn.Module):
     @nn.compact
     def __call__(self, layers: Array) -> Array:
         weights = self.param("weights", nn.initializers.normal(1.0), (layers.shape[0],))
-        return _weighted(jax.lax.stop_gradient(weights), layers)
+        return _weighted(jax.lax.stop_gradient(weights), layers, self.config)
 
     def lambdas(self, params: Any) -> Array:
         """The weight of each layer ``[L]``."""
@@ -104,7 +122,9 @@ class LearnedFunction(nn.Module):
         """None: the layers have no weight of their own here."""
 
 
-def _weighted(weights: Array, layers: Array) -> Array:
+def _weighted(weights: Array, layers: Array, config: CombinerConfig) -> Array:
+    if config.layer_norm:  # a token at a time, so that a vector hangs on its own sentence alone
+        layers = jax.nn.standardize(layers, axis=-1, epsilon=1e-6)
     return jnp.tensordot(weights.astype(layers.dtype), layers, axes=1)
 
 

@@ -78,15 +78,22 @@ class ContiguousStream:
             yield Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), count)
             step += count
 
-    def window(self, step: int) -> Window:
-        """The window of a step."""
+    def rows(self, step: int) -> np.ndarray:
+        """``[N]`` the documents that a step reads of, counted from the first epoch."""
+        return np.unique(self._places(step)[0])
+
+    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The document and the place in it of every token of a step's window, each ``[U + 1, B]``."""
         epoch, i = divmod(step, self.steps_per_epoch)
         order, begins = self._order(epoch)
         rows = np.arange(self.batch_size) * self.stretch + i * self.unroll
-        place = np.arange(self.unroll + 1)[:, None] + rows[None]  # [U + 1, B], in the stream
+        place = np.arange(self.unroll + 1)[:, None] + rows[None]  # in the stream
         sentence = np.searchsorted(begins, place, "right") - 1
-        within = place - begins[sentence]
-        document = order[sentence]
+        return order[sentence], place - begins[sentence]
+
+    def window(self, step: int) -> Window:
+        """The window of a step."""
+        document, within = self._places(step)
         begin = np.asarray(self.documents.offsets[document])
         n = np.asarray(self.documents.offsets[document + 1]) - begin
         inner = (within > 0) & (within <= n)

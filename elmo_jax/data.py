@@ -9,7 +9,7 @@ Axes: B batch, T time, K steps a dispatch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -99,6 +99,13 @@ class Documents:
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
         return replace(self, ids=self.ids[index], offsets=offsets, labels=self.labels[rows])
 
+    def share(self, share: float, seed: int) -> "Documents":
+        """A seeded draw of that share of every class, at least one document of each, in their order."""
+        rng = np.random.default_rng(seed)
+        of_class = [rng.permutation(np.flatnonzero(self.labels == c)) for c in np.unique(self.labels)]
+        drawn = [rows[: max(1, round(share * len(rows)))] for rows in of_class]
+        return self.take(np.sort(np.concatenate(drawn)))
+
     def batch(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
         """These documents as one batch of that shape [B, T]."""
         sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
@@ -149,8 +156,22 @@ def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
 class Dispatch(NamedTuple):
     """Up to K batches of one shape: leaves ``[K, B, ...]``, of which the first `count` are to run."""
 
-    batches: Batch
+    batches: Any  # a Batch, or what else a task reads
     count: int
+
+
+class Stream(Protocol):
+    """What the loop needs of a stream."""
+
+    steps_per_epoch: int
+
+    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
+        """The batches of steps `first` up to but not including `last`, counted from the first epoch."""
+        ...
+
+    def rows(self, step: int) -> np.ndarray:
+        """The documents of a step, to name them when it fails."""
+        ...
 
 
 class BatchStream:
@@ -201,6 +222,10 @@ class BatchStream:
         pairs = zip(self._buckets, self.bounds, strict=True)
         steps = sum(-(-len(rows) // self.batch_size) * self.batch_size * bound for rows, bound in pairs)
         return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / steps
+
+    def order(self, epoch: int = 0) -> np.ndarray:
+        """The documents' numbers ``[N]`` in the order of an epoch's rows, fillers left out."""
+        return np.concatenate([rows for _, batches in self._epoch(epoch) for rows in batches])
 
     def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
         """An epoch's dispatches in order, each a bound and its batches' documents."""

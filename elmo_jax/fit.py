@@ -21,9 +21,9 @@ from jax import Array
 from tqdm import tqdm
 
 from elmo_jax.checkpoint import Position, Run
-from elmo_jax.data import BatchStream, Dispatch
+from elmo_jax.data import Dispatch, Stream
 from elmo_jax.errors import InputError
-from elmo_jax.train import LossFn, TrainState, make_dispatch
+from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
 
 PATIENCE = 5  # steps in a row that may be skipped because they are not finite
 
@@ -65,8 +65,8 @@ def _stop_signals() -> Iterator[list[int]]:
 def fit(
     state: TrainState,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    stream: BatchStream,
+    optimizer: Optimizer,
+    stream: Stream,
     run: Run,
     *,
     epochs: int,
@@ -191,14 +191,15 @@ def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None
         position.step += 1
 
 
-def _why(position: Position, state: TrainState, stream: BatchStream) -> str:
+def _why(position: Position, state: TrainState, stream: Stream) -> str:
     """What is known of the steps that were skipped."""
     rates = optax.tree.get(state.opt_state, "hyperparams", {})
     rate = f"learning rate {float(rates['learning_rate']):g}, " if "learning_rate" in rates else ""
     rows = ", ".join(map(str, stream.rows(position.step - 1)))
+    read = f"{rate}documents {rows}" if rows else rate.rstrip(", ")
     return (
         f"the loss or a gradient was not finite {position.skipped} steps in a row, up to step "
-        f"{position.step} ({rate}documents {rows}); lower --learning-rate or --clip-norm; the "
+        f"{position.step} ({read}); lower --learning-rate or --clip-norm; the "
         "last saved step is kept"
     )
 

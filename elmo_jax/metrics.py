@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from scipy.stats import binomtest
 
 Sums = Mapping[str, Any]
 
@@ -54,6 +55,30 @@ def classification(confusion: np.ndarray) -> dict[str, Any]:
         "recall": float(share @ recall),
         "confusion_matrix": counts.round().astype(int).tolist(),
     }
+
+
+def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """Exact McNemar test of two classifiers on the same documents.
+
+    Where one is right and the other wrong, either should be right half the time if they
+    are equally good (McNemar 1947); the rest says nothing of their difference.
+
+    Args:
+        labels: ``[N]`` true classes.
+        a, b: ``[N]`` predicted classes.
+
+    Returns:
+        The documents that a alone has right, those that b alone has right, and the
+        two-sided p-value.
+
+    Example:
+        >>> labels = np.zeros(12, int)
+        >>> mcnemar(labels, labels, np.repeat([1, 0], [6, 6]))
+        (6, 0, 0.03125)
+    """
+    only_a, only_b = (int(np.sum((x == labels) & (y != labels))) for x, y in ((a, b), (b, a)))
+    p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return only_a, only_b, p
 
 
 def perplexities(sums: Sums) -> dict[str, float]:

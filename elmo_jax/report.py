@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 Record = Mapping[str, Any]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -56,6 +56,83 @@ def plot_curves(
             axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
         figure.savefig(path)
         plt.close(figure)
+
+
+def plot_bands(
+    curves: Mapping[str, Sequence[Mapping[float, float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> None:
+    """The mean over repetitions against x, within a band of their standard deviation, as a PNG.
+
+    Args:
+        curves: by name, each repetition's figure at every x, the same x of all.
+        path: of the PNG.
+        xlabel, ylabel: with their units.
+        log: whether the x axis is logarithmic.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.2, 3.8))
+        for (name, runs), marker in zip(curves.items(), "os^Dv<", strict=False):
+            x = sorted(runs[0])
+            y = np.array([[run[at] for at in x] for run in runs])
+            mean, spread = y.mean(0), deviation(y)
+            (line,) = axes.plot(x, mean, marker=marker, markersize=4, label=name)
+            axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.18, lw=0)
+        if log:
+            ticks = sorted({at for runs in curves.values() for at in runs[0]})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_dots(
+    values: Mapping[str, Sequence[float]], path: Path, xlabel: str, floor: float | None = None
+) -> None:
+    """The mean of repetitions by name, with their standard deviation, as a PNG.
+
+    Args:
+        values: by name, a figure a repetition; drawn from top to bottom.
+        path: of the PNG.
+        xlabel: with its unit.
+        floor: a value to compare with, drawn as a broken line.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.2, 0.8 + 0.4 * len(values)))
+        for i, runs in enumerate(values.values()):
+            mean, spread = float(np.mean(runs)), float(deviation(np.array(runs)))
+            axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=_COLOURS[0], capsize=3)
+            axes.annotate(
+                f"{mean:.3f}",
+                (mean, i),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the broken line ends there
+            )
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.5, -0.8)
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set(xlabel=xlabel)
+        if floor is not None:
+            axes.axvline(floor, color="black", linestyle="--", linewidth=1)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def deviation(values: np.ndarray) -> Any:
+    """The sample standard deviation along the first axis, 0 of one repetition."""
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
 
 
 def plot_lambdas(records: Sequence[Record], path: Path) -> None:

@@ -20,8 +20,9 @@ from jax import Array
 from elmo_jax.data import Batch, BatchStream
 
 Params = dict[str, Any]
-LossFn = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
+LossFn = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]
 SumsFn = Callable[[Params, Batch], dict[str, Array]]
+RowsFn = Callable[[Params, Batch], Array]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,30 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
 
 
+@dataclass(frozen=True)
+class RowSGD:
+    """Stochastic gradient descent on the rows of tables that a batch names, and on no others.
+
+    The loss function is given those rows in place of the tables, so that neither its
+    gradient nor the update is ever as large as a table.
+
+    Attributes:
+        rate: the learning rate of a step.
+        rows: the tables' names and, for each, the int32 indices ``[...]`` of the rows that a
+            batch needs, any number of times; the loss function gets ``[..., F]``.
+    """
+
+    rate: optax.Schedule
+    rows: Callable[[Any], dict[str, Array]]
+
+    def init(self, params: Params) -> dict[str, Array]:
+        """It remembers nothing."""
+        return {}
+
+
+Optimizer = optax.GradientTransformation | RowSGD
+
+
 @struct.dataclass
 class TrainState:
     """What training changes, and what it reads.
@@ -77,15 +102,13 @@ class TrainState:
     opt_state: Any
 
     @classmethod
-    def create(
-        cls, params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None
-    ) -> "TrainState":
+    def create(cls, params: Params, optimizer: Optimizer, frozen: Params | None = None) -> "TrainState":
         """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), params, frozen or {}, optimizer.init(params))
 
 
 def train_step(
-    state: TrainState, batch: Batch, key: Array, loss_fn: LossFn, optimizer: optax.GradientTransformation
+    state: TrainState, batch: Batch, key: Array, loss_fn: LossFn, optimizer: Optimizer
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step; its randomness is ``fold_in(key, state.step)``.
 
@@ -98,19 +121,35 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     task = lambda params: loss_fn({**state.frozen, **params}, batch, key)  # noqa: E731
-    (loss, sums), gradients = jax.value_and_grad(task, has_aux=True)(state.params)
-    with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-    keep = lambda new, old: jnp.where(sound, new, old)  # noqa: E731
-    params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+    gradient_of = jax.value_and_grad(task, has_aux=True)
+    params, opt_state = state.params, state.opt_state
+    if isinstance(optimizer, RowSGD):
+        rows = optimizer.rows(batch)
+        (loss, sums), gradients = gradient_of({name: params[name][i] for name, i in rows.items()})
+        sound = _sound(loss, gradients)
+        down = -jnp.asarray(optimizer.rate(state.step))
+        change = jax.tree.map(lambda g: jnp.where(sound, down * g, 0), gradients)
+        params = {name: params[name].at[i].add(change[name]) for name, i in rows.items()}
+    else:
+        (loss, sums), gradients = gradient_of(params)
+        sound = _sound(loss, gradients)
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     sums = {**sums, "loss": loss, "steps": jnp.ones(())}
-    return state, {name: keep(value, jnp.zeros_like(value)) for name, value in sums.items()}
+    return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
 
 
-def make_dispatch(loss_fn: LossFn, optimizer: optax.GradientTransformation):
+def _sound(loss: Array, gradients: Any) -> Array:
+    """Whether the loss and every gradient are finite."""
+    return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+
+
+def make_dispatch(loss_fn: LossFn, optimizer: Optimizer):
     """Compile `train_step` over up to K batches in one call, the state donated.
 
     Returns:
@@ -166,3 +205,21 @@ def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, 
     for sums in waiting:
         add(sums)
     return total
+
+
+def predict(rows_fn: RowsFn, params: Params, stream: BatchStream) -> np.ndarray:
+    """A value for every document, in the order in which the stream's documents stand.
+
+    Args:
+        rows_fn: compiled ``(params, batch) -> [B, ...]``.
+        params: all the task needs.
+        stream: of one step a dispatch.
+
+    Returns:
+        ``[N, ...]``.
+    """
+    values = []
+    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+        batch = jax.tree.map(lambda a: a[0], dispatch.batches)
+        values.append(np.asarray(rows_fn(params, batch))[batch.weight > 0])
+    return np.concatenate(values)[np.argsort(stream.order())]

@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
 import os
 import re
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,16 +26,29 @@ from elmo_jax.datasets import Dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
+from elmo_jax.integrity import write_atomically
 
 C = TypeVar("C")
+RESULTS = "results.json"
 
 
-def parse(config: type[C], prog: str) -> C:
-    """The command line as a dataclass; a wrong flag ends in one line and exit code 2."""
+def parse(
+    config: type[C], prog: str, presets: Mapping[str, C] | None = None, args: Sequence[str] | None = None
+) -> C:
+    """The command line as a dataclass; a wrong flag ends in one line and exit code 2.
+
+    A preset, ``--preset NAME``, changes the defaults, so every other flag wins over it.
+    """
     box = io.StringIO()
+    given = sys.argv[1:] if args is None else list(args)
+    named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
+    named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
+    default = (presets or {}).get(named[-1] if named else "", config())
     try:
         with contextlib.redirect_stderr(box), _wide():
-            return tyro.cli(config, prog=f"python -m {prog}", description=config.__doc__)
+            return tyro.cli(
+                config, prog=f"python -m {prog}", description=config.__doc__, default=default, args=given
+            )
     except SystemExit as error:
         if error.code == 2:
             raise InputError(_one_line(box.getvalue(), prog)) from None
@@ -62,13 +77,16 @@ def _wide():
             os.environ["COLUMNS"] = before
 
 
-def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
+def run(
+    config: type[C], command: Callable[[C], Any], prog: str, presets: Mapping[str, C] | None = None
+) -> int:
     """Parse, call, and turn what a user can mend into one line and an exit code.
 
     Args:
         config: the command's flags.
         command: what to call with them.
         prog: the command's module, for messages.
+        presets: sets of defaults, by name.
 
     Returns:
         The exit code.
@@ -80,26 +98,27 @@ def run(config: type[C], command: Callable[[C], Any], prog: str) -> int:
     jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        settings = parse(config, prog)
+        settings = parse(config, prog, presets)
         check(settings)
         command(settings)
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {_reason(error)}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"{stop}; go on with: {_again(prog)}", file=sys.stderr)
+        print(f"{stop}; go on with: {_again(config, prog)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"stopped at once; what was saved is kept, go on with: {_again(prog)}", file=sys.stderr)
+        print(f"stopped at once; what was saved is kept, go on with: {_again(config, prog)}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # a return would wait for a save under way
     return 0
 
 
-def _again(prog: str) -> str:
+def _again(config: type, prog: str) -> str:
     """The command that goes on with this run."""
     args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-    return f"python -m {prog} {shlex.join([*args, '--resume'])}"
+    args += ["--resume"] * hasattr(config, "resume")  # a command without it always goes on
+    return f"python -m {prog} {shlex.join(args)}"
 
 
 def _reason(error: Exception) -> str:
@@ -113,7 +132,8 @@ def _reason(error: Exception) -> str:
     raise error
 
 
-_SHARES = {"validation", "dropout", "classifier_dropout", "warmup"}  # in [0, 1), validation not 0
+# In [0, 1), validation not 0.
+_SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
 _AT_LEAST_0 = {"seed", "split_seed"}
 _SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
 _DEPTHS = {"layers", "classifier_layers"}  # at most 64
@@ -143,6 +163,12 @@ def check(settings: Any) -> None:
                 raise InputError(f"{flag} must be at least {least}, not {value}")
             if value > most:
                 raise InputError(f"{flag} must be at most {most}, not {value}")
+        elif field.name == "labels":
+            if not 0 < value <= 1:
+                raise InputError(f"{flag} must be above 0 and at most 1, not {value}")
+        elif field.name == "exponent":
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{flag} must be at least 0 and finite, not {value}")
         elif not 0 < value < float("inf"):
             raise InputError(f"{flag} must be above 0 and finite, not {value}")
 
@@ -159,11 +185,23 @@ def create_run(
     """The run's folder, with everything in its configuration but how it was started."""
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are two different things; give one")
-    about_the_call = {"resume", "overwrite", "allow_config_change", "tensorboard"}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
-    settings |= {"output": output, **more}
+    settings = settings_of(config) | {"output": output, **more}
     started = (config.resume, config.overwrite, config.allow_config_change)
-    return Run.create(Path(output), settings, monitor, *started, files=files)
+    run = Run.create(Path(output), settings, monitor, *started, files=files)
+    (run.path / RESULTS).unlink(missing_ok=True)  # it stands for a run that reached its end
+    return run
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A command's flags but for those about the call alone, as ``config.json`` holds them."""
+    about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
+    return json.loads(json.dumps(settings))
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``: the run has reached its end."""
+    write_atomically(path / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def describe(data: Dataset, stream: BatchStream) -> None:
@@ -174,6 +212,13 @@ def describe(data: Dataset, stream: BatchStream) -> None:
         f"batches: {stream.steps_per_epoch:,} an epoch of {stream.batch_size}, "
         f"lengths up to {', '.join(map(str, stream.bounds))}, {stream.padding:.1%} padding"
     )
+
+
+def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]:
+    """Seconds of training in all, and the text's tokens a second."""
+    seconds = sum(record["seconds"] for record in records)
+    rate = stream.tokens_per_epoch * len(records) / max(seconds, 1e-9)
+    return {"seconds": round(seconds, 1), "tokens_per_second": round(rate, 1)}
 
 
 def count(params: Any) -> int:

@@ -27,6 +27,8 @@ class PretrainConfig:
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
     model: Annotated[BiLMConfig, OmitArgPrefixes] = BiLMConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig()
+    preset: Literal["report", "best"] | None = None
+    """Sizes and epochs of the report, or the best known; other flags win over it."""
     softmax: Literal["sampled", "full"] = "sampled"
     """Training objective; perplexity is always of the full softmax."""
     negatives: int = 2048
@@ -51,6 +53,15 @@ class PretrainConfig:
     """To go on between two epochs with another --seed or --steps-per-dispatch."""
     overwrite: bool = False
     """Replace the run in that folder."""
+
+
+PRESETS = {
+    "report": PretrainConfig(
+        preset="report", model=BiLMConfig(embedding=150, cells=150, layers=2), batch_size=32, epochs=10
+    ),
+    # The best known so far; a search on validation is to settle it.
+    "best": PretrainConfig(preset="best"),
+}
 
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
@@ -102,6 +113,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
     report.plot_curves(records, lines, run.path / "perplexity.png", "held-out perplexity", log=True)
     best = min(records, key=lambda record: record["perplexity"])
+    results = {name: best[name] for name in ("perplexity", "perplexity_forward", "perplexity_backward")}
+    cli.write_results(run.path, results | {"best_epoch": best["epoch"]} | cli.speed(records, train))
     cli.say(
         f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {run.path}"
     )
@@ -111,7 +124,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
 
 def main() -> int:
     """The command; returns its exit code."""
-    return cli.run(PretrainConfig, pretrain, "experiments.pretrain")
+    return cli.run(PretrainConfig, pretrain, "experiments.pretrain", PRESETS)
 
 
 if __name__ == "__main__":

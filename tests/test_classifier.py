@@ -3,12 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from reference import log_softmax, tree64
 from reference import lstm as oracle
 
-from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
-from elmo_jax.combiners import CombinerConfig, make_combiner
+from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify, static_features
+from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
 from elmo_jax.data import Batch
+from elmo_jax.text import UNK
 
 X = jax.random.normal(jax.random.key(0), (3, 5, 4))
 LENGTHS = jnp.array([5, 2, 1])
@@ -19,7 +21,7 @@ def make(**more):
     return model, jax.jit(model.init)(jax.random.key(1), X, LENGTHS)["params"]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "mean+max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean+max+attention"])
 def test_logits_are_the_oracles(pooling):
     model, params = make(pooling=pooling)
     logits = model.apply({"params": params}, X, LENGTHS)
@@ -35,13 +37,17 @@ def test_logits_are_the_oracles(pooling):
                 for d, read in enumerate((x, x[::-1]))
             ]
             x = np.concatenate([halves[0], halves[1][::-1]], -1)
-        v = np.concatenate([x.mean(0)] * ("mean" in pooling) + [x.max(0)] * ("max" in pooling))
+        pooled = [x.mean(0)] * ("mean" in pooling) + [x.max(0)] * ("max" in pooling)
+        if "attention" in pooling:
+            scores = (x @ p["attention"]["kernel"] + p["attention"]["bias"])[:, 0]
+            pooled.append(np.exp(log_softmax(scores)) @ x)
+        v = np.concatenate(pooled)
         v = np.maximum(v @ p["hidden"]["kernel"] + p["hidden"]["bias"], 0)
         np.testing.assert_allclose(logits[b], v @ p["logits"]["kernel"] + p["logits"]["bias"], atol=1e-5)
 
 
 def test_padding_changes_nothing():
-    model, params = make()
+    model, params = make(pooling="mean+max+attention")
     padded = jnp.pad(X, [(0, 1), (0, 7), (0, 0)], constant_values=9.0)
     wide = model.apply({"params": params}, padded, jnp.array([5, 2, 1, 0]))
     np.testing.assert_allclose(wide[:3], model.apply({"params": params}, X, LENGTHS), atol=1e-6)
@@ -67,6 +73,63 @@ def test_loss_counts_documents_without_fillers_and_their_markers():
     np.testing.assert_array_equal(sums["confusion"], want)
 
 
+class Echo:
+    """In place of a classifier: the feature itself is the logit."""
+
+    def __init__(self, **config):
+        self.config, self.classes = ClassifierConfig(**config), 3
+
+    def apply(self, variables, x, lengths, train, rngs):
+        return x[:, :, 0]
+
+
+def test_smoothed_labels_are_for_training_alone():
+    def loss(label, key=None, **config):
+        features = lambda params, batch, key: jnp.arange(5.0)[None, None, :, None]  # noqa: E731
+        fn = classifier_loss(features, OneLayer(), Echo(**config))
+        return float(fn({"combiner": {}, "classifier": {}}, Batch.of([[4, 5, 6]], [label]), key)[0])
+
+    key = jax.random.key(0)
+    assert loss(2, label_smoothing=0.2) == loss(2) == loss(2, key)
+    even = sum(loss(label) for label in range(3)) / 3
+    assert loss(2, key, label_smoothing=0.2) == pytest.approx(0.8 * loss(2) + 0.2 * even, rel=1e-5)
+
+
+def test_hidden_words_are_unknown_in_training_alone():
+    seen = []
+
+    def features(params, batch, key):
+        seen.append(np.asarray(batch.words))
+        return jnp.zeros((1, *batch.words.shape, 1))
+
+    batch = Batch.of([[4, 5, 6], [7]])
+    for key in (None, *jax.random.split(jax.random.key(0), 20)):
+        classify({"combiner": {}, "classifier": {}}, batch, key, features, OneLayer(), Echo(word_dropout=0.5))
+    np.testing.assert_array_equal(seen[0], batch.words)
+    words = np.stack(seen[1:])
+    hidden = words != batch.words
+    assert (words[hidden] == UNK).all()
+    assert not hidden[:, batch.words <= UNK].any()
+    assert 0.2 < hidden[:, batch.words > UNK].mean() < 0.8
+
+
+@pytest.mark.parametrize("variational", [True, False])
+def test_variational_dropout_drops_the_same_features_at_every_step(variational):
+    config = ClassifierConfig(3, 1, classifier_dropout=0.5, variational=variational)
+    model = BiLSTMClassifier(config, 4)
+
+    @jax.jit
+    def inputs(key):
+        dropped = lambda module, _: isinstance(module, nn.Dropout)  # noqa: E731
+        rngs = {"params": key, "dropout": key}
+        _, saw = model.init_with_output(rngs, X, LENGTHS, True, capture_intermediates=dropped)
+        return next(a for a in jax.tree.leaves(saw["intermediates"]) if a.shape == X.shape)
+
+    kept = np.asarray(inputs(jax.random.key(0))) != 0
+    assert 0 < kept.mean() < 1
+    assert (kept == kept[:, :1]).all() == variational
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_it_learns_what_only_order_tells():
     """Which of two words comes first is the class: no bag of words could know."""
@@ -88,3 +151,13 @@ def test_it_learns_what_only_order_tells():
     trained, _ = jax.lax.fori_loop(0, 100, step, (params, optimizer.init(params)))
     assert loss(params) > 0.5
     assert loss(trained) < 0.05
+
+
+def test_static_features_are_rows_without_a_gradient():
+    batch, table = Batch.of([[4, 5], [4]]), jax.random.normal(jax.random.key(0), (6, 3))
+    layers = static_features({"vectors": table}, batch, None)
+    assert layers.shape == (1, 2, 4, 3)
+    np.testing.assert_array_equal(layers[0, 0, 1], layers[0, 1, 1])
+    np.testing.assert_array_equal(layers[0, 0, 2], table[5])
+    g = jax.grad(lambda t: static_features({"vectors": t}, batch, None).sum())(table)
+    assert not np.any(g)

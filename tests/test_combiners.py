@@ -50,6 +50,14 @@ def test_frozen_is_drawn_by_seed_and_has_no_gradient():
     assert not np.any(g["weights"])
 
 
+@pytest.mark.parametrize("combiner", ["trainable", "frozen"])
+def test_layer_norm_is_of_every_token_on_its_own(combiner):
+    weights = jnp.array([0.2, -1.0, 3.0])
+    _, _, y = run({"weights": weights}, combiner=combiner, layer_norm=True)
+    normed = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
+    np.testing.assert_allclose(y, np.tensordot(np.asarray(weights, np.float64), normed, 1), atol=1e-4)
+
+
 @pytest.mark.parametrize(("activation", "f"), [("relu", lambda x: np.maximum(x, 0)), ("tanh", np.tanh)])
 def test_function_is_a_linear_map_of_all_layers(activation, f):
     combiner, params, y = run(combiner="function", activation=activation)

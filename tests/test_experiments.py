@@ -3,10 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from elmo_jax.elmo import Elmo
-from experiments import downstream, pretrain
+from elmo_jax.text import Vocabulary
+from elmo_jax.vectors import WordVectors
+from experiments import compare, downstream, pretrain, results, vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-dispatch 2".split()  # noqa: SIM905
@@ -86,20 +89,95 @@ def test_downstream_writes_what_it_promises(pretrained, tmp_path, monkeypatch, c
     assert code == 0, captured.err
     got = records(run)
     assert all({"event", "epoch", "loss", "val_loss", "val_accuracy", "lambdas"} <= r.keys() for r in got)
-    results = json.loads((run / "results.json").read_text())
+    scored = json.loads((run / "results.json").read_text())
     for part, rows in (("train", 32), ("validation", 8), ("test", 10)):
-        scores = results[part]
+        scores = scored[part]
         assert {"accuracy", "f1", "precision", "recall", "confusion_matrix"} <= scores.keys()
         assert sum(map(sum, scores["confusion_matrix"])) == rows
         assert (run / f"confusion_{part}.png").read_bytes().startswith(b"\x89PNG")
-    lambdas = results["lambdas"]
+    lambdas = scored["lambdas"]
     if combiner == "function":
         assert lambdas is None and got[0]["lambdas"] is None
     else:
         assert len(lambdas) == 3
         assert (run / "lambdas.png").exists()
         assert (got[0]["lambdas"] == got[1]["lambdas"]) == (combiner == "frozen")
-    assert f"test accuracy {results['test']['accuracy']:.4f}" in captured.out
+    assert f"test accuracy {scored['test']['accuracy']:.4f}" in captured.out
+
+
+def test_word_vectors_feed_the_same_classifier(corpus, tmp_path, monkeypatch, capsys):
+    run, down = tmp_path / "sgns", tmp_path / "down"
+    flags = [
+        "--method",
+        "sgns",
+        "--dataset",
+        corpus,
+        "--min-count",
+        "1",
+        "--dimensions",
+        "4",
+        "--epochs",
+        "2",
+    ]
+    assert call(vectors.main, monkeypatch, *flags, "--output", run) == 0, capsys.readouterr().err
+    made, text = (WordVectors.load(run / name) for name in ("vectors.npz", "vectors.txt"))
+    assert made.tokens == text.tokens == Vocabulary.load(run / "vocab.txt").tokens[3:]
+    np.testing.assert_array_equal(made.matrix, text.matrix)
+    assert [r["epoch"] for r in records(run)] == [1, 2]
+    flags = ["--vectors", run, "--output", down, "--hidden", "4", "--epochs", "1", "--labels", "0.5"]
+    code = call(downstream.main, monkeypatch, "--features", "sgns", *flags)
+    assert code == 0, capsys.readouterr().err
+    scored = json.loads((down / "results.json").read_text())
+    assert scored["lambdas"] is None
+    predictions = np.load(down / "predictions.npz")
+    for part, rows in (("train", 16), ("validation", 4), ("test", 10)):
+        hits = predictions[part] == predictions[f"{part}_labels"]
+        assert len(hits) == rows and hits.mean() == pytest.approx(scored[part]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--features", "svd", "--vectors", "none"],
+            "python -m experiments.vectors --method svd --output none",
+        ),
+        (["--features", "svd", "--finetune"], "--finetune and --untrained need --features elmo"),
+        (["--labels", "1.5"], "--labels must be above 0 and at most 1"),
+    ],
+)
+def test_features_that_cannot_be_had_end_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    assert call(downstream.main, monkeypatch, *flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err
+
+
+def test_compare_makes_the_page_and_redoes_only_what_is_not_finished(corpus, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    flags = ["--dataset", corpus, "--min-count", "1", "--output", out]
+    flags += ["--pretrain=--embedding 4 --cells 4 --epochs 1", "--vectors=--dimensions 4 --epochs 1"]
+    flags += ["--downstream=--hidden 4 --epochs 1 --classifier-layers 1 --batch-size 16"]
+    assert call(compare.main, monkeypatch, *flags) == 0, capsys.readouterr().err
+    assert len(capsys.readouterr().out.splitlines()) == 8 + 1  # a line a stage, and where the page is
+    page, html = (out / "report.md").read_text(), (out / "report.html").read_text()
+    for method, reported in results.REPORT.items():
+        accuracy = json.loads((out / _folder(method) / "results.json").read_text())["test"]["accuracy"]
+        assert f"| {method} | test | {accuracy:.4f} | {reported:.4f} |" in page
+    assert html.count("data:image/png;base64,") == 3 + 15 and 'src="http' not in html
+
+    stopped = out / "svd-seed0"  # as if it had been interrupted
+    (stopped / "results.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
+    assert call(compare.main, monkeypatch, *flags) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("finished before") == 7
+    assert (stopped / "results.json").exists()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def _folder(method):
+    flags, _ = compare.METHODS[method]
+    return f"{flags[1]}-seed0"
 
 
 def test_a_run_is_not_lost_by_accident_and_can_be_continued(pretrained, corpus, monkeypatch, capsys):

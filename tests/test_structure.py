@@ -20,7 +20,7 @@ ALLOWED = {
     "hdf5": {"errors"},
     "pretrained": {"bilm", "characters", "embedders", "errors", "hdf5", "text"},
     "inference": {"bilm", "characters", "recurrence", "text"},
-    "classifier": {"data", "lstm", "metrics"},
+    "classifier": {"data", "lstm", "metrics", "text"},
     "integrity": {"errors"},
     "steps": {"errors", "integrity"},
     "checkpoint": {"errors", "integrity", "steps"},
@@ -41,6 +41,10 @@ ALLOWED = {
     "contiguous": {"data", "text"},
     "dump": {"elmo", "errors", "integrity", "text"},
     "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "text", "train"},
+    "page": {"errors"},
+    "vectors": {"errors", "text"},
+    "svd": {"data", "errors"},
+    "sgns": {"data", "text", "train"},
 }
 
 

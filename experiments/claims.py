@@ -1,0 +1,244 @@
+"""What is said of ELMo, measured: few labels, fast learning, senses in context, worth of pre-training.
+
+Nouns: a *study* is the runs behind one picture and the sentence under it, which says what
+the figures show, whichever way they fall.
+Axes: N occurrences, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from elmo_jax import report
+from elmo_jax.datasets import DataConfig
+from elmo_jax.elmo import Elmo
+from elmo_jax.page import Page
+from elmo_jax.sample import Text, sample_corpus
+from elmo_jax.vectors import WordVectors
+from experiments.downstream import VECTORS
+from experiments.results import spread
+from experiments.stages import Stage
+
+if TYPE_CHECKING:
+    from experiments.compare import Plan
+
+ELMO, STATIC = "ELMo, trainable λ", ("SGNS", "SVD")
+SHARES = (0.01, 0.03, 0.1, 0.3)  # of the labels, beside all of them
+MOST_EPOCHS = 10  # times as many as with all labels; with few labels an epoch is few steps
+
+
+@dataclass(frozen=True)
+class Studies:
+    """The runs of every study.
+
+    Attributes:
+        full: the comparison's own classifiers, by method.
+        few: by method and share of the labels.
+        untrained: ELMo's classifier on a language model of random parameters.
+        context: pre-training, SVD and SGNS on the embedded corpus.
+    """
+
+    full: Mapping[str, Sequence[Stage]]
+    few: Mapping[str, Mapping[float, Sequence[Stage]]]
+    untrained: Sequence[Stage]
+    context: Sequence[Stage]
+
+
+def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
+    """Which runs the claims need, beside the comparison's own."""
+
+    def few(method: str, share: float) -> list[Stage]:
+        base = full[method][0].settings.epochs
+        epochs = round(base * min(1 / share, MOST_EPOCHS))
+        return [
+            plan.classifier(method, seed, labels=share, epochs=epochs) for seed in range(len(full[method]))
+        ]
+
+    by_share = {method: {share: few(method, share) for share in SHARES} for method in (ELMO, *STATIC)}
+    untrained = [plan.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
+    context = type(plan)(plan.config, DataConfig(), plan.output / "context").sources()
+    renamed = [
+        Stage(f"context {s.name}", f"context {s.kind}", s.work, s.command, s.settings) for s in context
+    ]
+    return Studies(full, by_share, untrained, renamed)
+
+
+def stages(made: Studies) -> list[Stage]:
+    """All runs that are not the comparison's own."""
+    few = [run for by_share in made.few.values() for runs in by_share.values() for run in runs]
+    return [*made.context, *made.untrained, *few]
+
+
+def write(made: Studies, output: Path) -> None:
+    """Draw the pictures and write ``claims.md`` and ``claims.html``."""
+    figures = output / "figures"
+    figures.mkdir(exist_ok=True)
+    page = Page("What context is worth, measured")
+    for name, study in (
+        ("Data efficiency", _efficiency),
+        ("Convergence", _convergence),
+        ("Context", _context),
+        ("Transfer", _transfer),
+    ):
+        path = figures / f"{study.__name__.removeprefix('_')}.png"
+        page.heading(name)
+        page.figures((path, study(made, path)))
+    page.write(output / "claims")
+
+
+def _accuracies(runs: Sequence[Stage]) -> list[float]:
+    return [run.results()["test"]["accuracy"] for run in runs]
+
+
+def _efficiency(made: Studies, path: Path) -> str:
+    runs = {method: {**shares, 1.0: made.full[method]} for method, shares in made.few.items()}
+    curves = {}
+    for method, shares in runs.items():
+        by_share = {share: _accuracies(some) for share, some in shares.items()}
+        seeds = range(len(made.full[method]))
+        curves[method] = [{100 * share: values[i] for share, values in by_share.items()} for i in seeds]
+    report.plot_bands(curves, path, "labelled documents used (% of training)", "test accuracy", log=True)
+    return efficiency_sentence(curves)
+
+
+def efficiency_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -> str:
+    """What the curves of `_efficiency` show: accuracies at either end, and who leads by how much."""
+    at = lambda method, x: [run[x] for run in curves[method]]  # noqa: E731
+    shares = sorted(curves[ELMO][0])
+    parts, leads = [], []
+    for x in (shares[0], shares[-1]):
+        parts.append(f"with {x:g}% of the labels " + ", ".join(f"{m} {spread(at(m, x), 3)}" for m in curves))
+        leads.append(float(np.mean(at(ELMO, x))) - max(float(np.mean(at(m, x))) for m in STATIC))
+    trend = "larger with few labels than with all" if leads[0] > leads[1] else "no larger with few labels"
+    return (
+        f"Test accuracy {'; '.join(parts)}. ELMo is {leads[0]:+.3f} against the better static vectors at the "
+        f"low end and {leads[1]:+.3f} at the high end: its lead is {trend}."
+    )
+
+
+def _convergence(made: Studies, path: Path) -> str:
+    curves = {
+        method: [{float(r["step"]): r["val_accuracy"] for r in run.records()} for run in made.full[method]]
+        for method in (ELMO, *STATIC)
+    }
+    report.plot_bands(curves, path, "updates", "validation accuracy")
+    return convergence_sentence(curves)
+
+
+def convergence_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -> str:
+    """After how many updates ELMo is first where the others are at their best."""
+    steps = sorted(curves[ELMO][0])
+    mean = {m: [float(np.mean([run[x] for run in runs])) for x in steps] for m, runs in curves.items()}
+    said = []
+    for method in STATIC:
+        best = max(mean[method])
+        after = steps[mean[method].index(best)]
+        first = next((x for x, y in zip(steps, mean[ELMO], strict=True) if y >= best), None)
+        when = "never" if first is None else f"after {first:,.0f}"
+        said.append(
+            f"{method} is at its best, {best:.3f}, after {after:,.0f} updates; ELMo reaches that {when}"
+        )
+    return (
+        f"After {steps[0]:,.0f} updates, the first point measured: "
+        + ", ".join(f"{m} {values[0]:.3f}" for m, values in mean.items())
+        + f". {'. '.join(said)}."
+    )
+
+
+def _transfer(made: Studies, path: Path) -> str:
+    values = {
+        "ELMo, pre-trained": _accuracies(made.full[ELMO]),
+        "ELMo, random parameters": _accuracies(made.untrained),
+        **{method: _accuracies(made.full[method]) for method in STATIC},
+    }
+    report.plot_dots(values, path, "test accuracy")
+    with_it, without = (float(np.mean(values[name])) for name in list(values)[:2])
+    verb = "gains" if with_it > without else "does not gain"
+    return (
+        f"The same classifier {verb} by pre-training: {spread(values['ELMo, pre-trained'])} with it, "
+        f"{spread(values['ELMo, random parameters'])} on a language model of random parameters "
+        f"({with_it - without:+.4f})."
+    )
+
+
+# --- senses in context ------------------------------------------------------------------
+
+
+def _context(made: Studies, path: Path) -> str:
+    language_model, *static = made.context
+    corpus = sample_corpus()
+    elmo = Elmo.from_pretrained(language_model.path)
+    train, test = (Occurrences.of(part) for part in (corpus.train, corpus.test))
+    values: dict[str, float] = {}
+    layers = [part.layers(elmo) for part in (train, test)]  # each [L, N, F]
+    for j in range(len(layers[0])):
+        name = "ELMo, token vectors" if j == 0 else f"ELMo, LSTM layer {j}"
+        values[name] = probe(layers[0][j], train.senses, layers[1][j], test.senses)
+    for stage, name in zip(static, ("SVD", "SGNS"), strict=True):
+        table = WordVectors.load(stage.path / VECTORS).table(elmo.vocabulary)
+        rows = [table[elmo.vocabulary.ids(part.words)] for part in (train, test)]
+        values[name] = probe(rows[0], train.senses, rows[1], test.senses)
+    floor = commonest(train, test)
+    report.plot_dots({name: [v] for name, v in values.items()}, path, "senses told apart, test texts", floor)
+    best = max(values, key=lambda name: values[name])
+    static_best = max(values["SVD"], values["SGNS"])
+    return (
+        f"On the embedded corpus, whose grammar knows the sense of each of {len(test.senses):,} occurrences "
+        f"of ambiguous words, one linear probe tells {values[best]:.1%} of the senses from {best}, and "
+        f"{static_best:.1%} from the better static vectors; always guessing a word's commonest sense "
+        f"(broken line) gets {floor:.1%}."
+    )
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Where words of several senses stand in texts.
+
+    Attributes:
+        texts: tokens of each text.
+        places: N pairs of a text's number and a token's.
+        words, senses: of each.
+    """
+
+    texts: list[list[str]]
+    places: list[tuple[int, int]]
+    words: list[str]
+    senses: list[str]
+
+    @classmethod
+    def of(cls, corpus: Sequence[Text]) -> Occurrences:
+        """Those of the embedded corpus."""
+        texts = [text.text.split() for text in corpus]
+        found = [(i, at, sense) for i, text in enumerate(corpus) for at, sense in text.senses]
+        words = [texts[i][at] for i, at, _ in found]
+        return cls(texts, [(i, at) for i, at, _ in found], words, [sense for *_, sense in found])
+
+    def layers(self, elmo: Elmo) -> np.ndarray:
+        """The layer states of each occurrence in its text, ``[L, N, F]``."""
+        states = elmo.embed(self.texts)
+        return np.stack([states[i][:, at] for i, at in self.places], axis=1)
+
+
+def probe(train: np.ndarray, senses: Sequence[str], test: np.ndarray, truth: Sequence[str]) -> float:
+    """Accuracy of one logistic regression from vectors ``[N, F]`` to senses, on other vectors."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return float(model.fit(train, senses).score(test, truth))
+
+
+def commonest(train: Occurrences, test: Occurrences) -> float:
+    """Accuracy of guessing the sense that a word has most often in `train`."""
+    counts: dict[str, dict[str, int]] = {}
+    for word, sense in zip(train.words, train.senses, strict=True):
+        of_word = counts.setdefault(word, {})
+        of_word[sense] = of_word.get(sense, 0) + 1
+    guess = {word: max(of_word, key=lambda sense: of_word[sense]) for word, of_word in counts.items()}
+    hits = [guess.get(word) == sense for word, sense in zip(test.words, test.senses, strict=True)]
+    return float(np.mean(hits))

@@ -1,0 +1,158 @@
+"""The whole comparison, from pre-training to a page of results: python -m experiments.compare."""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+from tyro.conf import OmitArgPrefixes
+
+from elmo_jax.datasets import DataConfig
+from elmo_jax.errors import InputError
+from elmo_jax.integrity import read_config, write_atomically
+from experiments import claims, cli, downstream, pretrain, results, vectors
+from experiments.stages import Stage, run_stages
+
+# By the name the page gives them: the flags that make them, and the work of an epoch.
+METHODS: Mapping[str, tuple[tuple[str, ...], float]] = {
+    "ELMo, learned function": (("--combiner", "function"), 1.2),
+    "ELMo, trainable λ": (("--combiner", "trainable"), 1.2),
+    "SGNS": (("--features", "sgns"), 0.6),
+    "ELMo, frozen λ": (("--combiner", "frozen"), 1.2),
+    "SVD": (("--features", "svd"), 0.6),
+}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Run or reuse every stage, then write report.md and report.html; stopped, the same call goes on."""
+
+    data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
+    preset: Literal["report", "best"] = "report"
+    """Of pre-training and of the classifier."""
+    seeds: int = 1
+    """Classifiers of each method, of seeds 0, 1, …; figures are their mean and standard deviation."""
+    claims: bool = False
+    """Measure the report's claims too (many more classifiers), and write claims.md and claims.html."""
+    pretrained: str | None = None
+    """A finished run of experiments.pretrain to use; a new one is made if not given."""
+    pretrain: str = ""
+    """More flags of experiments.pretrain, in one string: --pretrain="--epochs 2 --cells 64"."""
+    vectors: str = ""
+    """More flags of experiments.vectors, in one string."""
+    downstream: str = ""
+    """More flags of experiments.downstream, in one string."""
+    output: str = "runs/compare"
+    """Folder of all runs and of the pages."""
+
+
+class Plan:
+    """The stages' settings, from the comparison's.
+
+    Args:
+        config: of the comparison.
+        data: the data set of every stage.
+        output: the folder of their runs.
+        pretrained: the language model's run, if it is not to be made here.
+    """
+
+    def __init__(self, config: CompareConfig, data: DataConfig, output: Path, pretrained: str | None = None):
+        self.config, self.data, self.output = config, data, output
+        self.language_model = pretrained or str(output / "pretrain")
+        self.external = pretrained is not None
+
+    def sources(self) -> list[Stage]:
+        """The language model and the word vectors."""
+        stages = []
+        if not self.external:
+            flags = [*self._preset, *shlex.split(self.config.pretrain)]
+            base = cli.parse(pretrain.PretrainConfig, "experiments.pretrain", pretrain.PRESETS, flags)
+            settings = self._at(base, "pretrain", data=self.data)
+            stages.append(Stage("pretrain", "pretrain", float(base.epochs), pretrain.pretrain, settings))
+        for method, work in (("svd", 0.3), ("sgns", 1.0)):
+            flags = ["--method", method, *shlex.split(self.config.vectors)]
+            base = cli.parse(vectors.VectorsConfig, "experiments.vectors", args=flags)
+            settings = self._at(base, method, data=self.data)
+            stages.append(Stage(method, method, work, vectors.vectors, settings))
+        return stages
+
+    def classifier(self, method: str, seed: int, **changes: Any) -> Stage:
+        """A classifier on that method's features.
+
+        Args:
+            method: of `METHODS`.
+            seed: of the classifier.
+            changes: of other settings; they name the run too.
+        """
+        flags, work = METHODS[method]
+        more = shlex.split(self.config.downstream)
+        args = [*self._preset, *more, *flags]
+        base = cli.parse(downstream.DownstreamConfig, "experiments.downstream", downstream.PRESETS, args)
+        inputs: dict[str, Any] = {"pretrained": self.language_model}
+        if base.features != "elmo":
+            inputs = {"vectors": str(self.output / base.features)}
+        name = "-".join(
+            [flags[1], *(key if value is True else f"{key}-{value:g}" for key, value in changes.items())]
+        )
+        settings = self._at(base, f"{name}-seed{seed}", seed=seed, **inputs, **changes)
+        work *= settings.epochs * settings.labels
+        return Stage(f"{name} seed {seed}", "elmo" if base.features == "elmo" else "static", work,
+                     downstream.downstream, settings)  # fmt: skip
+
+    @property
+    def _preset(self) -> list[str]:
+        return ["--preset", self.config.preset]
+
+    def _at(self, base: Any, name: str, **changes: Any) -> Any:
+        return dataclasses.replace(
+            base, output=str(self.output / name), resume=True, overwrite=False, **changes
+        )
+
+
+def compare(config: CompareConfig) -> None:
+    """Run the command."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; give --output a folder")
+    data = config.data
+    if config.pretrained is not None:
+        saved = read_config(Path(config.pretrained))
+        if "data" not in saved or not (Path(config.pretrained) / cli.RESULTS).is_file():
+            raise InputError(
+                f"{config.pretrained}: is no finished run of experiments.pretrain; finish it first"
+            )
+        data = DataConfig(**saved["data"])
+    plan = Plan(config, data, output, config.pretrained)
+    classifiers = {
+        method: [plan.classifier(method, seed) for seed in range(config.seeds)] for method in METHODS
+    }
+    stages = [*plan.sources(), *(run for runs in classifiers.values() for run in runs)]
+    studies = claims.studies(plan, classifiers) if config.claims else None
+    more = claims.stages(studies) if studies else []
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    seconds = run_stages([*stages, *more], output)
+    about = (
+        f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."
+    )
+    results.write(classifiers, plan.sources(), Path(plan.language_model), seconds, about, output)
+    cli.say(f"written to {output / 'report.html'}")
+    if studies:
+        claims.write(studies, output)
+        cli.say(f"written to {output / 'claims.html'}")
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    return cli.run(CompareConfig, compare, "experiments.compare")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The page of the comparison: methods, their figures, and whether they differ.
+
+Nouns: the *report* is the one whose test accuracies stand beside ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from elmo_jax import report
+from elmo_jax.metrics import mcnemar
+from elmo_jax.page import Page
+from experiments.downstream import PARTS, PREDICTIONS
+from experiments.stages import Stage, read_records
+
+REPORT = {
+    "ELMo, learned function": 0.9045,
+    "ELMo, trainable λ": 0.8892,
+    "SGNS": 0.8892,
+    "ELMo, frozen λ": 0.8833,
+    "SVD": 0.8595,
+}
+SCORES = ("accuracy", "f1", "precision", "recall")
+
+Classifiers = Mapping[str, Sequence[Stage]]
+
+
+def write(
+    classifiers: Classifiers,
+    sources: Sequence[Stage],
+    language_model: Path,
+    seconds: Mapping[str, float],
+    about: str,
+    output: Path,
+) -> None:
+    """Draw the figures and write ``report.md`` and ``report.html``.
+
+    Args:
+        classifiers: each method's runs, a seed each; all finished.
+        sources: the stages that made their features.
+        language_model: the run of the language model.
+        seconds: each stage's time, where known.
+        about: how the page came about, a paragraph.
+        output: the folder.
+    """
+    results = {method: [run.results() for run in runs] for method, runs in classifiers.items()}
+    order = sorted(results, key=lambda method: -np.mean(_scores(results[method], "test", "accuracy")))
+    figures = output / "figures"
+    figures.mkdir(exist_ok=True)
+    page = Page("Word vectors with and without context: the comparison")
+    page.text(about)
+    _summary(page, results, order)
+    page.heading("All figures")
+    page.table(*_table(results, order))
+    _difference(page, classifiers, order)
+    _curves(page, classifiers, language_model, figures)
+    page.heading("Confusion matrices")
+    for part in reversed(PARTS):
+        page.figures(*((classifiers[m][0].path / f"confusion_{part}.png", f"{m}, {part}") for m in order))
+    _times(page, [*sources, *(run for runs in classifiers.values() for run in runs)], seconds)
+    page.write(output / "report")
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and standard deviation if there are several.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.5])
+        ('0.6000 ±\\xa00.1414', '0.5000')
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    # A narrow column breaks the line before the sign alone.
+    return (
+        mean
+        if len(values) == 1
+        else f"{mean} ±\N{NO-BREAK SPACE}{report.deviation(np.array(values)):.{digits}f}"
+    )
+
+
+def _scores(runs: Sequence[Mapping], part: str, score: str) -> list[float]:
+    return [run[part][score] for run in runs]
+
+
+def _summary(page: Page, results: Mapping, order: Sequence[str]) -> None:
+    seeds = len(next(iter(results.values())))
+    said = ", ".join(f"{m} {spread(_scores(results[m], 'test', 'accuracy'))}" for m in order)
+    page.text(f"Test accuracy, best first: {said}.")
+    ours = [m for m in order if m in REPORT]
+    theirs = sorted(ours, key=lambda m: -REPORT[m])
+    gaps = [(a, b) for i, a in enumerate(ours) for b in ours[i + 1 :] if REPORT[a] < REPORT[b]]
+    if gaps:
+        page.text(
+            "Against the report's order ("
+            + ", ".join(theirs)
+            + "), these stand the other way round here: "
+            + "; ".join(f"{a} above {b}" for a, b in gaps)
+            + "."
+        )
+    else:
+        page.text(f"The order is the report's: {', '.join(theirs)}.")
+    page.text(
+        f"{seeds} seeds a method; figures are mean ± standard deviation."
+        if seeds > 1
+        else "One seed a method, so small differences may be chance; see the test below."
+    )
+
+
+def _table(results: Mapping, order: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    head = ["method", "part", "accuracy", "the report's", "F1", "precision", "recall"]
+    rows = []
+    for method in order:
+        for part in PARTS:
+            cells = [spread(_scores(results[method], part, score)) for score in SCORES]
+            known = f"{REPORT[method]:.4f}" if part == "test" and method in REPORT else "–"
+            rows.append([method, part, cells[0], known, *cells[1:]])
+    return head, rows
+
+
+def _difference(page: Page, classifiers: Classifiers, order: Sequence[str]) -> None:
+    page.heading("Do neighbours differ?")
+    rows = []
+    for better, worse in pairwise(order):
+        loaded = [dict(np.load(classifiers[m][0].path / PREDICTIONS)) for m in (better, worse)]
+        only_better, only_worse, p = mcnemar(loaded[0]["test_labels"], *(one["test"] for one in loaded))
+        verdict = "yes" if p < 0.05 else "not shown"
+        rows.append([f"{better} – {worse}", f"{only_better:,}", f"{only_worse:,}", f"{p:.2g}", verdict])
+    page.text(
+        "Exact McNemar test on the test documents, seed 0: those that only one of the two has right, and the "
+        "probability of so uneven a split if both were equally good. Below 0.05 counts as a difference."
+    )
+    page.table(["pair", "only first right", "only second right", "p", "differ"], rows)
+
+
+def _curves(page: Page, classifiers: Classifiers, language_model: Path, figures: Path) -> None:
+    page.heading("Training")
+    records = read_records(language_model)
+    lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
+    report.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
+    best = min(record["perplexity"] for record in records)
+    drawn = [
+        (figures / "perplexity.png", f"Pre-training: held-out perplexity, full softmax; best {best:.1f}.")
+    ]
+    for method, runs in classifiers.items():
+        if "trainable" in method:
+            records = runs[0].records()
+            report.plot_lambdas(records, figures / "lambdas.png")
+            last = ", ".join(f"{x:.2f}" for x in records[-1]["lambdas"])
+            drawn.append((figures / "lambdas.png", f"{method}: the weight of each layer; at the end {last}."))
+    accuracies = {
+        method: [{float(r["epoch"]): r["val_accuracy"] for r in run.records()} for run in runs]
+        for method, runs in classifiers.items()
+    }
+    report.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
+    drawn.append(
+        (figures / "validation.png", "Classifiers: validation accuracy, with a band of one deviation.")
+    )
+    page.figures(*drawn)
+
+
+def _times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:
+    page.heading("Time")
+    rows = []
+    for stage in stages:
+        results = stage.results()
+        whole = f"{seconds[stage.name]:,.0f}" if stage.name in seconds else "–"
+        rows.append([stage.name, f"{results['seconds']:,.0f}", f"{results['tokens_per_second']:,.0f}", whole])
+    page.text("Training alone, and the whole stage with loading, compiling and evaluation.")
+    page.table(["stage", "training (s)", "tokens/s", "whole stage (s)"], rows)

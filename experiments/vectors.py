@@ -1,0 +1,125 @@
+"""Make word vectors from a data set's training text: python -m experiments.vectors."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+from tyro.conf import OmitArgPrefixes
+
+from elmo_jax.checkpoint import Run
+from elmo_jax.datasets import DataConfig, Dataset, load_dataset
+from elmo_jax.exported import VOCABULARY
+from elmo_jax.fit import fit
+from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
+from elmo_jax.svd import SVDConfig, svd_vectors
+from elmo_jax.text import UNK
+from elmo_jax.train import TrainState
+from elmo_jax.vectors import WordVectors
+from experiments import cli
+from experiments.downstream import VECTORS
+
+
+@dataclass(frozen=True)
+class VectorsConfig:
+    """Make word vectors by SVD of co-occurrence counts, or by skip-gram with negative sampling."""
+
+    method: Literal["svd", "sgns"] = "sgns"
+    """Counting and a truncated SVD, or skip-gram with negative sampling."""
+    data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
+    dimensions: int = 300
+    """Width of the vectors."""
+    window: int = 4
+    """Steps to either side that count as context; sgns: at most, drawn for each token."""
+    svd: Annotated[SVDConfig, OmitArgPrefixes] = SVDConfig()
+    sgns: Annotated[SGNSConfig, OmitArgPrefixes] = SGNSConfig()
+    epochs: int = 10
+    """sgns: passes over the training text."""
+    seed: int = 0
+    """Of the decomposition, or of parameters, order and draws."""
+    output: str | None = None
+    """Folder of the run; runs/METHOD if not given."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    allow_config_change: bool = False
+    """To go on between two epochs with another --seed."""
+    overwrite: bool = False
+    """Replace the run in that folder."""
+
+
+def vectors(config: VectorsConfig) -> dict[str, Any]:
+    """Run the command; returns what ``results.json`` holds."""
+    data = load_dataset(config.data)
+    output, files = config.output or f"runs/{config.method}", {VOCABULARY: data.vocabulary.text}
+    run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
+    cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
+    matrix, results = (_count if config.method == "svd" else _train)(config, data, run)
+    run.close()
+    made = WordVectors(data.vocabulary.tokens[UNK:], matrix[UNK:])
+    made.save(run.path / VECTORS)
+    made.save(run.path / "vectors.txt")
+    results["neighbours"] = _neighbours(made, data)
+    for word, near in results["neighbours"].items():
+        cli.say(f"{word}: {', '.join(near)}")
+    cli.write_results(run.path, results)
+    cli.say(f"{results['seconds']:.0f} s; written to {run.path}")
+    return results
+
+
+def _count(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, dict[str, Any]]:
+    began = time.perf_counter()
+    size = len(data.vocabulary)
+    matrix = svd_vectors(data.train, size, config.window, config.dimensions, config.svd, config.seed)
+    seconds = time.perf_counter() - began
+    speed = {"seconds": round(seconds, 1), "tokens_per_second": round(len(data.train.ids) / seconds, 1)}
+    run.log([{"event": "svd", **speed}])
+    return matrix, speed
+
+
+def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, dict[str, Any]]:
+    size = len(data.vocabulary)
+    stream = SpanStream(data.train, size, config.window, config.sgns, config.seed)
+    optimizer = sgns_optimizer(config.sgns, config.epochs * stream.steps_per_epoch)
+
+    def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
+        record = {
+            "loss": float(sums["loss"] / max(sums["pairs"], 1)),
+            "tokens_per_second": round(stream.tokens_per_epoch / sums["seconds"], 1),
+        }
+        epoch = int(state.step) // stream.steps_per_epoch
+        cli.say(
+            f"epoch {epoch}: loss {record['loss']:.4f} a pair, {record['tokens_per_second']:,.0f} tokens/s, "
+            f"{sums['seconds']:.0f} s"
+        )
+        return record
+
+    state, records = fit(
+        TrainState.create(sgns_init(size, config.dimensions, jax.random.key(config.seed)), optimizer),
+        sgns_loss(config.sgns),
+        optimizer,
+        stream,
+        run,
+        epochs=config.epochs,
+        seed=config.seed,
+        on_epoch=on_epoch,
+    )
+    return np.asarray(state.params["centre"]), cli.speed(records, stream)
+
+
+def _neighbours(made: WordVectors, data: Dataset) -> dict[str, list[str]]:
+    """The nearest tokens of some words of middling frequency, for the eye."""
+    words = [token for token in data.vocabulary.tokens[UNK + 1 :] if token.isalpha() and len(token) > 3]
+    chosen = words[len(words) // 100 :: max(1, len(words) // 40)][:8]
+    return {word: [near for near, _ in made.nearest(word, 6)] for word in chosen}
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    return cli.run(VectorsConfig, vectors, "experiments.vectors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

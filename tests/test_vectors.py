@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from elmo_jax.errors import InputError
+from elmo_jax.text import Vocabulary
+from elmo_jax.vectors import WordVectors
+
+TOKENS = ["<UNK>", "bank", "zürich", "€"]
+
+
+@pytest.fixture
+def vectors(rng):
+    return WordVectors(TOKENS, rng.normal(size=(4, 5)) * 10.0 ** rng.integers(-20, 20, (4, 5)))
+
+
+@pytest.mark.parametrize("name", ["v.txt", "v.npz"])
+def test_what_is_saved_is_read_bit_by_bit(vectors, tmp_path, name):
+    vectors.save(tmp_path / name)
+    again = WordVectors.load(tmp_path / name)
+    assert again.tokens == vectors.tokens
+    np.testing.assert_array_equal(again.matrix, vectors.matrix)
+
+
+def test_gensim_reads_the_text(vectors, tmp_path):
+    models = pytest.importorskip("gensim.models")
+    vectors.save(tmp_path / "v.txt")
+    theirs = models.KeyedVectors.load_word2vec_format(str(tmp_path / "v.txt"))
+    assert theirs.index_to_key == TOKENS
+    np.testing.assert_array_equal(theirs.vectors, vectors.matrix)
+    theirs.save_word2vec_format(str(tmp_path / "theirs.txt"))
+    np.testing.assert_allclose(WordVectors.load(tmp_path / "theirs.txt").matrix, vectors.matrix, rtol=1e-6)
+
+
+def test_a_table_has_a_row_an_id(vectors):
+    vocabulary = Vocabulary(["<S>", "</S>", "<UNK>", "bank", "unheard"])
+    table = vectors.table(vocabulary)
+    assert not table[:3].any()
+    np.testing.assert_array_equal(table[3:], vectors.matrix[[0, 1, 0]])
+
+
+def test_nearest_are_by_angle():
+    vectors = WordVectors(["a", "b", "c", "d"], np.array([[1, 0], [9, 1], [1, 1], [-1, 0.0]]))
+    assert [token for token, _ in vectors.nearest("a", 3)] == ["b", "c", "d"]
+    assert vectors.nearest("a", 1)[0][1] == pytest.approx(9 / np.hypot(9, 1))
+    with pytest.raises(InputError, match="'x' has no vector"):
+        vectors.nearest("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ":1: is '', not the line 'tokens features'"),
+        ("a 1 2\n", ":1: is 'a 1 2', not the line"),
+        ("2 2\na 1 2\n", ":1: announces 2 tokens, but 1 lines follow"),
+        ("2 2\na 1 2\nb 1\n", ":3: is not a token and 2 numbers"),
+        ("1 2\na 1 2 3\n", ":2: is not a token and 2 numbers"),
+        ("1 2\na 1 x\n", ":2: could not convert string to float: 'x'"),
+        ("1 2\na 1 nan\n", "the vector of 'a' is not finite"),
+        ("2 1\na 1\na 2\n", "a token stands twice"),
+    ],
+)
+def test_a_malformed_text_ends_in_one_line(tmp_path, text, said):
+    path = tmp_path / "v.txt"
+    path.write_text(text)
+    with pytest.raises(InputError) as info:
+        WordVectors.load(path)
+    assert said in str(info.value) and str(path) in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_malformed_npz_ends_in_one_line(tmp_path):
+    path = tmp_path / "v.npz"
+    tokens = np.frombuffer(b"a\nb", np.uint8)
+    for arrays in (
+        {"tokens": tokens},
+        {"tokens": tokens, "matrix": np.zeros((3, 2))},
+        {"tokens": tokens, "matrix": np.array([["x"], ["y"]])},
+        {"tokens": np.array(["a", "b"], object), "matrix": np.zeros((2, 2))},
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(InputError, match="holds no word vectors") as info:
+            WordVectors.load(path)
+        assert "\n" not in str(info.value)
+    for data in (b"", b"PK\x03\x04 torn"):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="holds no word vectors"):
+            WordVectors.load(path)
+    with pytest.raises(InputError, match="holds no word vectors"):
+        WordVectors.load(tmp_path / "none.npz")
