@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from elmo_jax.data import Batch
+from elmo_jax.contiguous import Window
+from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.metrics import token_mask
 from elmo_jax.recurrence import Clips, State
 from elmo_jax.softmax import full_nll, sampled_nll
-
-DIRECTIONS = 2
+from elmo_jax.text import EOS
 
 
 @dataclass(frozen=True)
@@ -168,20 +168,39 @@ class BiLM(nn.Module):
         targets = _in_reading_order(words, jnp.asarray(batch.lengths))[1:, ..., 0]
         weight = token_mask(batch.lengths - 1, h.shape[0]).T[:, None, :].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
-        total, each = self._nll(h, targets, weight, negatives)
-        by_direction = jnp.sum(each * weight, axis=(0, 2))
-        tokens = jnp.sum(weight[:, 0])
-        return {
-            "loss": total,
-            "nll_forward": by_direction[0],
-            "nll_backward": by_direction[1],
-            "tokens": tokens,
-            "words": tokens - jnp.sum(batch.weight),
-        }
+        sums = self._sums(h, targets, weight, negatives)
+        return sums | {"words": sums["tokens"] - jnp.sum(batch.weight)}
+
+    def window_nll(
+        self, window: Window, state: tuple[State, ...], negatives: int | None = None
+    ) -> dict[str, Any]:
+        """`nll` of a window in training, from the state that the window before it left.
+
+        Args:
+            window: the next U steps of B rows.
+            state: of each layer.
+            negatives: as in `nll`.
+
+        Returns:
+            As `nll`, and the ``state`` after the window, through which no gradient flows.
+        """
+        x = self.token_vectors(window.words[:-1] if self.config.input == "words" else window.chars)
+        steps, _, rows, _ = x.shape
+        outputs, after = self.contextualize(x, jnp.full(rows, steps, jnp.int32), state, True)
+        h = self.drop(outputs[-1], deterministic=False)
+        sums = self._sums(h, window.words[1:], window.weight, negatives)
+        ends = jnp.sum(window.words[1:, 0] == EOS).astype(jnp.float32)
+        return sums | {"words": sums["tokens"] - ends, "state": jax.lax.stop_gradient(after)}
 
     def surprisal(self, h: Array, targets: Array) -> Array:
         """-log p of each target with the full softmax, all of the leading shape of h ``[..., P]``."""
         return self._nll(h, targets, jnp.ones(targets.shape, jnp.float32), None)[1]
+
+    def _sums(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> dict[str, Array]:
+        total, each = self._nll(h, targets, weight, negatives)
+        forward, backward = jnp.sum(each * weight, axis=(0, 2))
+        tokens = jnp.sum(weight[:, 0])
+        return {"loss": total, "nll_forward": forward, "nll_backward": backward, "tokens": tokens}
 
     def _nll(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> tuple[Array, Array]:
         """The weighted sum, and every target's own value in the shape of the targets."""
@@ -223,6 +242,26 @@ def bilm_loss(model: BiLM, negatives: int | None = None):
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
     return loss
+
+
+def bilm_window_loss(model: BiLM, negatives: int | None = None):
+    """`bilm_loss` over the windows of a `ContiguousStream`; the carried ``state`` is among params."""
+
+    def loss(params: Any, window: Window, key: Array) -> tuple[Array, dict[str, Any]]:
+        dropout, draw = jax.random.split(key)
+        rngs = {"dropout": dropout, "negatives": draw}
+        state, weights = params["state"], {n: p for n, p in params.items() if n != "state"}
+        sums: Any = model.apply({"params": weights}, window, state, negatives, rngs=rngs, method="window_nll")
+        total = sums.pop("loss")
+        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
+
+    return loss
+
+
+def zero_state(config: BiLMConfig, rows: int) -> tuple[State, ...]:
+    """The state of every layer before anything is read: c ``[D, B, H]`` and h ``[D, B, P]``."""
+    shapes = (DIRECTIONS, rows, config.cells), (DIRECTIONS, rows, config.embedding)
+    return tuple(State(*(jnp.zeros(shape, jnp.float32) for shape in shapes)) for _ in range(config.layers))
 
 
 def bilm_sums(model: BiLM):

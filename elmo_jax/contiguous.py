@@ -12,10 +12,8 @@ import jax
 import numpy as np
 from flax import struct
 
-from elmo_jax.data import Dispatch, Documents
+from elmo_jax.data import DIRECTIONS, Dispatch, Documents
 from elmo_jax.text import BOS, EOS, UNK
-
-DIRECTIONS = 2
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ from flax import struct
 
 from elmo_jax.text import BOS, EOS, PAD, UNK
 
+DIRECTIONS = 2  # forward, then backward
 _ROUND = 4  # bounds are multiples of it, the longest too
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.errors import InputError
 from elmo_jax.exported import load_folder, save_folder
 from elmo_jax.inference import Reader
@@ -188,7 +188,7 @@ class Elmo:
 
     def _state(self, rows: int) -> tuple[State, ...]:
         """The carried state, with zeros for sentences beyond those of earlier calls."""
-        fresh = self._reader.fresh_state(rows)
+        fresh = zero_state(self.model.config, rows)
         if self._carried is None:
             return fresh
         have = len(self._carried[0].c[0])

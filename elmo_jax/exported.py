@@ -46,7 +46,7 @@ def load_folder(path: Path) -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
     vocabulary = None if without else Vocabulary.load(path / VOCABULARY)
     model = BiLM(settings, len(vocabulary or ()))
     if _WEIGHTS in config["files"]:
-        arrays = _read_weights(path / _WEIGHTS)
+        arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
     example = replace(Batch.of([[]]), chars=np.zeros((1, 2, CHARACTERS), np.int32))

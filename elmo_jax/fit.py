@@ -176,7 +176,8 @@ def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     """What is saved: all but what never changes."""
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return tree | ({"carry": state.carry} if state.carry else {})
 
 
 def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from elmo_jax.bilm import DIRECTIONS, BiLM
+from elmo_jax.bilm import BiLM, zero_state
 from elmo_jax.characters import character_ids
+from elmo_jax.data import DIRECTIONS
 from elmo_jax.recurrence import State
 from elmo_jax.text import BOS, EOS, SPECIAL, Vocabulary
 
@@ -132,12 +133,6 @@ class Reader:
             lambda table, rows: jnp.take(table, rows, axis=0)
         )  # its shape changes, run's not
 
-    def fresh_state(self, rows: int) -> tuple[State, ...]:
-        """Zeros, for that many sentences."""
-        c = self.config
-        shapes = (DIRECTIONS, rows, c.cells), (DIRECTIONS, rows, c.embedding)
-        return tuple(State(*(jnp.zeros(shape, jnp.float32) for shape in shapes)) for _ in range(c.layers))
-
     def read(
         self, sentences: Sequence[Sequence[str]], out: Sequence[Any], state: tuple[State, ...] | None = None
     ) -> tuple[State, ...]:
@@ -185,7 +180,7 @@ class Reader:
         rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences)
         lengths = np.zeros(rows, np.int32)
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
-        carried: Any = self.fresh_state(rows) if state is None else state
+        carried: Any = zero_state(self.config, rows) if state is None else state
         longest = int(lengths.max(initial=2))
         steps = self._steps(longest)
         for start in range(0, longest, steps):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from elmo_jax.bilm import DIRECTIONS, BiLMConfig
+from elmo_jax.bilm import BiLMConfig
 from elmo_jax.characters import CHARACTERS, IDS
+from elmo_jax.data import DIRECTIONS
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets, read_bytes, read_floats, write_arrays

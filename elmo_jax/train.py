@@ -39,6 +39,8 @@ class OptimizerConfig:
     """Share of all steps over which the learning rate rises from 0."""
     clip_norm: float = 10.0
     """Gradients of a larger global norm are scaled down to it."""
+    gradient_scale: float = 1.0
+    """Gradients are multiplied by it first; Adam does not notice, Adagrad does."""
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -58,7 +60,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         fixed = {"initial_accumulator_value": 1.0, "eps": 1e-7}
         step = optax.inject_hyperparams(optax.adagrad, static_args=tuple(fixed))(rate, **fixed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
+    return optax.chain(optax.scale(config.gradient_scale), optax.clip_by_global_norm(config.clip_norm), step)
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,26 @@ class TrainState:
         params: trained.
         frozen: given to the task beside params, never changed.
         opt_state: of the optimiser.
+        carry: given to the task beside params too; what its sums hold under the same names
+            takes their place for the next step.
     """
 
     step: Array
     params: Params
     frozen: Params
     opt_state: Any
+    carry: dict[str, Any]
 
     @classmethod
-    def create(cls, params: Params, optimizer: Optimizer, frozen: Params | None = None) -> "TrainState":
+    def create(
+        cls,
+        params: Params,
+        optimizer: Optimizer,
+        frozen: Params | None = None,
+        carry: dict[str, Any] | None = None,
+    ) -> "TrainState":
         """The state before the first step."""
-        return cls(jnp.zeros((), jnp.int32), params, frozen or {}, optimizer.init(params))
+        return cls(jnp.zeros((), jnp.int32), params, frozen or {}, optimizer.init(params), carry or {})
 
 
 def train_step(
@@ -120,7 +131,8 @@ def train_step(
         which is 1; all are 0 if the step was skipped.
     """
     key = jax.random.fold_in(key, state.step)
-    task = lambda params: loss_fn({**state.frozen, **params}, batch, key)  # noqa: E731
+    given = {**state.frozen, **state.carry}
+    task = lambda params: loss_fn({**given, **params}, batch, key)  # noqa: E731
     gradient_of = jax.value_and_grad(task, has_aux=True)
     params, opt_state = state.params, state.opt_state
     if isinstance(optimizer, RowSGD):
@@ -139,8 +151,11 @@ def train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    sums = {**sums, "loss": loss, "steps": jnp.ones(())}
+    after = {name: sums[name] for name in state.carry}
+    carry = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, state.carry)
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, carry=carry)
+    sums = {name: value for name, value in sums.items() if name not in carry}
+    sums |= {"loss": loss, "steps": jnp.ones(())}
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
 
 

@@ -176,6 +176,7 @@ def _context(made: Studies, path: Path) -> str:
     language_model, *static = made.context
     corpus = sample_corpus()
     elmo = Elmo.from_pretrained(language_model.path)
+    assert elmo.vocabulary is not None  # it reads words
     train, test = (Occurrences.of(part) for part in (corpus.train, corpus.test))
     values: dict[str, float] = {}
     layers = [part.layers(elmo) for part in (train, test)]  # each [L, N, F]
