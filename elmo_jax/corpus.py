@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def find_shards(pattern: str) -> list[Path]:
     if not paths:
         raise InputError(f"{pattern}: matches no file; quote the pattern and check it")
     return paths
+
+
+def count_words(pattern: str) -> dict[str, int]:
+    """How often each token stands in a corpus."""
+    counts: Counter[str] = Counter()
+    for shard in find_shards(pattern):
+        for words in _sentences(shard):
+            counts.update(words)
+    return dict(counts)
 
 
 def load_corpus(

@@ -23,8 +23,8 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.page import Page
 from elmo_jax.sample import Text, sample_corpus
 from elmo_jax.vectors import WordVectors
-from experiments.downstream import VECTORS
 from experiments.results import spread
+from experiments.sources import VECTORS
 from experiments.stages import Stage
 
 if TYPE_CHECKING:

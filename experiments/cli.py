@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shlex
 import sys
 import time
@@ -21,12 +22,12 @@ import tyro
 from tqdm import tqdm
 
 from elmo_jax.checkpoint import Run
-from elmo_jax.data import BatchStream
-from elmo_jax.datasets import Dataset
+from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
+from elmo_jax.text import Vocabulary
 
 C = TypeVar("C")
 RESULTS = "results.json"
@@ -204,10 +205,15 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_atomically(path / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def describe(data: Dataset, stream: BatchStream) -> None:
-    """What is trained on, in two lines."""
-    parts = " / ".join(f"{len(part):,}" for part in (data.train, data.validation, data.test))
-    say(f"documents: {parts} (train / validation / test), vocabulary {len(data.vocabulary):,}")
+def describe(parts: Sequence[Documents], vocabulary: Vocabulary, stream: Any) -> None:
+    """What is trained on, in two lines; parts are training, validation and perhaps test."""
+    sizes = " / ".join(f"{len(part):,}" for part in parts)
+    names = " / ".join(("train", "validation", "test")[: len(parts)])
+    say(f"documents: {sizes} ({names}), vocabulary {len(vocabulary):,}")
+    if not isinstance(stream, BatchStream):
+        size = f"{stream.batch_size} rows of {stream.unroll} steps"
+        say(f"batches: {stream.steps_per_epoch:,} an epoch of {size}")
+        return
     say(
         f"batches: {stream.steps_per_epoch:,} an epoch of {stream.batch_size}, "
         f"lengths up to {', '.join(map(str, stream.bounds))}, {stream.padding:.1%} padding"
@@ -219,6 +225,12 @@ def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]
     seconds = sum(record["seconds"] for record in records)
     rate = stream.tokens_per_epoch * len(records) / max(seconds, 1e-9)
     return {"seconds": round(seconds, 1), "tokens_per_second": round(rate, 1)}
+
+
+def peak_memory() -> float:
+    """Bytes at the peak: of the device, or of this process where it has no memory of its own."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return float(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def count(params: Any) -> int:

@@ -95,14 +95,16 @@ class Plan:
         args = [*self._preset, *more, *flags]
         base = cli.parse(downstream.DownstreamConfig, "experiments.downstream", downstream.PRESETS, args)
         inputs: dict[str, Any] = {"pretrained": self.language_model}
-        if base.features != "elmo":
-            inputs = {"vectors": str(self.output / base.features)}
+        if base.source.features != "elmo":
+            inputs = {"vectors": str(self.output / base.source.features)}
         name = "-".join(
             [flags[1], *(key if value is True else f"{key}-{value:g}" for key, value in changes.items())]
         )
-        settings = self._at(base, f"{name}-seed{seed}", seed=seed, **inputs, **changes)
-        work *= settings.epochs * settings.labels
-        return Stage(f"{name} seed {seed}", "elmo" if base.features == "elmo" else "static", work,
+        inputs |= {key: changes.pop(key) for key in ("labels", "untrained") if key in changes}
+        source = dataclasses.replace(base.source, **inputs)
+        settings = self._at(base, f"{name}-seed{seed}", seed=seed, source=source, **changes)
+        work *= settings.epochs * source.labels
+        return Stage(f"{name} seed {seed}", "elmo" if base.source.features == "elmo" else "static", work,
                      downstream.downstream, settings)  # fmt: skip
 
     @property

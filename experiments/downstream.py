@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,44 +12,25 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
-from elmo_jax.bilm import bilm_features
 from elmo_jax.checkpoint import Run
-from elmo_jax.classifier import (
-    BiLSTMClassifier,
-    ClassifierConfig,
-    Features,
-    classifier_loss,
-    classify,
-    static_features,
-)
-from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
+from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
+from elmo_jax.combiners import CombinerConfig
 from elmo_jax.data import Batch, BatchStream
-from elmo_jax.datasets import DataConfig, Dataset, load_dataset
-from elmo_jax.elmo import Elmo
-from elmo_jax.errors import InputError
-from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
-from elmo_jax.integrity import read_config, structure
 from elmo_jax.metrics import classification
-from elmo_jax.text import Vocabulary
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
-from elmo_jax.vectors import WordVectors
 from experiments import cli
+from experiments.sources import Source, SourceConfig, open_source
 
 PARTS = ("train", "validation", "test")
-VECTORS, PREDICTIONS = "vectors.npz", "predictions.npz"
+PREDICTIONS = "predictions.npz"
 
 
 @dataclass(frozen=True)
 class DownstreamConfig:
     """Train a BiLSTM classifier on ELMo's mixed layers or on word vectors, and measure it."""
 
-    features: Literal["elmo", "svd", "sgns"] = "elmo"
-    """The layers of a language model, or word vectors that know no context."""
-    pretrained: str = "runs/pretrain"
-    """elmo: run of experiments.pretrain; the data set is that run's."""
-    vectors: str | None = None
-    """svd, sgns: run of experiments.vectors, runs/svd or runs/sgns if not given; the data set is its."""
+    source: Annotated[SourceConfig, OmitArgPrefixes] = SourceConfig()
     preset: Literal["report", "best"] | None = None
     """Sizes and epochs of the report, or the best known; other flags win over it."""
     combiner: Annotated[CombinerConfig, OmitArgPrefixes] = CombinerConfig()
@@ -57,12 +38,6 @@ class DownstreamConfig:
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig(
         learning_rate=2e-3, clip_norm=5.0
     )
-    finetune: bool = False
-    """Train the language model too."""
-    untrained: bool = False
-    """Draw the language model anew, to see what its training is worth."""
-    labels: float = 1.0
-    """Share of the training and validation documents to use, the same of every class."""
     batch_size: int = 32
     """Documents a step."""
     epochs: int = 5
@@ -95,34 +70,17 @@ PRESETS = {
 }
 
 
-class Source(NamedTuple):
-    """Where the classifier's input comes from.
-
-    Attributes:
-        data: the data set, numbered as the features know it.
-        features: ``(params, batch, key) -> [L, B, T, F]``.
-        combiner: of their layers.
-        params: what features look for among the parameters.
-        shape: (L, F).
-    """
-
-    data: Dataset
-    features: Features
-    combiner: Any
-    params: dict[str, Any]
-    shape: tuple[int, int]
-
-
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
-    source = _elmo(config) if config.features == "elmo" else _word_vectors(config)
-    name = config.combiner.combiner if config.features == "elmo" else config.features
+    source = open_source(config.source, config.combiner, config.seed)
+    name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(config, output, monitor="val_loss", texts=source.data.digest)
     train = BatchStream(
         source.data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch
     )
-    cli.describe(source.data, train)
+    data = source.data
+    cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
     model = BiLSTMClassifier(config.classifier, len(source.data.classes))
     records, params = _train(config, source, model, train, run)
     run.close()
@@ -135,56 +93,6 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     return results
 
 
-def _elmo(config: DownstreamConfig) -> Source:
-    """The layers of a language model."""
-    elmo = Elmo.from_pretrained(config.pretrained)
-    spelled = elmo.model.config.input == "characters"
-    data = _data_of(Path(config.pretrained), elmo.vocabulary, config, spelled)
-    params = elmo.params
-    if config.untrained:
-        example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
-        params = jax.jit(elmo.model.init)(jax.random.key(config.seed), example)["params"]
-    c = elmo.model.config
-    features = bilm_features(elmo.model, config.finetune)
-    combiner = make_combiner(config.combiner)
-    return Source(data, features, combiner, {"bilm": params}, (c.layers + 1, 2 * c.embedding))
-
-
-def _word_vectors(config: DownstreamConfig) -> Source:
-    """A table of word vectors."""
-    if config.finetune or config.untrained:
-        raise InputError("--finetune and --untrained need --features elmo; leave them out")
-    path = Path(config.vectors or f"runs/{config.features}")
-    if not (path / VECTORS).is_file():
-        raise InputError(
-            f"{path}: holds no word vectors; make them with "
-            f"python -m experiments.vectors --method {config.features} --output {path}"
-        )
-    method = read_config(path).get("method")
-    if method != config.features:
-        raise InputError(f"{path}: holds {method} vectors, not --features {config.features}; give its run")
-    vocabulary = Vocabulary.load(path / VOCABULARY)
-    table = WordVectors.load(path / VECTORS).table(vocabulary)
-    data = _data_of(path, vocabulary, config)
-    return Source(data, static_features, OneLayer(), {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
-
-
-def _data_of(
-    path: Path, vocabulary: Vocabulary | None, config: DownstreamConfig, spelled: bool = False
-) -> Dataset:
-    """The data set that a run was made from, thinned out if asked for."""
-    saved = read_config(path)
-    if "data" not in saved:
-        raise InputError(f"{path}: names no data set; give a run of experiments.pretrain")
-    settings = structure(DataConfig, saved["data"], f"{path}: data")
-    cli.check(settings)
-    data = load_dataset(settings, vocabulary, spelled)
-    if config.labels == 1:
-        return data
-    few = {name: getattr(data, name).share(config.labels, config.seed) for name in ("train", "validation")}
-    return replace(data, **few)
-
-
 def _train(
     config: DownstreamConfig, source: Source, model: BiLSTMClassifier, train: BatchStream, run: Run
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -192,7 +100,7 @@ def _train(
     combiner = source.combiner
     loss_fn = classifier_loss(source.features, combiner, model)
     params, frozen = _init(source, model, config.seed), source.params
-    if config.finetune:
+    if config.source.finetune:
         params, frozen = params | frozen, {}
     cli.say(f"model: {cli.count(params):,} trained parameters, {cli.count(frozen):,} frozen")
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)

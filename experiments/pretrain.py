@@ -1,6 +1,8 @@
 """Pre-train a bidirectional language model: python -m experiments.pretrain."""
 
+import itertools
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -10,14 +12,18 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
-from elmo_jax.data import BatchStream
-from elmo_jax.datasets import DataConfig, load_dataset
+from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums, bilm_window_loss, zero_state
+from elmo_jax.data import BatchStream, Stream
+from elmo_jax.datasets import DataConfig
+from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
 from experiments import cli
+from experiments.texts import CorpusConfig, Texts, load_texts
+
+_TIMED = 4  # dispatches of a dry run
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,10 @@ class PretrainConfig:
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
     model: Annotated[BiLMConfig, OmitArgPrefixes] = BiLMConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig()
-    preset: Literal["report", "best"] | None = None
-    """Sizes and epochs of the report, or the best known; other flags win over it."""
+    corpus: Annotated[CorpusConfig, OmitArgPrefixes] = CorpusConfig()
+    preset: Literal["report", "best", "elmo-small", "elmo-medium", "elmo-original"] | None = None
+    """Sizes and epochs of the report, the best known, or the sizes and the recipe of a released model;
+    other flags win over it."""
     softmax: Literal["sampled", "full"] = "sampled"
     """Training objective; perplexity is always of the full softmax."""
     negatives: int = 2048
@@ -43,6 +51,8 @@ class PretrainConfig:
     """Steps between saves within an epoch."""
     steps_per_dispatch: int = 8
     """Steps run by one call of the device."""
+    dry_run: bool = False
+    """Say what the run would cost, and write nothing."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too."""
     output: str = "runs/pretrain"
@@ -55,33 +65,66 @@ class PretrainConfig:
     """Replace the run in that folder."""
 
 
+def _released(
+    preset: Literal["elmo-small", "elmo-medium", "elmo-original"], cells: int, width: int, highway: int = 2
+) -> PretrainConfig:
+    """A released model's sizes, and the recipe of bilm-tf that trained it."""
+    model = BiLMConfig(
+        input="characters",
+        characters=CharCNNConfig(highway=highway),
+        embedding=width,
+        cells=cells,
+        skip=True,
+        cell_clip=3.0,
+        projection_clip=3.0,
+        tie=False,
+    )
+    optimizer = OptimizerConfig(
+        optimizer="adagrad",
+        learning_rate=0.2,
+        schedule="constant",
+        warmup=0.0,
+        clip_norm=10.0,
+        gradient_scale=20.0,  # bilm-tf adds up the loss over its 20 unrolled steps
+    )
+    return PretrainConfig(
+        preset=preset,
+        model=model,
+        optimizer=optimizer,
+        corpus=CorpusConfig(batching="contiguous", unroll=20),
+        negatives=8192,
+        batch_size=128,
+    )
+
+
 PRESETS = {
     "report": PretrainConfig(
         preset="report", model=BiLMConfig(embedding=150, cells=150, layers=2), batch_size=32, epochs=10
     ),
     # The best known so far; a search on validation is to settle it.
     "best": PretrainConfig(preset="best"),
+    "elmo-small": _released("elmo-small", cells=1024, width=128, highway=1),
+    "elmo-medium": _released("elmo-medium", cells=2048, width=256),
+    "elmo-original": _released("elmo-original", cells=4096, width=512),
 }
 
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
-    data = load_dataset(config.data, spelled=config.model.input == "characters")
+    data = load_texts(config.data, config.corpus, spelled=config.model.input == "characters")
     model = BiLM(config.model, len(data.vocabulary))
+    train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
+    bounds = train.bounds if isinstance(train, BatchStream) else None
+    held_out = BatchStream(data.held_out, 2 * config.batch_size, bounds=bounds)
+    cli.describe((data.train, data.held_out), data.vocabulary, train)
+    state, optimizer, loss_fn = _begin(config, model, data, train)
+    cli.say(f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}")
+    if config.dry_run:
+        _estimate(config, state, optimizer, loss_fn, train)
+        return []
     files = {VOCABULARY: data.vocabulary.text}
-    run = cli.create_run(config, config.output, monitor="perplexity", files=files, texts=data.digest)
-
-    train = BatchStream(
-        data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch
-    )
-    held_out = BatchStream(data.validation, 2 * config.batch_size, bounds=train.bounds)
-    cli.describe(data, train)
-    example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
-    params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
-    cli.say(f"model: {cli.count(params):,} parameters, {jax.devices()[0].platform} x {jax.device_count()}")
-    optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
-    sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
-    negatives = config.negatives if sampled else None
+    about = {"texts": data.digest} | ({} if config.corpus.corpus is None else {"data": None})
+    run = cli.create_run(config, config.output, monitor="perplexity", files=files, **about)
     sums_fn = jax.jit(bilm_sums(model))
     log = cli.tensorboard(run, config.tensorboard)
 
@@ -99,8 +142,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
         return record
 
     _, records = fit(
-        TrainState.create(params, optimizer),
-        bilm_loss(model, negatives),
+        state,
+        loss_fn,
         optimizer,
         train,
         run,
@@ -120,6 +163,43 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     )
     run.close()
     return records
+
+
+def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> tuple[TrainState, Any, LossFn]:
+    """The state before the first step, the optimiser, and the task."""
+    example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
+    params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+    optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
+    sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
+    negatives = config.negatives if sampled else None
+    if config.corpus.batching == "sentences":
+        return TrainState.create(params, optimizer), optimizer, bilm_loss(model, negatives)
+    carry = {"state": zero_state(config.model, config.batch_size)}
+    return TrainState.create(params, optimizer, carry=carry), optimizer, bilm_window_loss(model, negatives)
+
+
+def _estimate(config: PretrainConfig, state: TrainState, optimizer: Any, loss_fn: LossFn, train: Any) -> None:
+    """Say what the run would cost, from a few timed steps."""
+    dispatch_fn = make_dispatch(loss_fn, optimizer)
+    key = jax.random.key(config.seed)
+    dispatches = itertools.islice(train.dispatches(0, train.steps_per_epoch), _TIMED)
+    seen: set[tuple[int, ...]] = set()
+    steps = words = seconds = 0.0
+    for dispatch in itertools.chain.from_iterable((d, d) for d in dispatches):  # once to compile
+        shape = dispatch.batches.words.shape
+        began = time.perf_counter()
+        state, sums = jax.block_until_ready(dispatch_fn(state, dispatch.batches, dispatch.count, key))
+        if shape in seen:
+            seconds += time.perf_counter() - began
+            steps, words = steps + dispatch.count, words + float(np.sum(sums["words"]))
+        seen.add(shape)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    total = config.epochs * train.steps_per_epoch
+    peak = cli.peak_memory()
+    cli.say(f"memory: {held / 1e6:,.0f} MB of parameters and optimiser, {peak / 1e6:,.0f} MB at the peak")
+    cli.say(f"speed: {words / seconds:,.0f} tokens/s, {seconds / steps * 1e3:,.1f} ms a step")
+    hours = total * seconds / steps / 3600
+    cli.say(f"the run: {total:,} steps in {hours:.2f} hours, without its evaluations")
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from elmo_jax.text import UNK
 from elmo_jax.train import TrainState
 from elmo_jax.vectors import WordVectors
 from experiments import cli
-from experiments.downstream import VECTORS
+from experiments.sources import VECTORS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""Where a classifier's input comes from: a language model's layers, or word vectors."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elmo_jax.bilm import bilm_features
+from elmo_jax.classifier import Features, static_features
+from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
+from elmo_jax.datasets import DataConfig, Dataset, load_dataset
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.exported import VOCABULARY
+from elmo_jax.integrity import read_config, structure
+from elmo_jax.text import Vocabulary
+from elmo_jax.vectors import WordVectors
+from experiments import cli
+
+VECTORS = "vectors.npz"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What the classifier is given of each token."""
+
+    features: Literal["elmo", "svd", "sgns"] = "elmo"
+    """The layers of a language model, or word vectors that know no context."""
+    pretrained: str = "runs/pretrain"
+    """elmo: run of experiments.pretrain; the data set is that run's."""
+    vectors: str | None = None
+    """svd, sgns: run of experiments.vectors, runs/svd or runs/sgns if not given; the data set is its."""
+    finetune: bool = False
+    """Train the language model too."""
+    untrained: bool = False
+    """Give the language model new parameters, to see what its training is worth."""
+    labels: float = 1.0
+    """Share of the training and validation documents that are used."""
+
+
+class Source(NamedTuple):
+    """Where the classifier's input comes from.
+
+    Attributes:
+        data: the data set, numbered as the features know it.
+        features: ``(params, batch, key) -> [L, B, T, F]``.
+        combiner: of their layers.
+        params: what features look for among the parameters.
+        shape: (L, F).
+    """
+
+    data: Dataset
+    features: Features
+    combiner: Any
+    params: dict[str, Any]
+    shape: tuple[int, int]
+
+
+def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
+    """What the flags name.
+
+    Raises:
+        InputError: a run is missing or of another kind, or flags contradict each other.
+    """
+    if config.features == "elmo":
+        return _elmo(config, combiner, seed)
+    if config.finetune or config.untrained:
+        raise InputError("--finetune and --untrained need --features elmo; leave them out")
+    return _word_vectors(config, seed)
+
+
+def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
+    """The layers of a language model."""
+    elmo = Elmo.from_pretrained(config.pretrained)
+    data = _data_of(Path(config.pretrained), elmo.vocabulary, config, seed)
+    params, c = elmo.params, elmo.model.config
+    if config.untrained:
+        example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
+        params = jax.jit(elmo.model.init)(jax.random.key(seed), example)["params"]
+    features = bilm_features(elmo.model, config.finetune)
+    return Source(data, features, make_combiner(combiner), {"bilm": params}, (c.layers + 1, 2 * c.embedding))
+
+
+def _word_vectors(config: SourceConfig, seed: int) -> Source:
+    """A table of word vectors."""
+    path = Path(config.vectors or f"runs/{config.features}")
+    if not (path / VECTORS).is_file():
+        raise InputError(
+            f"{path}: holds no word vectors; make them with "
+            f"python -m experiments.vectors --method {config.features} --output {path}"
+        )
+    method = read_config(path).get("method")
+    if method != config.features:
+        raise InputError(f"{path}: holds {method} vectors, not --features {config.features}; give its run")
+    vocabulary = Vocabulary.load(path / VOCABULARY)
+    table = WordVectors.load(path / VECTORS).table(vocabulary)
+    data = _data_of(path, vocabulary, config, seed)
+    return Source(data, static_features, OneLayer(), {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
+
+
+def _data_of(path: Path, vocabulary: Vocabulary | None, config: SourceConfig, seed: int) -> Dataset:
+    """The data set that a run was made from, thinned out if asked for."""
+    saved = read_config(path)
+    if saved.get("data") is None:
+        raise InputError(f"{path}: names no data set; give a run of experiments.pretrain")
+    settings = structure(DataConfig, saved["data"], f"{path}: data")
+    cli.check(settings)
+    spelled = config.features == "elmo" and saved["model"].get("input") == "characters"
+    data = load_dataset(settings, vocabulary, spelled)
+    if config.labels == 1:
+        return data
+    few = {name: getattr(data, name).share(config.labels, seed) for name in ("train", "validation")}
+    return replace(data, **few)
