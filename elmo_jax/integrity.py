@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,8 +179,9 @@ def _check_fields(made: Any, data: Mapping[str, Any], source: str) -> None:
             raise InputError(f"{source}: {name!r} is not known; restore it or train again")
         if isinstance(value, int | float) and not abs(value) < 2**31:  # nor NaN
             raise InputError(f"{source}: {name} is {reprlib.repr(value)}; restore it or train again")
-        if isinstance(value, dict):
-            _check_fields(getattr(made, name), value, f"{source}.{name}")
+        field = getattr(made, name)
+        if isinstance(value, dict) and is_dataclass(field):
+            _check_fields(field, value, f"{source}.{name}")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

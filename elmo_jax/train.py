@@ -115,7 +115,9 @@ class TrainState:
         carry: dict[str, Any] | None = None,
     ) -> "TrainState":
         """The state before the first step."""
-        return cls(jnp.zeros((), jnp.int32), params, frozen or {}, optimizer.init(params), carry or {})
+        with jax.numpy_dtype_promotion("standard"):  # see train_step
+            opt_state = optimizer.init(params)
+        return cls(jnp.zeros((), jnp.int32), params, frozen or {}, opt_state, carry or {})
 
 
 def train_step(

@@ -44,11 +44,12 @@ def parse(
     given = sys.argv[1:] if args is None else list(args)
     named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
     named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
-    default = (presets or {}).get(named[-1] if named else "", config())
+    preset = (presets or {}).get(named[-1]) if named else None
+    default = {} if preset is None else {"default": preset}
     try:
         with contextlib.redirect_stderr(box), _wide():
             return tyro.cli(
-                config, prog=f"python -m {prog}", description=config.__doc__, default=default, args=given
+                config, prog=f"python -m {prog}", description=config.__doc__, args=given, **default
             )
     except SystemExit as error:
         if error.code == 2:

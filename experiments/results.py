@@ -122,7 +122,9 @@ def _difference(page: Page, classifiers: Classifiers, order: Sequence[str]) -> N
     page.heading("Do neighbours differ?")
     rows = []
     for better, worse in pairwise(order):
-        loaded = [dict(np.load(classifiers[m][0].path / PREDICTIONS)) for m in (better, worse)]
+        loaded = [
+            dict(np.load(classifiers[m][0].path / PREDICTIONS, allow_pickle=False)) for m in (better, worse)
+        ]
         only_better, only_worse, p = mcnemar(loaded[0]["test_labels"], *(one["test"] for one in loaded))
         verdict = "yes" if p < 0.05 else "not shown"
         rows.append([f"{better} – {worse}", f"{only_better:,}", f"{only_worse:,}", f"{p:.2g}", verdict])

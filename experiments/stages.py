@@ -50,9 +50,8 @@ class Stage:
         """Whether a run with these very settings reached its end."""
         if not (self.path / cli.RESULTS).is_file():
             return False
-        saved = read_config(self.path)
-        saved.pop("monitor", None)
-        return saved == cli.settings_of(self.settings)
+        saved, wanted = read_config(self.path), cli.settings_of(self.settings)
+        return {name: saved.get(name) for name in wanted} == wanted
 
     def results(self) -> dict[str, Any]:
         """What the finished stage's ``results.json`` holds."""

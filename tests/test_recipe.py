@@ -12,23 +12,8 @@ from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from experiments import pretrain
 
-SMALL = [
-    "--filters",
-    "1",
-    "3",
-    "2",
-    "4",
-    "--character-features",
-    "3",
-    "--embedding",
-    "6",
-    "--cells",
-    "8",
-    "--batch-size",
-    "4",
-    "--unroll",
-    "5",
-]
+MODEL = ["--filters", "1", "3", "2", "4", "--character-features", "3", "--embedding", "6", "--cells", "8"]
+SMALL = [*MODEL, "--batch-size", "4", "--unroll", "5"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ class Settings:
     epochs: int = 1
     resume: bool = True
     overwrite: bool = False
+    allow_config_change: bool = False
 
 
 @pytest.fixture
