@@ -5,6 +5,9 @@ import resource
 import sys
 from pathlib import Path
 
+# Tests compile much and compute little. Before JAX is imported, and for subprocesses too.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 import numpy as np
 import pytest
