@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pooch
+from filelock import FileLock
 
 from elmo_jax.characters import character_ids
 from elmo_jax.data import Documents
@@ -81,10 +82,15 @@ def load_corpus(
     root = folder if folder is not None else Path(pooch.os_cache("elmo_jax")) / "corpora"
     store = root / key
     try:
-        _fill(store, shards, vocabulary, on_bytes)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{key}.lock"):  # another process may be numbering the same corpus
+            done = _fill(store, shards, vocabulary, on_bytes)
     except OSError as error:
         raise InputError(f"{store}: cannot be written ({error.strerror}); make room and go on") from None
     unknown = (store / "unknown.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    sizes = [(store / name).stat().st_size for name in ("ids", "offsets")]
+    if sizes != [4 * done["ids"], 8 * done["offsets"]]:
+        raise InputError(f"{store}: is damaged; remove that folder, and it is made anew")
     ids = np.memmap(store / "ids", np.int32, "r")
     offsets = np.memmap(store / "offsets", np.int64, "r")
     spellings = None
@@ -95,7 +101,9 @@ def load_corpus(
     return Documents(ids, offsets, labels, spellings, len(vocabulary))
 
 
-def _fill(store: Path, shards: list[Path], vocabulary: Vocabulary, on_bytes: Callable[[int], None]) -> None:
+def _fill(
+    store: Path, shards: list[Path], vocabulary: Vocabulary, on_bytes: Callable[[int], None]
+) -> dict[str, Any]:
     """Append the shards that are missing; after each, say in one atomic write that it is there."""
     store.mkdir(parents=True, exist_ok=True)
     mark = store / "done.json"
@@ -113,6 +121,7 @@ def _fill(store: Path, shards: list[Path], vocabulary: Vocabulary, on_bytes: Cal
         on_bytes(shard.stat().st_size)
     if not done["ids"]:
         raise InputError(f"{shards[0]}: the corpus holds no sentence; give a text with some")
+    return done
 
 
 def _append(store: Path, shard: Path, vocabulary: Vocabulary, done: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +161,8 @@ def _sentences(shard: Path) -> Iterator[list[str]]:
             for line in file:
                 number += 1
                 words = line.decode().split()
+                if b"\0" in line:
+                    raise InputError(f"{shard}:{number}: byte 0x00 is no text; remove it")
                 if words:
                     yield words
     except UnicodeDecodeError as error:

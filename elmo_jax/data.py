@@ -111,10 +111,11 @@ class Documents:
         """These documents as one batch of that shape [B, T]."""
         sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
         batch = Batch.of(sentences, self.labels[rows], shape)
-        if self.spellings is None:
+        if self.classes is None:
             return batch
         words = np.where(batch.words < self.classes, batch.words, UNK).astype(np.int32)
-        return replace(batch, words=words, chars=self.spellings[batch.words])
+        chars = None if self.spellings is None else self.spellings[batch.words]
+        return replace(batch, words=words, chars=chars)
 
 
 def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ lines, written whole or not at all, so that a stop loses one part's work at the 
 parts are joined at the end.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import h5py
+import jax
 import numpy as np
 
 from elmo_jax.elmo import Elmo
@@ -53,6 +55,8 @@ def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[
     Raises:
         InputError: the file is missing or not UTF-8, with the line.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file, and is read more than once; save it as one first")
     try:
         with path.open("rb") as file:
             for i, line in enumerate(file):
@@ -112,26 +116,29 @@ class Dump:
         each = np.dtype(self.config.dtype).itemsize * self.features
         return self.tokens * each * (1 if self.weights is not None else self.elmo.shape(0)[0])
 
-    def begin(self, about: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        """Make ready to write; ``about`` says which model it is.
+    def begin(self, resume: bool, overwrite: bool) -> None:
+        """Make ready to write.
 
         Raises:
             InputError: there is a file or an unfinished one and no word what to do with it, it is
                 of another text, model or configuration, or there is not room enough.
         """
-        settings = {"config": asdict(self.config), "weights": self.weights, "lines": self.lines}
-        settings |= {"tokens": self.tokens, "source": str(self.source), **about}
+        if resume and overwrite:
+            raise InputError("--resume and --overwrite are two different things; give one")
+        if self.target.exists() and self.target.samefile(self.source):
+            raise InputError(f"{self.target}: is the text itself; give another file to write")
+        settings = {"config": asdict(self.config), "weights": self.weights}
+        settings |= {"text": self._text_digest(), "model": self._model_digest()}
         mark = self.parts / "settings.json"
-        if overwrite:
-            self.target.unlink(missing_ok=True)
-            shutil.rmtree(self.parts, ignore_errors=True)
-        if self.target.exists():
+        if self.target.exists() and not overwrite:
             raise InputError(f"{self.target}: is there already; replace it with --overwrite")
-        if self.parts.exists() and not resume:
+        if self.parts.exists() and not (resume or overwrite):
             raise InputError(f"{self.parts}: holds an unfinished dump; --resume it or --overwrite it")
-        if mark.exists() and json.loads(mark.read_text()) != json.loads(json.dumps(settings)):
+        if resume and mark.exists() and _read_json(mark) != json.loads(json.dumps(settings)):
             raise InputError(f"{self.parts}: is of another text, model or settings; give --overwrite")
         try:
+            if overwrite:  # the old file itself stays until the new one is whole
+                shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True, exist_ok=True)
             write_atomically(mark, json.dumps(settings) + "\n")
         except OSError as error:
@@ -139,6 +146,16 @@ class Dump:
                 f"{self.parts}: cannot be written ({error.strerror}); give another path"
             ) from None
         self._check_room()
+
+    def _text_digest(self) -> str:
+        with self.source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _model_digest(self) -> str:
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.elmo.params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     def _check_room(self) -> None:
         done = sum(path.stat().st_size for path in self.parts.iterdir())
@@ -218,8 +235,15 @@ class Dump:
     def _index(self) -> str | None:
         if self.source.stat().st_size > _INDEX_BYTES:
             return None
-        with self.source.open(encoding="utf-8-sig") as file:
+        with self.source.open(encoding="utf-8-sig", newline="\n") as file:
             return json.dumps({line.rstrip("\r\n"): str(i) for i, line in enumerate(file)})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # like no settings that there can be
 
 
 class _Mixed:

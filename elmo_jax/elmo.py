@@ -78,6 +78,8 @@ class Elmo:
         Raises:
             InputError: a file is missing or damaged, or the two are not of one model.
         """
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
         config, flat = read_bilm(options, weights)
         vocabulary = None
         beside = _softmax_path(weights)
@@ -101,6 +103,8 @@ class Elmo:
         write_bilm(self.model.config, flat, options, weights)
         if self.vocabulary is not None:
             write_softmax(_softmax_path(weights), self.vocabulary, flat)
+        else:  # or another model's would be taken for this one's
+            _softmax_path(weights).unlink(missing_ok=True)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder."""
@@ -135,7 +139,7 @@ class Elmo:
         out = [np.empty((layers, len(s), width), np.float32) for s in sentences]
         self._reader.batch_tokens = batch_tokens
         with jax.default_matmul_precision("highest"):
-            if stateful and sentences:
+            if stateful and len(sentences):
                 self._carried = self._reader.read(sentences, out, self._state(len(sentences)))
                 return out
             for rows in self._reader.groups([len(s) for s in sentences]):

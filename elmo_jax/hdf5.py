@@ -45,7 +45,9 @@ def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
         with h5py.File(source, "r") as file:
             file.visititems(take)
             yield found
-    except (OSError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # what h5py says of damage
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: cannot be read as HDF5 ({reason}); get the file again") from None
 

@@ -180,7 +180,8 @@ class Reader:
         rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences)
         lengths = np.zeros(rows, np.int32)
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
-        carried: Any = zero_state(self.config, rows) if state is None else state
+        # A copy, because the first window takes what it is given: a stopped call leaves the state whole.
+        carried: Any = zero_state(self.config, rows) if state is None else jax.tree.map(jnp.copy, state)
         longest = int(lengths.max(initial=2))
         steps = self._steps(longest)
         for start in range(0, longest, steps):

@@ -128,6 +128,8 @@ def write_bilm(
     Raises:
         InputError: the model reads words, for which the format has no place.
     """
+    if str(weights).endswith(".gz") or str(options).endswith(".gz"):
+        raise InputError(f"{weights}: the files are written as they are; give names without .gz")
     if config.input != "characters":
         raise InputError(
             f"{weights}: the official format holds models that read characters, and this one reads words; "
@@ -192,7 +194,7 @@ def _read_options(path: Path) -> BiLMConfig:
         characters=_char_cnn(options),
         embedding=get("lstm.projection_dim", int, 1),
         cells=get("lstm.dim", int, 1),
-        layers=get("lstm.n_layers", int, 1, 100),
+        layers=get("lstm.n_layers", int, 1, 64),
         skip=get("lstm.use_skip_connections", bool, default=False),
         cell_clip=get("lstm.cell_clip", float, default=0.0) or None,
         projection_clip=get("lstm.proj_clip", float, default=0.0) or None,

@@ -45,7 +45,7 @@ def parse(
     named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
     named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
     preset = (presets or {}).get(named[-1]) if named else None
-    default = {} if preset is None else {"default": preset}
+    default: dict[str, Any] = {} if preset is None else {"default": preset}
     try:
         with contextlib.redirect_stderr(box), _wide():
             return tyro.cli(
@@ -136,7 +136,7 @@ def _reason(error: Exception) -> str:
 
 # In [0, 1), validation not 0.
 _SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
-_AT_LEAST_0 = {"seed", "split_seed"}
+_AT_LEAST_0 = {"seed", "split_seed", "highway"}
 _SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
 _DEPTHS = {"layers", "classifier_layers"}  # at most 64
 

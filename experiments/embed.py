@@ -41,7 +41,7 @@ def embed(config: EmbedConfig) -> None:
     elmo = cli.load_elmo(config.pretrained, config.bilm)
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, _weights(config, elmo))
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
-    dump.begin({"model": config.pretrained or config.bilm}, config.resume, config.overwrite)
+    dump.begin(config.resume, config.overwrite)
     with cli.Meter(dump.tokens, "token") as meter:
         dump.write(meter.add)
     cli.say(f"written to {config.out}")

@@ -112,6 +112,8 @@ def _show(nll: np.ndarray, scores: list, words: list[tuple[float, str, str, int]
 
 
 def _write(folder: Path, config: EvaluateConfig, nll: np.ndarray, scores: list) -> None:
+    if (folder / "config.json").exists():
+        raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")

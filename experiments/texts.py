@@ -81,5 +81,7 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool) -> Texts:
             f"{config.valid_corpus}: a sentence has {longest:,} tokens, more than --max-length "
             f"{data.max_length}; cut it or raise that"
         )
-    digest = f"{len(train)} sentences of {len(train.ids)} tokens, vocabulary {len(vocabulary)}"
-    return Texts(train, held_out, vocabulary, digest)
+    stores = [
+        Path(str(getattr(part.ids, "filename", ""))).parent.name for part in parts
+    ]  # named by shards and vocabulary
+    return Texts(train, held_out, vocabulary, " ".join(stores))

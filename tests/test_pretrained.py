@@ -122,6 +122,8 @@ def test_the_softmax_travels_beside_the_file(tmp_path):
     assert back.vocabulary == vocabulary
     np.testing.assert_array_equal(back.params["softmax_table"], elmo.params["softmax_table"])
     np.testing.assert_array_equal(back.params["softmax_bias"], elmo.params["softmax_bias"])
+    make(tmp_path)  # without a softmax, at the same paths
+    assert Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5").vocabulary is None
 
 
 def test_character_models_are_exported_as_safetensors_too(tmp_path):

@@ -61,6 +61,16 @@ def test_shards_to_the_official_format(corpus, tmp_path, capsys):
     assert "tokens/s" in said and "hours" in said and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("batching", ["sentences", "contiguous"])
+def test_unknown_words_are_a_class_of_a_model_of_words(corpus, tmp_path, batching):
+    (tmp_path / "v.txt").write_text("the unheard bank\n")
+    (tmp_path / "a.txt").write_text("the rare bank rose .\n" * 2 + "a once\n")
+    flags = ["--input", "words", "--min-count", "2", "--epochs", "1", "--batching", batching, "--output", "w"]
+    assert corpus(*flags) == 0
+    record = json.loads((tmp_path / "w" / "metrics.jsonl").read_text())
+    assert np.isfinite(record["perplexity"]) and record["skipped"] == 0
+
+
 def test_flags_that_need_each_other(corpus, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--corpus", "a.txt"])
     assert pretrain.main() == 2
