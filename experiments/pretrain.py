@@ -43,7 +43,7 @@ class PretrainConfig:
     """Classes of the sampled softmax; if the vocabulary has no more, it is the full one."""
     batch_size: int = 32
     """Documents a step."""
-    epochs: int = 10
+    epochs: int = 6
     """Passes over the training part."""
     seed: int = 0
     """Of parameters, order and dropout."""
@@ -94,6 +94,7 @@ def _released(
         corpus=CorpusConfig(batching="contiguous", unroll=20),
         negatives=8192,
         batch_size=128,
+        epochs=10,
     )
 
 
@@ -102,7 +103,7 @@ PRESETS = {
         preset="report", model=BiLMConfig(embedding=150, cells=150, layers=2), batch_size=32, epochs=10
     ),
     # The best known so far; a search on validation is to settle it.
-    "best": PretrainConfig(preset="best"),
+    "best": PretrainConfig(preset="best", epochs=10),
     "elmo-small": _released("elmo-small", cells=1024, width=128, highway=1),
     "elmo-medium": _released("elmo-medium", cells=2048, width=256),
     "elmo-original": _released("elmo-original", cells=4096, width=512),
