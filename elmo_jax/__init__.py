@@ -1,6 +1,6 @@
 """ELMo in JAX: train, load and use deep contextualised word vectors (Peters et al. 2018)."""
 
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_features, bilm_loss, bilm_sums
+from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.characters import character_ids
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
 from elmo_jax.combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
@@ -13,6 +13,7 @@ from elmo_jax.estimator import ElmoVectorizer
 from elmo_jax.fit import fit
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.softmax import full_nll, sampled_nll
+from elmo_jax.tasks import bilm_features, bilm_loss, bilm_sums
 from elmo_jax.text import Vocabulary, clean, tokenize
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, train_step
 from elmo_jax.vectors import WordVectors

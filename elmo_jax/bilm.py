@@ -223,72 +223,7 @@ def _in_reading_order(x: Array, lengths: Array) -> Array:
     return jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)
 
 
-def bilm_loss(model: BiLM, negatives: int | None = None):
-    """The pre-training task: mean -log p a token, both directions, with dropout.
-
-    Args:
-        model: the language model.
-        negatives: of the sampled softmax; None is the full one.
-
-    Returns:
-        A pure ``(params, batch, key) -> (loss, sums)``.
-    """
-
-    def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        dropout, draw = jax.random.split(key)
-        rngs = {"dropout": dropout, "negatives": draw}
-        sums: Any = model.apply({"params": params}, batch, True, negatives, rngs=rngs, method="nll")
-        total = sums.pop("loss")
-        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
-
-    return loss
-
-
-def bilm_window_loss(model: BiLM, negatives: int | None = None):
-    """`bilm_loss` over the windows of a `ContiguousStream`; the carried ``state`` is among params."""
-
-    def loss(params: Any, window: Window, key: Array) -> tuple[Array, dict[str, Any]]:
-        dropout, draw = jax.random.split(key)
-        rngs = {"dropout": dropout, "negatives": draw}
-        state, weights = params["state"], {n: p for n, p in params.items() if n != "state"}
-        sums: Any = model.apply({"params": weights}, window, state, negatives, rngs=rngs, method="window_nll")
-        total = sums.pop("loss")
-        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
-
-    return loss
-
-
 def zero_state(config: BiLMConfig, rows: int) -> tuple[State, ...]:
     """The state of every layer before anything is read: c ``[D, B, H]`` and h ``[D, B, P]``."""
     shapes = (DIRECTIONS, rows, config.cells), (DIRECTIONS, rows, config.embedding)
     return tuple(State(*(jnp.zeros(shape, jnp.float32) for shape in shapes)) for _ in range(config.layers))
-
-
-def bilm_sums(model: BiLM):
-    """The evaluation task: the same sums without dropout and with the full softmax."""
-
-    def sums(params: Any, batch: Batch) -> dict[str, Array]:
-        sums: Any = model.apply({"params": params}, batch, method="nll")
-        return {name: value for name, value in sums.items() if name != "loss"}
-
-    return sums
-
-
-def bilm_features(model: BiLM, finetune: bool = False):
-    """Layer states as features of another task; the language model's parameters are "bilm".
-
-    Args:
-        model: the language model.
-        finetune: whether it trains along, with its dropout; if not, no gradient reaches it.
-
-    Returns:
-        ``(params, batch, key) -> [L, B, T, F]``; no key, no dropout.
-    """
-
-    def features(params: Any, batch: Batch, key: Array | None) -> Array:
-        train = finetune and key is not None
-        rngs: Any = {"dropout": key} if train else {}
-        layers, _ = model.apply({"params": params["bilm"]}, batch, train=train, rngs=rngs)
-        return layers if finetune else jax.lax.stop_gradient(layers)
-
-    return features

@@ -13,6 +13,13 @@ _SENTENCE_BEGIN, _SENTENCE_END, _BEGIN, _END, _PAD = range(256, 261)
 _MARKERS = {"<S>": _SENTENCE_BEGIN, "</S>": _SENTENCE_END}
 
 
+def spelling_table(tokens: Sequence[str]) -> np.ndarray:
+    """Character ids ``[V, C]`` of a vocabulary, the first of which is padding: a row of zeros."""
+    ids = character_ids(tokens)
+    ids[0] = 0
+    return ids
+
+
 def character_ids(words: Sequence[str], multiple: int | None = None) -> np.ndarray:
     """Character ids of whole words at once.
 

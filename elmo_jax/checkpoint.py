@@ -21,7 +21,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, write_atomically, write_config
 from elmo_jax.steps import Steps, check_kinds
 
-_METRICS, _STEPS, _RESULTS, _LOCK = "metrics.jsonl", "checkpoints", "results.json", ".lock"
+METRICS, RESULTS = "metrics.jsonl", "results.json"
+_STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
 _FREE = {"output", "epochs", "save_every", "files"}  # may change, or are compared on their own
 _ORDER = {"seed", "steps_per_dispatch"}  # of the batches alone, once training has begun
@@ -197,13 +198,13 @@ class Run:
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else that may lie in the folder."""
         shutil.rmtree(self.path / _STEPS, ignore_errors=True)
-        for name in (_RESULTS, _METRICS, CONFIG):  # the last, since it makes the folder a run
+        for name in (RESULTS, METRICS, CONFIG):  # the last, since it makes the folder a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` anew: every record so far, a line each, or the file as it was."""
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        write_atomically(self.path / _METRICS, "".join(lines))
+        write_atomically(self.path / METRICS, "".join(lines))
 
     def save(self, state: Any, position: Position) -> None:
         """Save a step, in the background; the best epoch and the newest two steps are kept.

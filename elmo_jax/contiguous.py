@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from elmo_jax.data import DIRECTIONS, Dispatch, Documents
-from elmo_jax.text import BOS, EOS, UNK
+from elmo_jax.text import BOS, EOS
 
 
 @struct.dataclass
@@ -101,11 +101,8 @@ class ContiguousStream:
             words[:, d][inner] = self.documents.ids[(begin + at)[inner]]
         weight = (within <= n)[:-1].astype(np.float32)  # the last mark predicts nothing
         weight = np.repeat(weight[:, None], DIRECTIONS, axis=1)
-        documents = self.documents
-        chars = None if documents.spellings is None else documents.spellings[words[:-1]]
-        if documents.classes is not None:
-            words = np.where(words < documents.classes, words, UNK).astype(np.int32)
-        return Window(words, weight, chars)
+        words, chars = self.documents.read(words)
+        return Window(words, weight, None if chars is None else chars[:-1])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's sentences in order, and where in the stream each begins."""

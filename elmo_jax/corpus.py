@@ -20,11 +20,11 @@ import numpy as np
 import pooch
 from filelock import FileLock
 
-from elmo_jax.characters import character_ids
+from elmo_jax.characters import spelling_table
 from elmo_jax.data import Documents
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import write_atomically
-from elmo_jax.text import PAD, UNK, Vocabulary
+from elmo_jax.text import UNK, Vocabulary
 
 _VERSION = 1  # of the store's layout
 _MOST_UNKNOWN = 1 << 20  # unknown words that keep their spelling; the others are read as <UNK>
@@ -93,10 +93,7 @@ def load_corpus(
         raise InputError(f"{store}: is damaged; remove that folder, and it is made anew")
     ids = np.memmap(store / "ids", np.int32, "r")
     offsets = np.memmap(store / "offsets", np.int64, "r")
-    spellings = None
-    if spelled:
-        spellings = character_ids([*vocabulary.tokens, *unknown])
-        spellings[PAD] = 0
+    spellings = spelling_table([*vocabulary.tokens, *unknown]) if spelled else None
     labels = np.broadcast_to(np.int32(0), len(offsets) - 1)
     return Documents(ids, offsets, labels, spellings, len(vocabulary))
 

@@ -111,11 +111,13 @@ class Documents:
         """These documents as one batch of that shape [B, T]."""
         sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
         batch = Batch.of(sentences, self.labels[rows], shape)
-        if self.classes is None:
-            return batch
-        words = np.where(batch.words < self.classes, batch.words, UNK).astype(np.int32)
-        chars = None if self.spellings is None else self.spellings[batch.words]
+        words, chars = self.read(batch.words)
         return replace(batch, words=words, chars=chars)
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Token ids ``[...]`` as classes, int32, and as characters ``[..., C]`` or None."""
+        words = ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
+        return words, None if self.spellings is None else self.spellings[ids]
 
 
 def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:

@@ -15,12 +15,12 @@ import numpy as np
 import pooch
 from sklearn.model_selection import train_test_split
 
-from elmo_jax.characters import character_ids
+from elmo_jax.characters import spelling_table
 from elmo_jax.data import Documents
 from elmo_jax.errors import InputError
 from elmo_jax.rows import Row, Rows, TextColumns, read_rows, tokenise_rows
 from elmo_jax.sample import CLASSES, sample_corpus
-from elmo_jax.text import PAD, UNK, Vocabulary, read_text
+from elmo_jax.text import UNK, Vocabulary, read_text
 
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
@@ -219,6 +219,5 @@ def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary, spelled: 
     # What is no class of its own is still read by its own characters.
     unknown = np.flatnonzero(ids == UNK)
     ids[unknown] = len(vocabulary) + np.arange(len(unknown), dtype=ids.dtype)
-    spellings = character_ids([*vocabulary.tokens, *(rows.types[i] for i in unknown)])
-    spellings[PAD] = 0
+    spellings = spelling_table([*vocabulary.tokens, *(rows.types[i] for i in unknown)])
     return Documents(ids[rows.codes], rows.offsets, labels, spellings, len(vocabulary))

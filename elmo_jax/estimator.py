@@ -14,12 +14,13 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss
+from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.checkpoint import Run
-from elmo_jax.data import Batch, BatchStream, Documents
+from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import fit
+from elmo_jax.tasks import bilm_loss, init_params
 from elmo_jax.text import Vocabulary, tokenize
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
 
@@ -140,7 +141,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
         stream = BatchStream(documents, self.batch_size, self.random_state, steps_per_dispatch=8)
         model = BiLM(BiLMConfig(embedding=self.embedding, cells=self.cells), len(vocabulary))
-        params = jax.jit(model.init)(jax.random.key(self.random_state), Batch.of([[]]))["params"]
+        params = init_params(model, jax.random.key(self.random_state))
         optimizer = make_optimizer(OptimizerConfig(), self.epochs * stream.steps_per_epoch)
         negatives = self.negatives if self.negatives < len(vocabulary) else None
         with tempfile.TemporaryDirectory() as folder:

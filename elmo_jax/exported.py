@@ -1,7 +1,7 @@
 """A language model in a folder: a run's best epoch, or its own three files."""
 
 import reprlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import Run
-from elmo_jax.data import Batch
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import check_files, digest, read_config, structure, write_atomically, write_config
 from elmo_jax.steps import check_kinds
+from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
 
 VOCABULARY = "vocab.txt"
@@ -49,8 +48,7 @@ def load_folder(path: Path) -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
         arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
-    example = replace(Batch.of([[]]), chars=np.zeros((1, 2, CHARACTERS), np.int32))
-    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), example)["params"])
+    wanted = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_kinds(arrays, wanted, str(path))
     for name, a in arrays.items():
         if not np.isfinite(a).all():

@@ -4,7 +4,6 @@ Nouns: a *record* is an epoch's line of metrics.
 """
 
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -18,11 +17,11 @@ import jax
 import numpy as np
 import optax
 from jax import Array
-from tqdm import tqdm
 
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import Dispatch, Stream
 from elmo_jax.errors import InputError
+from elmo_jax.progress import Meter
 from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
 
 PATIENCE = 5  # steps in a row that may be skipped because they are not finite
@@ -118,7 +117,7 @@ def fit(
         if position.skipped >= PATIENCE:
             raise InputError(_why(position, state, stream))
 
-    with _stop_signals() as caught, _Progress(position.step, epochs * per_epoch, per_epoch) as progress:
+    with _stop_signals() as caught, Meter(epochs * per_epoch, "step", position.step) as meter:
         while position.step < epochs * per_epoch:
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
@@ -127,7 +126,7 @@ def fit(
                 state, sums = dispatch_fn(state, dispatch.batches, dispatch.count, key)
                 ahead.append((dispatch, sums))
                 settle(leave=1)  # one behind, so that the device never waits
-                progress.update(position)
+                _show(meter, position, per_epoch)
                 after_dispatch(position.step)
                 due = save_every is not None and position.step - saved >= save_every
                 if due or caught:
@@ -140,7 +139,7 @@ def fit(
             settle()
             position.seconds = time.perf_counter() - began
             _end_epoch(state, position, run, per_epoch, on_epoch)
-            progress.update(position)
+            _show(meter, position, per_epoch)
             _leave(caught, run, position.step)
     run.wait()
     return state, position.records
@@ -205,38 +204,13 @@ def _why(position: Position, state: TrainState, stream: Stream) -> str:
     )
 
 
-class _Progress:
-    """A bar with an ETA on a terminal, a plain line every half minute elsewhere."""
-
-    INTERVAL = 30.0
-
-    def __init__(self, step: int, total: int, per_epoch: int):
-        self.first, self.total, self.per_epoch = step, total, per_epoch
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
-        self.began = self.spoke = time.perf_counter()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def update(self, position: Position) -> None:
-        done = position.step - self.first
-        epoch = min(position.step // self.per_epoch + 1, self.total // self.per_epoch)
-        loss = position.sums.get("loss", 0.0) / max(position.sums.get("steps", 0.0), 1.0)
-        if not self.bar.disable:
-            self.bar.set_description(f"epoch {epoch}", refresh=False)
-            if loss:
-                self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.bar.update(position.step - self.bar.n)
-        elif done and loss and time.perf_counter() - self.spoke > self.INTERVAL:
-            self.spoke = time.perf_counter()
-            left = (self.total - position.step) * (self.spoke - self.began) / done
-            print(
-                f"epoch {epoch}, step {position.step} of {self.total}, loss {loss:.4f}, "
-                f"{left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+def _show(meter: Meter, position: Position, per_epoch: int) -> None:
+    """Say where training stands; a plain line waits for a loss to tell."""
+    epoch = min(position.step // per_epoch + 1, meter.total // per_epoch)
+    loss = position.sums.get("loss", 0.0) / max(position.sums.get("steps", 0.0), 1.0)
+    if not meter.bar.disable:
+        meter.bar.set_description(f"epoch {epoch}", refresh=False)
+    if loss:
+        meter.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    if loss or not meter.bar.disable:
+        meter.show(position.step, f"epoch {epoch}, step {position.step} of {meter.total}, loss {loss:.4f}")

@@ -43,7 +43,8 @@ class WordTable:
         self._params, self._vocabulary, self._capacity = params, vocabulary, capacity
         self._rows: dict[str, int] = {}
         self._size, self._width = 0, model.config.embedding
-        self._longest_filter = max(width for width, _ in model.config.characters.filters)
+        # As much padding as the widest filter sees is kept; see `character_ids`.
+        self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
         by_word = model.config.input == "words"
         self.table = params["embedder"]["table"] if by_word else jnp.zeros((0, self._width), jnp.float32)
         self._by_word = by_word
@@ -81,10 +82,6 @@ class WordTable:
             ids = character_ids(part + part[-1:] * (_SPELLED - len(part)), multiple=self._multiple)
             self.table = self._put(self.table, self._spell(self._params, ids), np.int32(len(self._rows)))
             self._rows.update({word: len(self._rows) + k for k, word in enumerate(part)})
-
-    @property
-    def _multiple(self) -> int:
-        return max(8, self._longest_filter)
 
     def _grow(self, words: int) -> None:
         need = words + _SPELLED

@@ -10,7 +10,6 @@ import re
 import resource
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import pooch
 import tyro
 from tqdm import tqdm
 
-from elmo_jax.checkpoint import Run
+from elmo_jax.checkpoint import RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -30,7 +29,6 @@ from elmo_jax.integrity import write_atomically
 from elmo_jax.text import Vocabulary
 
 C = TypeVar("C")
-RESULTS = "results.json"
 
 
 def parse(
@@ -261,35 +259,3 @@ def load_elmo(pretrained: str | None, bilm: tuple[str, str] | None) -> Elmo:
     if (pretrained is None) == (bilm is None):
         raise InputError("give one of --pretrained RUN and --bilm OPTIONS WEIGHTS")
     return Elmo.from_pretrained(pretrained) if pretrained is not None else Elmo.from_bilm(*(bilm or ()))
-
-
-class Meter:
-    """A bar with an ETA on a terminal, a plain line every half minute elsewhere."""
-
-    INTERVAL = 30.0
-
-    def __init__(self, total: int, unit: str):
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=unit, unit_scale=True, disable=not terminal, dynamic_ncols=True)
-        self.total, self.unit, self.done = total, unit, 0
-        self.began = self.spoke = time.perf_counter()
-
-    def __enter__(self) -> "Meter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, n: int) -> None:
-        """Count n more units as done."""
-        self.done += n
-        self.bar.update(n)
-        now = time.perf_counter()
-        if self.bar.disable and self.done and now - self.spoke > self.INTERVAL:
-            self.spoke = now
-            left = (self.total - self.done) * (now - self.began) / self.done / 60
-            print(
-                f"{self.done:,} of {self.total:,} {self.unit}s, {left:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )

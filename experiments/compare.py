@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import jax
 from tyro.conf import OmitArgPrefixes
 
+from elmo_jax.checkpoint import RESULTS
 from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import read_config, write_atomically
@@ -125,7 +126,7 @@ def compare(config: CompareConfig) -> None:
     data = config.data
     if config.pretrained is not None:
         saved = read_config(Path(config.pretrained))
-        if "data" not in saved or not (Path(config.pretrained) / cli.RESULTS).is_file():
+        if saved.get("data") is None or not (Path(config.pretrained) / RESULTS).is_file():
             raise InputError(
                 f"{config.pretrained}: is no finished run of experiments.pretrain; finish it first"
             )

@@ -12,6 +12,7 @@ from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import read_config
+from elmo_jax.progress import Meter
 from experiments import cli
 
 
@@ -42,7 +43,7 @@ def embed(config: EmbedConfig) -> None:
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, _weights(config, elmo))
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.begin(config.resume, config.overwrite)
-    with cli.Meter(dump.tokens, "token") as meter:
+    with Meter(dump.tokens, "token", scale=True) as meter:
         dump.write(meter.add)
     cli.say(f"written to {config.out}")
 

@@ -12,13 +12,14 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums, bilm_window_loss, zero_state
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.data import BatchStream, Stream
 from elmo_jax.datasets import DataConfig
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
+from elmo_jax.tasks import bilm_loss, bilm_sums, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
 from experiments import cli
 from experiments.texts import CorpusConfig, Texts, load_texts
@@ -168,8 +169,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
 
 def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> tuple[TrainState, Any, LossFn]:
     """The state before the first step, the optimiser, and the task."""
-    example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
-    params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+    params = init_params(model, jax.random.key(config.seed))
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
     negatives = config.negatives if sampled else None

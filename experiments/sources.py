@@ -6,9 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from elmo_jax.bilm import bilm_features
 from elmo_jax.classifier import Features, static_features
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
@@ -16,6 +14,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.integrity import read_config, structure
+from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
 from experiments import cli
@@ -78,8 +77,7 @@ def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
     data = _data_of(Path(config.pretrained), elmo.vocabulary, config, seed)
     params, c = elmo.params, elmo.model.config
     if config.untrained:
-        example = data.train.batch(np.arange(1), (1, int(data.train.lengths[0]) + 2))
-        params = jax.jit(elmo.model.init)(jax.random.key(seed), example)["params"]
+        params = init_params(elmo.model, jax.random.key(seed))
     features = bilm_features(elmo.model, config.finetune)
     return Source(data, features, make_combiner(combiner), {"bilm": params}, (c.layers + 1, 2 * c.embedding))
 

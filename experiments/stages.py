@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from elmo_jax.checkpoint import METRICS, RESULTS
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import read_config, write_atomically
 from experiments import cli
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,14 @@ class Stage:
     @property
     def finished(self) -> bool:
         """Whether a run with these very settings reached its end."""
-        if not (self.path / cli.RESULTS).is_file():
+        if not (self.path / RESULTS).is_file():
             return False
         saved, wanted = read_config(self.path), cli.settings_of(self.settings)
         return {name: saved.get(name) for name in wanted} == wanted
 
     def results(self) -> dict[str, Any]:
         """What the finished stage's ``results.json`` holds."""
-        return read_json(self.path / cli.RESULTS)
+        return read_json(self.path / RESULTS)
 
     def records(self) -> list[dict[str, Any]]:
         """What its ``metrics.jsonl`` holds."""

@@ -11,8 +11,8 @@ from elmo_jax.corpus import count_words, find_shards, load_corpus
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.errors import InputError
+from elmo_jax.progress import Meter
 from elmo_jax.text import Vocabulary
-from experiments import cli
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool) -> Texts:
     parts = []
     for pattern in (config.corpus, config.valid_corpus):
         size = sum(path.stat().st_size for path in find_shards(pattern))
-        with cli.Meter(size, "byte") as meter:
+        with Meter(size, "byte", scale=True) as meter:
             parts.append(load_corpus(pattern, vocabulary, spelled, meter.add))
     train, held_out = parts
     longest = int(np.max(held_out.lengths))

@@ -12,7 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Documents
+from elmo_jax.elmo import Elmo
+from elmo_jax.tasks import init_params
+from elmo_jax.text import Vocabulary
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -74,3 +78,11 @@ def ag_news() -> Path:
     if not root:
         pytest.skip("ELMO_JAX_TEST_DATA is not set")
     return Path(root) / "ag_news"
+
+
+@pytest.fixture(scope="session")
+def elmo() -> Elmo:
+    """A language model of a few words, cells apart in number from the width of its states."""
+    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
+    model = BiLM(BiLMConfig(embedding=4, cells=5), len(vocabulary))
+    return Elmo(model, init_params(model, jax.random.key(0)), vocabulary)

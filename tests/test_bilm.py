@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from reference import bilm as oracle
 
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_sums
+from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Batch
+from elmo_jax.tasks import bilm_loss, bilm_sums
 
 V = 12
 DOCS = [[4, 5, 6, 7, 8], [9], [10, 11, 4]]

@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 
 from elmo_jax import dump as module
-from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.data import Batch
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.text import Vocabulary
 from experiments import embed, evaluate
 
 LINES = ["the bank rose .", "", "the river bank of the river " * 3, "bank", "the bank rose ."]
-
-
-@pytest.fixture(scope="module")
-def elmo():
-    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
-    model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
-    params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]
-    return Elmo(model, params, vocabulary)
 
 
 @pytest.fixture

@@ -3,22 +3,13 @@ import numpy as np
 import pytest
 from reference import bilm
 
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_sums
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import read_config, write_config
-from elmo_jax.text import Vocabulary
+from elmo_jax.tasks import bilm_sums
 
 SENTENCES = [["the", "bank", "rose", "."], ["bank"], [], ["the", "river", "bank", "of", "the", "river"] * 4]
-
-
-@pytest.fixture(scope="module")
-def elmo():
-    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
-    model = BiLM(BiLMConfig(embedding=4, cells=5), len(vocabulary))
-    params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]
-    return Elmo(model, params, vocabulary)
 
 
 def test_layers_are_the_models_without_the_markers(elmo):

@@ -1,6 +1,5 @@
 import pickle
 
-import jax
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -8,22 +7,10 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.data import Batch
-from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.estimator import ElmoVectorizer
-from elmo_jax.text import Vocabulary
 
 TEXTS = ["The bank rose.", "", "A river bank", "bank"]
-
-
-@pytest.fixture(scope="module")
-def elmo():
-    vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
-    model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
-    params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]
-    return Elmo(model, params, vocabulary)
 
 
 @pytest.mark.parametrize("layers", ["top", "average", "all", 1])

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from elmo_jax.bilm import BiLM, BiLMConfig, bilm_loss, bilm_window_loss, zero_state
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.contiguous import ContiguousStream, Window
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
+from elmo_jax.tasks import bilm_loss, bilm_window_loss
 from experiments import pretrain
 
 MODEL = ["--filters", "1", "3", "2", "4", "--character-features", "3", "--embedding", "6", "--cells", "8"]
