@@ -107,8 +107,8 @@ class BiLM(nn.Module):
             of each layer after each row's last token.
         """
         outputs, state = self.contextualize(self.read(batch), batch.lengths, state, train)
-        both = jnp.stack([h.astype(outputs[-1].dtype) for h in outputs])  # [L, T, D, B, P]
-        forward, backward = (both[:, :, d].transpose(0, 2, 1, 3) for d in range(DIRECTIONS))
+        both = jnp.stack([h.astype(outputs[-1].dtype) for h in outputs])  # [L, D, B, T, P]
+        forward, backward = (both[:, d] for d in range(DIRECTIONS))
         turn = jax.vmap(reverse_valid, in_axes=(0, None))
         states = jnp.concatenate([forward, turn(backward, batch.lengths)], axis=-1)
         mask = token_mask(batch.lengths, states.shape[2])[None, :, :, None]
@@ -119,7 +119,7 @@ class BiLM(nn.Module):
         return self.embedder(tokens)
 
     def read(self, batch: Batch) -> Array:
-        """Token vectors ``[T, D, B, E]``, as each direction reads them."""
+        """Token vectors ``[D, B, T, E]``, as each direction reads them."""
         by_word = self.config.input == "words"
         vectors = self.token_vectors(jnp.asarray(batch.words if by_word else batch.chars))
         return _in_reading_order(vectors, jnp.asarray(batch.lengths))
@@ -130,13 +130,13 @@ class BiLM(nn.Module):
         """How the layers respond to token vectors, in reading order.
 
         Args:
-            x: ``[T, D, B, E]``.
+            x: ``[D, B, T, E]``.
             lengths: ``[B]`` int32.
             state: of each layer; zeros if None.
             train: whether to drop out.
 
         Returns:
-            The token vectors and then every LSTM layer's states, each ``[T, D, B, P]``; and
+            The token vectors and then every LSTM layer's states, each ``[D, B, T, P]``; and
             the state of each layer after the last token.
         """
         outputs, after = [x], []
@@ -163,10 +163,9 @@ class BiLM(nn.Module):
             ``words`` of the documents.
         """
         outputs, _ = self.contextualize(self.read(batch), batch.lengths, None, train)
-        h = self.drop(outputs[-1], deterministic=not train)[:-1]  # [T - 1, D, B, P]
-        words = jnp.asarray(batch.words)[..., None]
-        targets = _in_reading_order(words, jnp.asarray(batch.lengths))[1:, ..., 0]
-        weight = token_mask(batch.lengths - 1, h.shape[0]).T[:, None, :].astype(jnp.float32)
+        h = self.drop(outputs[-1], deterministic=not train)[:, :, :-1]  # [D, B, T - 1, P]
+        targets = _in_reading_order(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
+        weight = token_mask(batch.lengths - 1, h.shape[2])[None].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
         sums = self._sums(h, targets, weight, negatives)
         return sums | {"words": sums["tokens"] - jnp.sum(batch.weight)}
@@ -184,12 +183,12 @@ class BiLM(nn.Module):
         Returns:
             As `nll`, and the ``state`` after the window, through which no gradient flows.
         """
-        x = self.token_vectors(window.words[:-1] if self.config.input == "words" else window.chars)
-        steps, _, rows, _ = x.shape
+        x = self.token_vectors(window.words[:, :, :-1] if self.config.input == "words" else window.chars)
+        _, rows, steps, _ = x.shape
         outputs, after = self.contextualize(x, jnp.full(rows, steps, jnp.int32), state, True)
         h = self.drop(outputs[-1], deterministic=False)
-        sums = self._sums(h, window.words[1:], window.weight, negatives)
-        ends = jnp.sum(window.words[1:, 0] == EOS).astype(jnp.float32)
+        sums = self._sums(h, window.words[:, :, 1:], window.weight, negatives)
+        ends = jnp.sum(window.words[0, :, 1:] == EOS).astype(jnp.float32)
         return sums | {"words": sums["tokens"] - ends, "state": jax.lax.stop_gradient(after)}
 
     def surprisal(self, h: Array, targets: Array) -> Array:
@@ -198,8 +197,8 @@ class BiLM(nn.Module):
 
     def _sums(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> dict[str, Array]:
         total, each = self._nll(h, targets, weight, negatives)
-        forward, backward = jnp.sum(each * weight, axis=(0, 2))
-        tokens = jnp.sum(weight[:, 0])
+        forward, backward = jnp.sum(each * weight, axis=(1, 2))
+        tokens = jnp.sum(weight[0])
         return {"loss": total, "nll_forward": forward, "nll_backward": backward, "tokens": tokens}
 
     def _nll(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> tuple[Array, Array]:
@@ -219,8 +218,8 @@ class BiLM(nn.Module):
 
 
 def _in_reading_order(x: Array, lengths: Array) -> Array:
-    """``[B, T, E]`` to ``[T, D, B, E]``: as it is, and from each row's end."""
-    return jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)
+    """``[B, T, ...]`` to ``[D, B, T, ...]``: as it is, and from each row's end."""
+    return jnp.stack([x, reverse_valid(x, lengths)])
 
 
 def zero_state(config: BiLMConfig, rows: int) -> tuple[State, ...]:

@@ -70,9 +70,9 @@ class BiLSTMClassifier(nn.Module):
         x = nn.LayerNorm(name="norm")(x)  # features come in any scale; an LSTM wants one near 1
         for i in range(c.classifier_layers):
             x = drop_steps(x)
-            both = jnp.stack([x, reverse_valid(x, lengths)]).transpose(2, 0, 1, 3)  # [T, D, B, F]
+            both = jnp.stack([x, reverse_valid(x, lengths)])  # [D, B, T, F]
             h, _ = LSTM(c.hidden, name=f"lstm_{i}")(both, lengths)
-            forward, backward = h.transpose(1, 2, 0, 3)
+            forward, backward = h
             x = jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)  # [B, T, 2H]
         scores = nn.Dense(1, name="attention")(x) if "attention" in c.pooling else None
         x = drop(_pool(x, lengths, c.pooling, scores))

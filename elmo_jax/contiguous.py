@@ -21,11 +21,11 @@ class Window:
     """The next tokens of every row, in reading order; a JAX pytree.
 
     Attributes:
-        words: ``[U + 1, D, B]`` int32 ids. Forward a sentence is ``<S> w1 ... wn </S>``,
+        words: ``[D, B, U + 1]`` int32 ids. Forward a sentence is ``<S> w1 ... wn </S>``,
             backward ``</S> wn ... w1 <S>``, both at the same places.
-        weight: ``[U, D, B]`` float32: 1 where the next token is to be predicted, 0 from a
+        weight: ``[D, B, U]`` float32: 1 where the next token is to be predicted, 0 from a
             sentence's last mark to the next one's first.
-        chars: ``[U, D, B, C]`` int32 of all but the last token, or None.
+        chars: ``[D, B, U, C]`` int32 of all but the last token, or None.
     """
 
     words: Any
@@ -49,7 +49,7 @@ class ContiguousStream:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
         >>> stream = ContiguousStream(docs, batch_size=2, unroll=3, seed=0)
         >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.dispatches(0, 2)]
-        (2, [(1, 4, 2, 2), (1, 4, 2, 2)])
+        (2, [(1, 2, 2, 4), (1, 2, 2, 4)])
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class ContiguousStream:
         return np.unique(self._places(step)[0])
 
     def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The document and the place in it of every token of a step's window, each ``[U + 1, B]``."""
+        """The document and the place in it of every token of a step's window, each ``[B, U + 1]``."""
         epoch, i = divmod(step, self.steps_per_epoch)
         order, begins = self._order(epoch)
         rows = np.arange(self.batch_size) * self.stretch + i * self.unroll
-        place = np.arange(self.unroll + 1)[:, None] + rows[None]  # in the stream
+        place = np.arange(self.unroll + 1)[None] + rows[:, None]  # in the stream
         sentence = np.searchsorted(begins, place, "right") - 1
         return order[sentence], place - begins[sentence]
 
@@ -95,14 +95,14 @@ class ContiguousStream:
         begin = np.asarray(self.documents.offsets[document])
         n = np.asarray(self.documents.offsets[document + 1]) - begin
         inner = (within > 0) & (within <= n)
-        words = np.empty((self.unroll + 1, DIRECTIONS, self.batch_size), np.int32)
+        words = np.empty((DIRECTIONS, self.batch_size, self.unroll + 1), np.int32)
         for d, (at, marks) in enumerate(((within - 1, (BOS, EOS)), (n - within, (EOS, BOS)))):
-            words[:, d] = np.where(within == 0, marks[0], marks[1])
-            words[:, d][inner] = self.documents.ids[(begin + at)[inner]]
-        weight = (within <= n)[:-1].astype(np.float32)  # the last mark predicts nothing
-        weight = np.repeat(weight[:, None], DIRECTIONS, axis=1)
+            words[d] = np.where(within == 0, marks[0], marks[1])
+            words[d][inner] = self.documents.ids[(begin + at)[inner]]
+        weight = (within <= n)[:, :-1].astype(np.float32)  # the last mark predicts nothing
+        weight = np.repeat(weight[None], DIRECTIONS, axis=0)
         words, chars = self.documents.read(words)
-        return Window(words, weight, None if chars is None else chars[:-1])
+        return Window(words, weight, None if chars is None else chars[:, :, :-1])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's sentences in order, and where in the stream each begins."""

@@ -156,24 +156,24 @@ class Reader:
         ids = [np.r_[BOS, self._vocabulary.ids(s), EOS].astype(np.int32) for s in sentences]
         out = [np.empty((DIRECTIONS, len(s) + 1), np.float32) for s in sentences]
         for start, layers, _ in self._windows(sentences, None):
-            _, steps, _, rows, _ = layers.shape
-            targets = np.zeros((steps, DIRECTIONS, rows), np.int32)
+            _, _, rows, steps, _ = layers.shape
+            targets = np.zeros((DIRECTIONS, rows, steps), np.int32)
             for b, row in enumerate(ids):
                 for d in range(DIRECTIONS):
                     part = row[:: -1 if d else 1][start + 1 : start + 1 + steps]
-                    targets[: len(part), d, b] = part
+                    targets[d, b, : len(part)] = part
             each = np.asarray(self._nll(self._params, layers, targets))
             for b, row in enumerate(out):
                 last = min(start + steps, row.shape[1])
                 if start < last:
-                    row[0, start:last] = each[: last - start, 0, b]
-                    row[1, ::-1][start:last] = each[: last - start, 1, b]
+                    row[0, start:last] = each[0, b, : last - start]
+                    row[1, ::-1][start:last] = each[1, b, : last - start]
         return out
 
     def _windows(
         self, sentences: Sequence[Sequence[str]], state: tuple[State, ...] | None
     ) -> Iterator[tuple[int, Array, tuple[State, ...]]]:
-        """Every window's first step, its layers ``[L, W, D, B, P]``, and the state after it."""
+        """Every window's first step, its layers ``[L, D, B, W, P]``, and the state after it."""
         rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences)
         lengths = np.zeros(rows, np.int32)
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
@@ -209,7 +209,7 @@ class Reader:
         return min(self.window, _round_up(longest, _WINDOWS))
 
     def _indices(self, sentences: Sequence[Sequence[str]], start: int, steps: int, rows: int) -> np.ndarray:
-        """Word-table rows ``[W, D, B]`` of one window of every sentence."""
+        """Word-table rows ``[D, B, W]`` of one window of every sentence."""
         parts, where = [], []
         for b, sentence in enumerate(sentences):
             n = len(sentence)
@@ -222,25 +222,25 @@ class Reader:
                 part = sentence[low:high] if d == 0 else sentence[n - high : n - low][::-1]
                 parts.append(part)
                 where.append((b, d, low))
-        index = np.zeros((steps, DIRECTIONS, rows), np.int32)
+        index = np.zeros((DIRECTIONS, rows, steps), np.int32)
         for (b, d, low), row in zip(where, self.words.rows(parts), strict=True):
             if d == 1:  # it begins with the end
                 row = np.r_[row[-1], row[1:-1], row[0]]
             first = start - low  # 0 for the first window, which begins with a mark; else 1
             cut = row[first : first + steps]
-            index[: len(cut), d, b] = cut
+            index[d, b, : len(cut)] = cut
         return index
 
 
 def _write(layers: np.ndarray, start: int, counts: Sequence[int], out: Sequence[Any]) -> None:
-    """Hand a window's ``[L, W, D, B, P]`` to the sentences, each half at its own place."""
-    _, steps, _, _, width = layers.shape
+    """Hand a window's ``[L, D, B, W, P]`` to the sentences, each half at its own place."""
+    _, _, _, steps, width = layers.shape
     for b, (n, array) in enumerate(zip(counts, out, strict=True)):
         low, high = max(start, 1), min(start + steps, n + 1)  # reading indices of real tokens
         if low < high:
-            part = layers[:, low - start : high - start, :, b]
-            array[:, low - 1 : high - 1, :width] = part[:, :, 0]
-            array[:, n + 1 - high : n + 1 - low, width:] = part[:, ::-1, 1]
+            part = layers[:, :, b, low - start : high - start]
+            array[:, low - 1 : high - 1, :width] = part[:, 0]
+            array[:, n + 1 - high : n + 1 - low, width:] = part[:, 1, ::-1]
 
 
 def _round_up(n: int, sizes: Sequence[int]) -> int:

@@ -62,10 +62,10 @@ class LSTM(nn.Module):
 
     Example:
         >>> layer = LSTM(cells=4)
-        >>> x, lengths = jnp.zeros((5, 2, 3, 6)), jnp.array([5, 2, 0])
+        >>> x, lengths = jnp.zeros((2, 3, 5, 6)), jnp.array([5, 2, 0])
         >>> (h, state), _ = layer.init_with_output(jax.random.key(0), x, lengths)
         >>> h.shape, state.c.shape
-        ((5, 2, 3, 4), (2, 3, 4))
+        ((2, 3, 5, 4), (2, 3, 4))
     """
 
     cells: int
@@ -79,15 +79,15 @@ class LSTM(nn.Module):
         """Run the layer over every step.
 
         Args:
-            x: ``[T, D, B, I]``, time first, as the scan reads it.
+            x: ``[D, B, T, I]``.
             lengths: ``[B]`` int32. Steps beyond them are computed and mean nothing; they
                 reach neither the real steps nor the returned state.
             state: the first state, c ``[D, B, H]`` and h ``[D, B, P]``; zeros if None.
 
         Returns:
-            h ``[T, D, B, P]``, and the state after each row's last real step.
+            h ``[D, B, T, P]``, and the state after each row's last real step.
         """
-        _, d, b, inputs = x.shape
+        d, b, _, inputs = x.shape
         hidden, out = self.cells, self.projection or self.cells
         w_x = self.param("input_kernel", _glorot, (d, inputs, 4 * hidden))
         w_h = self.param("recurrent_kernel", _glorot, (d, out, 4 * hidden))
@@ -95,10 +95,9 @@ class LSTM(nn.Module):
         w_p = None
         if self.projection is not None:
             w_p = self.param("projection_kernel", _glorot, (d, hidden, out)).astype(self.dtype)
-        w = Weights(w_h.astype(self.dtype), w_p)
+        w = Weights(w_h.astype(self.dtype), bias, w_p)
 
-        gates = batched_product(x, w_x.astype(self.dtype))  # [T, D, B, 4H]
-        gates = gates + bias.astype(gates.dtype)[None, :, None]
+        gates = batched_product(x, w_x.astype(self.dtype))  # [D, B, T, 4H]
         if state is None:
             state = State(jnp.zeros((d, b, hidden), gates.dtype), jnp.zeros((d, b, out), gates.dtype))
 
@@ -110,7 +109,9 @@ class LSTM(nn.Module):
                 state = lstm_step(state, gates, w, self.clips)
                 return state, state
 
-            scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+            scan = nn.scan(
+                body, variable_broadcast="params", split_rngs={"params": False}, in_axes=2, out_axes=2
+            )
             carried: Any = scan(self, state, gates)
             states = carried[1]
         return states.h, _last(state, states, lengths)
@@ -120,8 +121,8 @@ def _last(first: State, states: State, lengths: Array) -> State:
     """The state after each row's last real step; rows without one keep the first."""
 
     def pick(first: Array, every: Array) -> Array:
-        index = jnp.maximum(lengths - 1, 0)[None, None, :, None]
-        last = jnp.take_along_axis(every, index, axis=0)[0]  # [D, B, H or P]
+        index = jnp.maximum(lengths - 1, 0)[None, :, None, None]
+        last = jnp.take_along_axis(every, index, axis=2)[:, :, 0]  # [D, B, H or P]
         return jnp.where((lengths > 0)[None, :, None], last, first)
 
     return State(pick(first.c, states.c), pick(first.h, states.h))

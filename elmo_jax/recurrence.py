@@ -2,11 +2,11 @@
 
 Nouns: a *state* is the pair (c, h) carried from one step to the next; the *gates* given to
 a step are the input's share of them; a *kernel* is one way to run all the steps.
-Axes: T time, D direction, B batch, H cells, P projection (P = H without one).
+Axes: D direction, B batch, T time, H cells, P projection (P = H without one).
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The recurrent half of a layer: h to gates ``[D, P, 4H]``, and H to P ``[D, H, P]``."""
+    """A layer past its input: h to gates ``[D, P, 4H]``, their bias ``[D, 4H]``, H to P ``[D, H, P]``."""
 
     recurrent: Array
+    bias: Array
     projection: Array | None
 
 
@@ -40,24 +41,16 @@ class Clips(NamedTuple):
 
 
 def batched_product(x: Array, w: Array) -> Array:
-    """``[..., D, B, I] x [D, I, O] -> [..., D, B, O]`` in w's dtype, summed in float32 at least.
-
-    XLA:CPU runs a batched product at half the rate of a plain one, so there each direction
-    is a product of its own; accelerators take all of them in one.
-    """
+    """``[D, ..., I] x [D, I, O] -> [D, ..., O]`` in w's dtype, summed in float32 at least."""
     sums = np.promote_types(w.dtype, np.float32)
-    x = x.astype(w.dtype)
-    if jax.default_backend() != "cpu":
-        return jnp.einsum("...dbi,dio->...dbo", x, w, preferred_element_type=sums)
-    rows = [w[d] for d in range(len(w))]  # cut here, not in the loop
-    parts = [jnp.matmul(x[..., d, :, :], w_d, preferred_element_type=sums) for d, w_d in enumerate(rows)]
-    return jnp.stack(parts, axis=-3)
+    return jnp.einsum("d...i,dio->d...o", x.astype(w.dtype), w, preferred_element_type=sums)
 
 
 def _weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
-    """``[T, D, B, I] x [T, D, B, O] -> [D, I, O]``: the product summed over all steps and rows."""
-    x, g = (a.swapaxes(0, 1).reshape(a.shape[1], -1, a.shape[3]).astype(dtype) for a in (x, g))
-    return batched_product(x.swapaxes(1, 2), g).astype(dtype)
+    """``[D, B, T, I] x [D, B, T, O] -> [D, I, O]``: the product summed over all steps and rows."""
+    sums = np.promote_types(dtype, np.float32)
+    x, g = x.astype(dtype), g.astype(dtype)
+    return jnp.einsum("dbti,dbto->dio", x, g, preferred_element_type=sums).astype(dtype)
 
 
 def _clip(x: Array, bound: float | None) -> Array:
@@ -67,20 +60,20 @@ def _clip(x: Array, bound: float | None) -> Array:
 def lstm_step(state: State, gates: Array, w: Weights, clips: Clips = Clips()) -> State:
     """One step of the projected LSTM of Sak et al. (2014), as bilm-tf runs it.
 
-    z = gates + h W_h, split into i, j, f, o;
+    z = gates + h W_h + b, split into i, j, f, o;
     c' = clip(sigmoid(f + 1) c + sigmoid(i) tanh(j));
     h' = clip((sigmoid(o) tanh(c')) W_p).
 
     Args:
         state: c ``[D, B, H]`` and h ``[D, B, P]``.
-        gates: ``[D, B, 4H]``, the input's share x W_x + b of z.
+        gates: ``[D, B, 4H]``, the input's share x W_x of z.
         w: the recurrent weights.
         clips: bounds of c' and h'.
 
     Returns:
         The next state.
     """
-    z = gates + batched_product(state.h, w.recurrent)
+    z = gates + batched_product(state.h, w.recurrent) + w.bias[:, None].astype(gates.dtype)
     i, j, f, o = jnp.split(z, 4, axis=-1)  # each [D, B, H]
     c = jax.nn.sigmoid(f + FORGET_BIAS) * state.c + jax.nn.sigmoid(i) * jnp.tanh(j)
     c = _clip(c, clips.cell)
@@ -92,12 +85,14 @@ def lstm_step(state: State, gates: Array, w: Weights, clips: Clips = Clips()) ->
 
 # --- the fast kernel --------------------------------------------------------------------
 #
-# Two ideas beside the hand-written gradient. A sigmoid is a tanh, sigmoid(x) = (1 +
-# tanh(x/2)) / 2, so all four gates are one tanh of the whole row, which XLA:CPU runs four
-# times as fast as four functions of four slices. And whatever the backward pass can work
-# out for all steps at once is taken out of its loop, which keeps 15 instructions.
+# Beside the hand-written gradient: a sigmoid is a tanh, sigmoid(x) = (1 + tanh(x/2)) / 2, so
+# all four gates are one tanh of the whole row, which XLA:CPU runs four times as fast as four
+# functions of four slices. Whatever the backward pass can work out for all steps at once is
+# taken out of its loop. And the loops write where they read, the gates' tanh over the gates
+# and the gates' gradient over its factor, rather than fill a new array of that size first.
 
 
+_TIME = 2
 _BIAS = (0.0, 0.0, FORGET_BIAS, 0.0)
 _SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a sigmoid
 
@@ -107,22 +102,37 @@ def _by_gate(values: tuple[float, ...], cells: int, dtype: DTypeLike) -> Array:
     return jnp.repeat(jnp.array(values, dtype), cells)[None, None]
 
 
-def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips) -> tuple[State, Array]:
-    """The states after every step, and the tanh of every step's gates ``[T, D, B, 4H]``."""
-    cells = state.c.shape[-1]
-    bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
+def _at(x: Array, t: Array) -> Array:
+    """A step of ``[D, B, T, ...]``."""
+    return jax.lax.dynamic_index_in_dim(x, t, _TIME, keepdims=False)
 
-    def body(state: State, gates: Array):
-        t = jnp.tanh((gates + bias + batched_product(state.h, w.recurrent)) * scale)
+
+def _put(x: Array, value: Array, t: Array) -> Array:
+    """``[D, B, T, ...]`` with one step replaced."""
+    return jax.lax.dynamic_update_index_in_dim(x, value, t, _TIME)
+
+
+def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips) -> tuple[State, Array]:
+    """The states after every step, and the tanh of every step's gates ``[D, B, T, 4H]``."""
+    cells, steps = state.c.shape[-1], gates.shape[_TIME]
+    bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
+    bias = bias + w.bias[:, None].astype(gates.dtype)
+
+    def body(n: Array, carry: tuple[State, State, Array]):
+        state, states, gates = carry
+        t = jnp.tanh((_at(gates, n) + batched_product(state.h, w.recurrent) + bias) * scale)
         i, j, f, o = jnp.split(t, 4, axis=-1)
         c = _clip(0.5 * ((1 + f) * state.c + (1 + i) * j), clips.cell)
         h = 0.5 * (1 + o) * jnp.tanh(c)
         if w.projection is not None:
             h = batched_product(h, w.projection)
         state = State(c, _clip(h, clips.projection))
-        return state, (state, t)
+        states = State(*(_put(every, now, n) for every, now in zip(states, state, strict=True)))
+        return state, states, _put(gates, t, n)
 
-    return jax.lax.scan(body, state, gates, unroll=4)[1]
+    states = jax.tree.map(lambda a: jnp.zeros((*gates.shape[:3], a.shape[-1]), a.dtype), state)
+    _, states, t = jax.lax.fori_loop(0, steps, body, (state, states, gates))
+    return states, t
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -134,12 +144,12 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
 
     Args:
         state: the first state.
-        gates: ``[T, D, B, 4H]``, float32 or float64.
+        gates: ``[D, B, T, 4H]``, float32 or float64.
         w: the recurrent weights, in the dtype of the products.
         clips: bounds, static.
 
     Returns:
-        The states after every step: c ``[T, D, B, H]``, h ``[T, D, B, P]``.
+        The states after every step: c ``[D, B, T, H]``, h ``[D, B, T, P]``.
     """
     return _fast_scan(state, gates, w, clips)[0]
 
@@ -150,41 +160,51 @@ def _fast_forward(state: State, gates: Array, w: Weights, clips: Clips):
     return states, (state, states, t, w)
 
 
+def _before(first: Array, after: Array) -> Array:
+    """What each step began with, of what it left ``[D, B, T, ...]``."""
+    return jnp.concatenate([jnp.expand_dims(first, _TIME), after[:, :, :-1]], axis=_TIME)
+
+
 def _fast_backward(clips: Clips, residuals, grads: State):
     first, states, t, w = residuals
-    before = State(*(jnp.concatenate([a[None], s[:-1]]) for a, s in zip(first, states, strict=True)))
-    transposed = jax.tree.map(lambda a: a.swapaxes(1, 2), w)
+    before = jax.tree.map(_before, first, states)
+    to_h = w.recurrent.swapaxes(1, 2)
+    to_m = None if w.projection is None else w.projection.swapaxes(1, 2)
     i, j, f, o = jnp.split(t, 4, axis=-1)
     i, f, o, tanh_c = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o), jnp.tanh(states.c)
     dc_dm = o * (1 - tanh_c * tanh_c)
-    dz = jnp.concatenate([j, i, before.c, tanh_c], -1) * (1 - t * t)
-    dz = dz * jnp.square(_by_gate(_SCALE, tanh_c.shape[-1], t.dtype))[None]  # [T, D, B, 4H]
-    dc_dm, dz, f = jax.lax.optimization_barrier((dc_dm, dz, f))  # or XLA puts them in the loop
-
-    def given(g: Array | SymbolicZero) -> Array | None:  # no gradient, no addition in the loop
-        return None if isinstance(g, SymbolicZero) else g
+    factor = jnp.concatenate([j, i, before.c, tanh_c], -1) * (1 - t * t)
+    factor = factor * jnp.square(_by_gate(_SCALE, tanh_c.shape[-1], t.dtype))[None]  # [D, B, T, 4H]
+    dc_dm, factor, f = jax.lax.optimization_barrier((dc_dm, factor, f))  # or XLA puts them in the loop
 
     def inside(x: Array, bound: float | None) -> Array | None:
         return None if bound is None else (jnp.abs(x) < bound).astype(t.dtype)
 
-    def body(carry: State, step):
-        grad_c, grad_h, c_inside, h_inside, dc_dm, dz, f = step
-        dh = carry.h if grad_h is None else carry.h + grad_h
-        dh = dh if h_inside is None else dh * h_inside
-        dm = dh if transposed.projection is None else batched_product(dh, transposed.projection)
-        dc = carry.c + dm * dc_dm if grad_c is None else carry.c + grad_c + dm * dc_dm
-        dc = dc if c_inside is None else dc * c_inside
-        dz = jnp.concatenate([dc, dc, dc, dm], axis=-1) * dz
-        return State(dc * f, batched_product(dz, transposed.recurrent)), (dz, dh)
+    c_inside, h_inside = inside(states.c, clips.cell), inside(states.h, clips.projection)
+    # No gradient, no addition in the loop.
+    grad_c, grad_h = (None if isinstance(g, SymbolicZero) else g for g in grads)
+    steps = t.shape[_TIME]
 
-    zero = jax.tree.map(jnp.zeros_like, first)
-    masks = inside(states.c, clips.cell), inside(states.h, clips.projection)
-    steps: Any = (given(grads.c), given(grads.h), *masks, dc_dm, dz, f)
-    d_first, (dz, dh) = jax.lax.scan(body, zero, steps, reverse=True)
+    def body(k: Array, carry):
+        after, dz, dhs = carry
+        n = steps - 1 - k
+        dh = after.h if grad_h is None else after.h + _at(grad_h, n)
+        dh = dh if h_inside is None else dh * _at(h_inside, n)
+        dm = dh if to_m is None else batched_product(dh, to_m)
+        dc = after.c + dm * _at(dc_dm, n)
+        dc = dc if grad_c is None else dc + _at(grad_c, n)
+        dc = dc if c_inside is None else dc * _at(c_inside, n)
+        now = jnp.concatenate([dc, dc, dc, dm], axis=-1) * _at(dz, n)
+        dhs = None if dhs is None else _put(dhs, dh, n)
+        return State(dc * _at(f, n), batched_product(now, to_h)), _put(dz, now, n), dhs
+
+    zero = jax.tree.map(jnp.zeros_like, (first, None if to_m is None else states.h))
+    d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], factor, zero[1]))
     d_projection = None
     if w.projection is not None:
         d_projection = _weight_gradient(o * tanh_c, dh, w.projection.dtype)
-    return d_first, dz, Weights(_weight_gradient(before.h, dz, w.recurrent.dtype), d_projection)
+    d_recurrent = _weight_gradient(before.h, dz, w.recurrent.dtype)
+    return d_first, dz, Weights(d_recurrent, dz.sum((1, 2)).astype(w.bias.dtype), d_projection)
 
 
 fast_recurrence.defvjp(_fast_forward, _fast_backward, symbolic_zeros=True)

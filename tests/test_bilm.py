@@ -79,7 +79,7 @@ def test_the_loss_of_a_step_has_no_gradient_from_its_target_on():
         embedded = params | {"embedder": {"table": vectors}}
         x = model.apply({"params": embedded}, by_position(n), method="read")
         outputs, _ = model.apply({"params": embedded}, x, jnp.array([n]), method="contextualize")
-        h = outputs[-1][:-1, direction, 0]
+        h = outputs[-1][direction, 0, :-1]
         log_p = jax.nn.log_softmax(h @ params["embedder"]["table"].T)  # not through the vectors
         targets = doc[1:] if direction == 0 else doc[::-1][1:]
         return -log_p[jnp.arange(n - 1), targets]

@@ -94,10 +94,10 @@ def test_windows_are_the_sentences_end_to_end(documents, unroll):
         start = b * stream.stretch
         for s, window in enumerate(windows):
             here = slice(start + s * unroll, start + (s + 1) * unroll + 1)
-            assert window.words[:, 0, b].tolist() == forward[here]
-            assert window.words[:, 1, b].tolist() == backward[here]
-            assert window.weight[:, 0, b].tolist() == predicts[here][:-1]
-            assert window.weight[:, 1, b].tolist() == predicts[here][:-1]
+            assert window.words[0, b].tolist() == forward[here]
+            assert window.words[1, b].tolist() == backward[here]
+            assert window.weight[0, b].tolist() == predicts[here][:-1]
+            assert window.weight[1, b].tolist() == predicts[here][:-1]
     assert len(forward) - 2 * unroll * len(windows) < 2 * (unroll + 2)
 
 
@@ -115,4 +115,4 @@ def test_words_beyond_the_vocabulary_are_unknown_as_classes(shards, vocabulary, 
     documents = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
     window = ContiguousStream(documents, 1, 20, seed=0).window(0)
     assert window.words.max() < len(vocabulary) and (window.words == UNK).any()
-    assert window.chars.shape == (20, 2, 1, 50)
+    assert window.chars.shape == (2, 1, 20, 50)

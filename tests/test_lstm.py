@@ -25,7 +25,7 @@ def case(request, x64):
     projection, clips = request.param
     layers = {k: LSTM(H, projection, clips, "float64", k) for k in ("fast", "plain")}
     keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (T, D, B, I), jnp.float64)
+    x = jax.random.normal(keys[0], (D, B, T, I), jnp.float64)
     params = layers["fast"].init(keys[1], x, LENGTHS)["params"]
     leaves = jax.tree.leaves(params)
     params = jax.tree.unflatten(
@@ -53,7 +53,7 @@ def test_layer_is_the_equations(case, kernel):
     for d in range(D):
         for b, n in enumerate(LENGTHS.tolist()):
             cs, hs = oracle(
-                np.asarray(x[:n, d, b]),
+                np.asarray(x[d, b, :n]),
                 p["input_kernel"][d],
                 p["recurrent_kernel"][d],
                 p["bias"][d],
@@ -64,7 +64,7 @@ def test_layer_is_the_equations(case, kernel):
                 clips.projection or np.inf,
             )
             if n:
-                np.testing.assert_allclose(h[:n, d, b], hs, rtol=1e-10)
+                np.testing.assert_allclose(h[d, b, :n], hs, rtol=1e-10)
             np.testing.assert_allclose(last.c[d, b], cs[-1] if n else state.c[d, b], rtol=1e-10)
             np.testing.assert_allclose(last.h[d, b], hs[-1] if n else state.h[d, b], rtol=1e-10)
 
@@ -76,7 +76,7 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state):
     def loss(params, x, state, kernel):
         h, last = layers[kernel].apply({"params": params}, x, LENGTHS, state)
         real = jnp.where(
-            jnp.arange(T, dtype=jnp.int32)[:, None, None, None] < LENGTHS[None, None, :, None], h, 0
+            jnp.arange(T, dtype=jnp.int32)[None, None, :, None] < LENGTHS[None, :, None, None], h, 0
         )
         weight = jnp.cos(jnp.arange(h.size, dtype=jnp.float64)).reshape(h.shape)
         return jnp.sum(weight * real**2) + (jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h) if uses_state else 0)
@@ -87,7 +87,7 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state):
 
 
 def test_fast_is_plain_in_float32():
-    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     both = [
         jax.value_and_grad(lambda p, k=k: jnp.sum(LSTM(H, P, kernel=k).apply(p, x, LENGTHS)[0] ** 2))(params)
@@ -97,16 +97,16 @@ def test_fast_is_plain_in_float32():
 
 
 def test_directions_are_independent():
-    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H).init(jax.random.key(1), x, LENGTHS)
     run = lambda x: LSTM(H).apply(params, x, LENGTHS)[0]  # noqa: E731
-    changed = run(x.at[:, 1].add(1.0))
-    np.testing.assert_array_equal(changed[:, 0], run(x)[:, 0])
-    assert not np.array_equal(changed[:, 1], run(x)[:, 1])
+    changed = run(x.at[1].add(1.0))
+    np.testing.assert_array_equal(changed[0], run(x)[0])
+    assert not np.array_equal(changed[1], run(x)[1])
 
 
 def test_bfloat16_stays_near_float32():
-    x = jax.random.normal(jax.random.key(0), (T, D, B, I))
+    x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     full, half = (LSTM(H, P, dtype=d).apply(params, x, LENGTHS)[0] for d in ("float32", "bfloat16"))
     assert half.dtype == jnp.float32

@@ -85,8 +85,8 @@ def test_a_window_of_one_sentence_is_the_sentence():
     model = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.0), 20)
     batch = Batch.of([[4, 5, 6, 7]])
     params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-    read = np.stack([batch.words, batch.words[:, ::-1]]).transpose(2, 0, 1)  # [T, D, B]
-    window = Window(read, np.ones((5, 2, 1), np.float32))
+    read = np.stack([batch.words, batch.words[:, ::-1]])  # [D, B, T]
+    window = Window(read, np.ones((2, 1, 5), np.float32))
     key = jax.random.key(1)
     want, sums = jax.jit(bilm_loss(model))(params, batch, key)
     given = params | {"state": zero_state(model.config, 1)}
