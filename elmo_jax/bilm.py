@@ -21,8 +21,7 @@ from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.metrics import token_mask
 from elmo_jax.recurrence import Clips, State
-from elmo_jax.softmax import full_nll, sampled_nll
-from elmo_jax.text import EOS
+from elmo_jax.softmax import Negatives, full_nll, sampled_nll
 
 
 @dataclass(frozen=True)
@@ -148,14 +147,13 @@ class BiLM(nn.Module):
             after.append(last)
         return outputs, tuple(after)
 
-    def nll(self, batch: Batch, train: bool = False, negatives: int | None = None) -> dict[str, Array]:
+    def nll(self, batch: Batch, train: bool = False, negatives: Negatives | None = None) -> dict[str, Array]:
         """Sums of -log p of every next token, by direction.
 
         Args:
             batch: B documents.
             train: whether to drop out (needs the rng "dropout").
-            negatives: classes of the sampled softmax (needs the rng "negatives"); None is
-                the full softmax.
+            negatives: of the sampled softmax; None is the full one.
 
         Returns:
             Scalars: ``loss`` (both directions' sum, the one to differentiate),
@@ -171,7 +169,7 @@ class BiLM(nn.Module):
         return sums | {"words": sums["tokens"] - jnp.sum(batch.weight)}
 
     def window_nll(
-        self, window: Window, state: tuple[State, ...], negatives: int | None = None
+        self, window: Window, state: tuple[State, ...], negatives: Negatives | None = None
     ) -> dict[str, Any]:
         """`nll` of a window in training, from the state that the window before it left.
 
@@ -181,27 +179,28 @@ class BiLM(nn.Module):
             negatives: as in `nll`.
 
         Returns:
-            As `nll`, and the ``state`` after the window, through which no gradient flows.
+            As `nll` but for ``words``, and the ``state`` after the window, through which no gradient flows.
         """
         x = self.token_vectors(window.words[:, :, :-1] if self.config.input == "words" else window.chars)
         _, rows, steps, _ = x.shape
         outputs, after = self.contextualize(x, jnp.full(rows, steps, jnp.int32), state, True)
         h = self.drop(outputs[-1], deterministic=False)
         sums = self._sums(h, window.words[:, :, 1:], window.weight, negatives)
-        ends = jnp.sum(window.words[0, :, 1:] == EOS).astype(jnp.float32)
-        return sums | {"words": sums["tokens"] - ends, "state": jax.lax.stop_gradient(after)}
+        return sums | {"state": jax.lax.stop_gradient(after)}
 
     def surprisal(self, h: Array, targets: Array) -> Array:
         """-log p of each target with the full softmax, all of the leading shape of h ``[..., P]``."""
         return self._nll(h, targets, jnp.ones(targets.shape, jnp.float32), None)[1]
 
-    def _sums(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> dict[str, Array]:
+    def _sums(self, h: Array, targets: Array, weight: Array, negatives: Negatives | None) -> dict[str, Array]:
         total, each = self._nll(h, targets, weight, negatives)
         forward, backward = jnp.sum(each * weight, axis=(1, 2))
         tokens = jnp.sum(weight[0])
         return {"loss": total, "nll_forward": forward, "nll_backward": backward, "tokens": tokens}
 
-    def _nll(self, h: Array, targets: Array, weight: Array, negatives: int | None) -> tuple[Array, Array]:
+    def _nll(
+        self, h: Array, targets: Array, weight: Array, negatives: Negatives | None
+    ) -> tuple[Array, Array]:
         """The weighted sum, and every target's own value in the shape of the targets."""
         flat = (
             h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
@@ -213,7 +212,7 @@ class BiLM(nn.Module):
         if negatives is None:
             total, each = full_nll(*flat)
         else:
-            total, each = sampled_nll(*flat, self.make_rng("negatives"), negatives)
+            total, each = sampled_nll(*flat, negatives)
         return total, each.reshape(targets.shape)
 
 

@@ -20,8 +20,8 @@ from flax import struct
 from jax import Array
 
 from elmo_jax.data import Dispatch, Documents
+from elmo_jax.rowwise import RowSGD
 from elmo_jax.text import UNK
-from elmo_jax.train import RowSGD
 
 SPAN = 32  # T: wider spans make products of which less is used, narrower ones share less
 SHARED = 32  # S
@@ -145,7 +145,7 @@ def sgns_init(size: int, features: int, key: Array) -> dict[str, Array]:
     return {"centre": centre, "context": jnp.zeros((size, features))}
 
 
-def sgns_rows(batch: Spans) -> dict[str, Array]:
+def sgns_rows(batch: Spans, key: Array) -> dict[str, Array]:
     """Which rows of which table a batch touches: ``[G, T]`` and ``[G, C + S]``."""
     words, negatives = jnp.asarray(batch.words), jnp.asarray(batch.negatives)
     window = (words.shape[1] - batch.left.shape[1]) // 2

@@ -5,6 +5,8 @@ are not the target; its *expected count* is how often a draw holds it on average
 Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,14 @@ _full_nll.defvjp(_full_forward, _full_backward)
 # --- sampled ----------------------------------------------------------------------------
 
 
-def log_uniform_negatives(key: Array, classes: int, count: int) -> tuple[Array, Array]:
+class Negatives(NamedTuple):
+    """A draw: the classes ``[S]`` int32, and the log of every class's expected count ``[V]``."""
+
+    classes: Array
+    log_expected: Array
+
+
+def log_uniform_negatives(key: Array, classes: int, count: int) -> Negatives:
     """S classes, those of low number likelier: log-uniform, but none expected above once.
 
     A log-uniform draw, P(k) = log((k + 2) / (k + 1)) / log(V + 1), fits a vocabulary sorted
@@ -123,7 +132,7 @@ def log_uniform_negatives(key: Array, classes: int, count: int) -> tuple[Array, 
         count: S <= V.
 
     Returns:
-        The classes drawn ``[S]`` int32, and the log of every class's expected count ``[V]``.
+        The draw.
 
     Example:
         >>> drawn, log_expected = log_uniform_negatives(jax.random.key(0), 5, 5)
@@ -143,7 +152,7 @@ def log_uniform_negatives(key: Array, classes: int, count: int) -> tuple[Array, 
         u = (jnp.arange(slices, dtype=jnp.float32) + jax.random.uniform(key, (slices,), jnp.float32)) / slices
         tail = jnp.floor((head + 1) * jnp.exp(u * np.float32(span))).astype(jnp.int32) - 1
         drawn = jnp.concatenate([drawn, jnp.clip(tail, head, classes - 1)])
-    return drawn, jnp.asarray(log_expected)
+    return Negatives(drawn, jnp.asarray(log_expected))
 
 
 def _head(classes: int, count: int) -> int:
@@ -155,7 +164,7 @@ def _head(classes: int, count: int) -> int:
 
 
 def sampled_nll(
-    hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, key: Array, negatives: int
+    hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, negatives: Negatives
 ) -> tuple[Array, Array]:
     """`full_nll` over each target and S shared negatives: sampled softmax (Jean et al. 2015).
 
@@ -165,14 +174,13 @@ def sampled_nll(
 
     Args:
         hidden, table, bias, targets, weight: as in `full_nll`.
-        key: PRNG key of the draw.
-        negatives: S, static, at most V.
+        negatives: the draw, as `log_uniform_negatives` makes it.
 
     Returns:
         As `full_nll`.
     """
     sums = np.promote_types(hidden.dtype, np.float32)
-    drawn, log_expected = log_uniform_negatives(key, table.shape[0], negatives)
+    drawn, log_expected = negatives
     shift = bias.astype(sums) - log_expected.astype(sums)
 
     def logits(rows: Array, product: str) -> Array:

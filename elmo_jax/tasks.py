@@ -16,6 +16,8 @@ from elmo_jax.bilm import BiLM
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
+from elmo_jax.softmax import Negatives, log_uniform_negatives
+from elmo_jax.text import EOS
 
 
 def init_params(model: BiLM, key: Array) -> dict[str, Any]:
@@ -24,39 +26,89 @@ def init_params(model: BiLM, key: Array) -> dict[str, Any]:
     return jax.jit(model.init)(key, example)["params"]
 
 
-def bilm_loss(model: BiLM, negatives: int | None = None):
+def bilm_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
     """The pre-training task: mean -log p a token, both directions, with dropout.
 
     Args:
         model: the language model.
         negatives: of the sampled softmax; None is the full one.
+        rowwise: whether the tables among the parameters are but the rows of `bilm_rows`.
 
     Returns:
         A pure ``(params, batch, key) -> (loss, sums)``.
     """
 
     def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        dropout, draw = jax.random.split(key)
-        rngs = {"dropout": dropout, "negatives": draw}
-        sums: Any = model.apply({"params": params}, batch, True, negatives, rngs=rngs, method="nll")
+        small, batch, draw = _prepare(model, negatives, rowwise, batch, key)
+        rngs = {"dropout": jax.random.split(key)[0]}
+        sums: Any = small.apply({"params": params}, batch, True, draw, rngs=rngs, method="nll")
         total = sums.pop("loss")
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
     return loss
 
 
-def bilm_window_loss(model: BiLM, negatives: int | None = None):
+def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
     """`bilm_loss` over the windows of a `ContiguousStream`; the carried ``state`` is among params."""
 
     def loss(params: Any, window: Window, key: Array) -> tuple[Array, dict[str, Any]]:
-        dropout, draw = jax.random.split(key)
-        rngs = {"dropout": dropout, "negatives": draw}
+        ends = jnp.sum(window.words[0, :, 1:] == EOS).astype(jnp.float32)
+        small, window, draw = _prepare(model, negatives, rowwise, window, key)
+        rngs = {"dropout": jax.random.split(key)[0]}
         state, weights = params["state"], {n: p for n, p in params.items() if n != "state"}
-        sums: Any = model.apply({"params": weights}, window, state, negatives, rngs=rngs, method="window_nll")
+        sums: Any = small.apply({"params": weights}, window, state, draw, rngs=rngs, method="window_nll")
         total = sums.pop("loss")
+        sums["words"] = sums["tokens"] - ends
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
     return loss
+
+
+def bilm_rows(model: BiLM, negatives: int):
+    """The rows of the model's tables that a step of the sampled softmax touches, for `Rowwise`.
+
+    Args:
+        model: the language model.
+        negatives: of the sampled softmax.
+
+    Returns:
+        ``(batch, key) -> {path of a table: its rows}``, the rows ``[R]`` int32 rising, each
+        once; the places left over hold V.
+    """
+    tables = {"softmax_bias": None, "softmax_table": None}
+    if model.config.input == "words":
+        tables["embedder/table"] = None
+        if model.config.tie:
+            del tables["softmax_table"]
+
+    def rows(batch: Batch | Window, key: Array) -> dict[str, Array]:
+        used = _used(model, batch, _draw(model, negatives, key))
+        return dict.fromkeys(tables, used)
+
+    return rows
+
+
+def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
+    return log_uniform_negatives(jax.random.split(key)[1], model.vocabulary, negatives)
+
+
+def _used(model: BiLM, batch: Batch | Window, draw: Negatives) -> Array:
+    """The words of a batch and of a draw, ``[R]``, each once."""
+    words = jnp.concatenate([jnp.ravel(batch.words), draw.classes])
+    return jnp.unique(words, size=min(model.vocabulary, words.size), fill_value=model.vocabulary)
+
+
+def _prepare(model: BiLM, negatives: int | None, rowwise: bool, batch: Any, key: Array):
+    """The model, the batch and the draw; rowwise, in terms of a vocabulary of the used words alone."""
+    if negatives is None:
+        return model, batch, None
+    draw = _draw(model, negatives, key)
+    if not rowwise:
+        return model, batch, draw
+    used = _used(model, batch, draw)
+    place = lambda ids: jnp.searchsorted(used, ids).astype(jnp.int32)  # noqa: E731
+    draw = Negatives(place(draw.classes), jnp.take(draw.log_expected, used, mode="clip"))
+    return replace(model, vocabulary=len(used)), replace(batch, words=place(batch.words)), draw
 
 
 def bilm_sums(model: BiLM):

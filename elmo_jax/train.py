@@ -18,6 +18,7 @@ from flax import struct
 from jax import Array
 
 from elmo_jax.data import Batch, BatchStream
+from elmo_jax.rowwise import RowSGD, Rowwise
 
 Params = dict[str, Any]
 LossFn = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]
@@ -29,8 +30,9 @@ RowsFn = Callable[[Params, Batch], Array]
 class OptimizerConfig:
     """How parameters follow their gradients."""
 
-    optimizer: Literal["adam", "adagrad"] = "adam"
-    """Adam, or Adagrad with an accumulator that begins at 1."""
+    optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
+    """Adam; or Adagrad with an accumulator that begins at 1. With the sampled softmax Adagrad and
+    lazy_adam move only the rows of the vocabulary's tables that a step touches; Adam moves them all."""
     learning_rate: float = 2e-3
     """The highest of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -55,7 +57,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }[config.schedule]
     rate = optax.join_schedules([optax.linear_schedule(top / warmup, top, warmup - 1), after], [warmup])
     # The rate becomes part of the state, where a message about a failed step finds it.
-    if config.optimizer == "adam":
+    if config.optimizer != "adagrad":
         step = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(rate)
     else:
         fixed = {"initial_accumulator_value": 1.0, "eps": 1e-7}
@@ -63,28 +65,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.scale(config.gradient_scale), optax.clip_by_global_norm(config.clip_norm), step)
 
 
-@dataclass(frozen=True)
-class RowSGD:
-    """Stochastic gradient descent on the rows of tables that a batch names, and on no others.
-
-    The loss function is given those rows in place of the tables, so that neither its
-    gradient nor the update is ever as large as a table.
-
-    Attributes:
-        rate: the learning rate of a step.
-        rows: the tables' names and, for each, the int32 indices ``[...]`` of the rows that a
-            batch needs, any number of times; the loss function gets ``[..., F]``.
-    """
-
-    rate: optax.Schedule
-    rows: Callable[[Any], dict[str, Array]]
-
-    def init(self, params: Params) -> dict[str, Array]:
-        """It remembers nothing."""
-        return {}
-
-
-Optimizer = optax.GradientTransformation | RowSGD
+Optimizer = optax.GradientTransformation | Rowwise | RowSGD
 
 
 @struct.dataclass
@@ -135,35 +116,19 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     given = {**state.frozen, **state.carry}
     task = lambda params: loss_fn({**given, **params}, batch, key)  # noqa: E731
-    gradient_of = jax.value_and_grad(task, has_aux=True)
-    params, opt_state = state.params, state.opt_state
-    if isinstance(optimizer, RowSGD):
-        rows = optimizer.rows(batch)
-        (loss, sums), gradients = gradient_of({name: params[name][i] for name, i in rows.items()})
-        sound = _sound(loss, gradients)
-        down = -jnp.asarray(optimizer.rate(state.step))
-        change = jax.tree.map(lambda g: jnp.where(sound, down * g, 0), gradients)
-        params = {name: params[name].at[i].add(change[name]) for name, i in rows.items()}
-    else:
-        (loss, sums), gradients = gradient_of(params)
-        sound = _sound(loss, gradients)
-        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-            params = optax.apply_updates(params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+    by_rows = optimizer if isinstance(optimizer, Rowwise | RowSGD) else Rowwise(optimizer)
+    rows = by_rows.rows(batch, key)
+    given_params = by_rows.given(state.params, rows)
+    (loss, sums), gradients = jax.value_and_grad(task, has_aux=True)(given_params)
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
+        params, opt_state = by_rows.update(gradients, state.opt_state, state.params, rows, state.step, sound)
     after = {name: sums[name] for name in state.carry}
     carry = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, state.carry)
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, carry=carry)
     sums = {name: value for name, value in sums.items() if name not in carry}
     sums |= {"loss": loss, "steps": jnp.ones(())}
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
-
-
-def _sound(loss: Array, gradients: Any) -> Array:
-    """Whether the loss and every gradient are finite."""
-    return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
 
 
 def make_dispatch(loss_fn: LossFn, optimizer: Optimizer):

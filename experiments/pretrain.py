@@ -19,7 +19,8 @@ from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
-from elmo_jax.tasks import bilm_loss, bilm_sums, bilm_window_loss, init_params
+from elmo_jax.rowwise import Rowwise
+from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
 from experiments import cli
 from experiments.texts import CorpusConfig, Texts, load_texts
@@ -173,10 +174,14 @@ def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> t
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
     negatives = config.negatives if sampled else None
+    rowwise = negatives is not None and config.optimizer.optimizer != "adam"
+    if negatives is not None and rowwise:
+        optimizer = Rowwise(optimizer, bilm_rows(model, negatives))
     if config.corpus.batching == "sentences":
-        return TrainState.create(params, optimizer), optimizer, bilm_loss(model, negatives)
+        return TrainState.create(params, optimizer), optimizer, bilm_loss(model, negatives, rowwise)
     carry = {"state": zero_state(config.model, config.batch_size)}
-    return TrainState.create(params, optimizer, carry=carry), optimizer, bilm_window_loss(model, negatives)
+    task = bilm_window_loss(model, negatives, rowwise)
+    return TrainState.create(params, optimizer, carry=carry), optimizer, task
 
 
 def _estimate(config: PretrainConfig, state: TrainState, optimizer: Any, loss_fn: LossFn, train: Any) -> None:

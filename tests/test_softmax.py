@@ -49,7 +49,7 @@ def test_logits_never_exist_whole(case, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sampled_over_all_classes_is_full(case, seed):
     key = jax.random.key(seed)
-    f = lambda *a: sampled_nll(*a, *case[3:], key, V)[0]  # noqa: E731
+    f = lambda *a: sampled_nll(*a, *case[3:], log_uniform_negatives(key, V, V))[0]  # noqa: E731
     got = jax.value_and_grad(f, (0, 1, 2))(*case[:3])
     want = jax.value_and_grad(lambda *a: full_nll(*a, *case[3:])[0], (0, 1, 2))(*case[:3])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
@@ -59,7 +59,7 @@ def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
     hidden, table, bias, targets, weight = case
     key = jax.random.key(3)
     drawn, log_expected = (np.asarray(a) for a in log_uniform_negatives(key, V, 6))
-    each = sampled_nll(*case, key, 6)[1]
+    each = sampled_nll(*case, log_uniform_negatives(key, V, 6))[1]
     logits = np.asarray(hidden @ table.T + bias[None]) - log_expected
     for n, target in enumerate(np.asarray(targets)):
         classes = [target, *(k for k in drawn if k != target)]

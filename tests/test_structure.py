@@ -17,8 +17,8 @@ ALLOWED = {
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "lstm": {"recurrence"},
     "embedders": {"characters"},
-    "bilm": {"contiguous", "data", "embedders", "lstm", "metrics", "recurrence", "softmax", "text"},
-    "tasks": {"bilm", "characters", "contiguous", "data"},
+    "bilm": {"contiguous", "data", "embedders", "lstm", "metrics", "recurrence", "softmax"},
+    "tasks": {"bilm", "characters", "contiguous", "data", "softmax", "text"},
     "hdf5": {"errors"},
     "pretrained": {"bilm", "characters", "data", "embedders", "errors", "hdf5", "text"},
     "inference": {"bilm", "characters", "data", "recurrence", "text"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "integrity": {"errors"},
     "steps": {"errors", "integrity"},
     "checkpoint": {"errors", "integrity", "steps"},
-    "train": {"data"},
+    "train": {"data", "rowwise"},
     "fit": {"checkpoint", "data", "errors", "progress", "train"},
     "exported": {"bilm", "checkpoint", "errors", "integrity", "steps", "tasks", "text"},
     "elmo": {"bilm", "errors", "exported", "inference", "pretrained", "recurrence", "text"},
@@ -37,7 +37,7 @@ ALLOWED = {
     "page": {"errors"},
     "vectors": {"errors", "text"},
     "svd": {"data", "errors"},
-    "sgns": {"data", "text", "train"},
+    "sgns": {"data", "text", "rowwise"},
 }
 
 

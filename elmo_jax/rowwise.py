@@ -1,0 +1,111 @@
+"""Optimisers that of large tables touch only the rows a batch names, so that a step's cost is theirs.
+
+Nouns: a *table* is a parameter whose first axis counts rows; its *path* is its name in the
+parameters, with slashes. Axes: V rows of a table, R rows that a step touches, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+Rows = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class RowSGD:
+    """Stochastic gradient descent on the rows of tables that a batch names, and on no others.
+
+    The loss function is given those rows in place of the tables, so that neither its
+    gradient nor the update is ever as large as a table.
+
+    Attributes:
+        rate: the learning rate of a step.
+        rows: the tables' names and, for each, the int32 indices ``[...]`` of the rows that a
+            batch needs, any number of times; the loss function gets ``[..., F]``.
+    """
+
+    rate: optax.Schedule
+    rows: Callable[[Any, Array], Rows]
+
+    def init(self, params: dict[str, Any]) -> dict[str, Any]:
+        """It remembers nothing."""
+        return {}
+
+    def given(self, params: dict[str, Any], rows: Rows) -> dict[str, Any]:
+        """What the loss function gets in place of the parameters."""
+        return {name: params[name][i] for name, i in rows.items()}
+
+    def update(
+        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, sound: Array
+    ) -> tuple[Any, Any]:
+        """Parameters and state after a step; as they were if it is not sound."""
+        down = -jnp.asarray(self.rate(step))
+        change = jax.tree.map(lambda g: jnp.where(sound, down * g, 0), gradients)
+        return {name: params[name].at[i].add(change[name]) for name, i in rows.items()}, state
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """Any Optax optimiser, which of some tables and of its own state for them moves the named rows alone.
+
+    The rows a step does not name are as if it had not been: with Adagrad and plain gradient
+    descent that is what a gradient of zero does too, so the result is the dense one. Adam's
+    moments of such a row do not decay, nor does the row move on by them; TensorFlow calls
+    that LazyAdam.
+
+    Attributes:
+        optimizer: all but its clipping by a global norm must treat each element on its own.
+        rows: of a batch and the step's key, the paths of tables and, for each, the int32 rows
+            ``[R]`` it names, each once and rising; V and above are places left over. The
+            loss function gets ``[R, F]`` in place of the table.
+    """
+
+    optimizer: optax.GradientTransformation
+    rows: Callable[[Any, Array], Rows] = lambda batch, key: {}
+
+    def init(self, params: dict[str, Any]) -> Any:
+        """The state before the first step."""
+        return self.optimizer.init(params)
+
+    def given(self, params: dict[str, Any], rows: Rows) -> dict[str, Any]:
+        """What the loss function gets in place of the parameters."""
+        return jax.tree.map(_take, params, _like(params, rows))
+
+    def update(
+        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, sound: Array
+    ) -> tuple[Any, Any]:
+        """Parameters and state after a step; as they were if it is not sound."""
+        named = _like(params, rows)
+        in_state = optax.tree.map_params(
+            self.optimizer, lambda _, rows: rows, state, named, transform_non_params=lambda _: None
+        )
+        whole, where = (params, state), (named, in_state)
+        old = jax.tree.map(_take, whole, where)
+        updates, after = self.optimizer.update(gradients, old[1], old[0])
+        new = optax.apply_updates(old[0], updates), after
+        new = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+        return jax.tree.map(_put, whole, new, where)
+
+
+def _like(params: dict[str, Any], rows: Rows) -> Any:
+    """The rows in the structure of the parameters; None where a parameter is no named table."""
+    left = dict(rows)
+    where = jax.tree_util.tree_map_with_path(
+        lambda path, _: left.pop(jax.tree_util.keystr(path, simple=True, separator="/"), None), params
+    )
+    if left:
+        raise ValueError(f"no parameter is called {', '.join(left)}")
+    return where
+
+
+def _take(table: Array, rows: Array | None) -> Array:
+    return table if rows is None else jnp.take(table, rows, axis=0, mode="clip")
+
+
+def _put(table: Array, part: Array, rows: Array | None) -> Array:
+    return part if rows is None else table.at[rows].set(part, mode="drop", indices_are_sorted=True)
