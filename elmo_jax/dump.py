@@ -62,12 +62,14 @@ def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[
         with path.open("rb") as file:
             for i, line in enumerate(file):
                 try:
-                    yield i, split(line.decode("utf-8-sig" if i == 0 else "utf-8"))
+                    text, bad = line.decode("utf-8-sig" if i == 0 else "utf-8"), line.find(b"\0")
                 except UnicodeDecodeError as error:
-                    bad = line[error.start]
+                    text, bad = "", error.start
+                if bad >= 0:
                     raise InputError(
-                        f"{path}:{i + 1}: byte 0x{bad:02x} is not UTF-8; convert the file to UTF-8"
-                    ) from None
+                        f"{path}:{i + 1}: byte 0x{line[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
+                    )
+                yield i, split(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 

@@ -14,6 +14,8 @@ import numpy as np
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import move
 
+_ANNOUNCED = 1000  # times what a dataset takes in the file; compression comes nowhere near
+
 
 def read_bytes(path: Path) -> bytes:
     """A whole file, unzipped if its name ends in ``.gz``.
@@ -40,6 +42,9 @@ def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
 
     def take(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
+            # A file can announce numbers that it does not hold, and that no memory would.
+            if item.nbytes > _ANNOUNCED * item.id.get_storage_size() + 2**24:
+                raise InputError(f"{path}: dataset {name} announces more than it holds; get the file again")
             found[name] = item
 
     try:

@@ -35,7 +35,7 @@ ALLOWED = {
     "dump": {"elmo", "errors", "hdf5", "integrity", "text"},
     "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "tasks", "text", "train"},
     "page": {"errors"},
-    "vectors": {"errors", "text"},
+    "vectors": {"errors", "integrity", "text"},
     "svd": {"data", "errors"},
     "sgns": {"data", "text", "train"},
 }
