@@ -163,6 +163,7 @@ def start_pretrain(path, epochs):
     return process
 
 
+@pytest.mark.slow
 def test_the_command_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
     kill_and_compare(tmp_path, 2, 12, start_pretrain)
 
