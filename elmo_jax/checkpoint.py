@@ -19,6 +19,7 @@ import numpy as np
 
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, write_atomically, write_config
+from elmo_jax.processes import agree, led
 from elmo_jax.steps import Steps, check_kinds
 
 METRICS, RESULTS = "metrics.jsonl", "results.json"
@@ -115,7 +116,12 @@ class Run:
             InputError: the folder holds a run, or another's configuration, or is no folder,
                 or another process writes to it.
         """
-        path = Path(path)
+        made = led(lambda: cls._create(Path(path), config, monitor, resume, overwrite, allow_change, files))
+        return made or cls(Path(path), monitor)
+
+    @classmethod
+    def _create(cls, path: Path, config: Mapping[str, Any], monitor: str, resume: bool, overwrite: bool,
+                allow_change: bool, files: Mapping[str, str] | None) -> "Run":  # fmt: skip
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: is a file; give --output a folder")
         config = {"monitor": monitor, **json.loads(json.dumps(config))}
@@ -204,7 +210,7 @@ class Run:
     def log(self, records: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` anew: every record so far, a line each, or the file as it was."""
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        write_atomically(self.path / METRICS, "".join(lines))
+        led(lambda: write_atomically(self.path / METRICS, "".join(lines)))
 
     def save(self, state: Any, position: Position) -> None:
         """Save a step, in the background; the best epoch and the newest two steps are kept.
@@ -231,7 +237,9 @@ class Run:
         Raises:
             InputError: no step is whole, or it is not of these shapes and dtypes.
         """
-        for step in self.steps.whole(set_aside=True):
+        newest = led(lambda: next(self.steps.whole(set_aside=True), -1))
+        step = agree(-1 if newest is None else newest)
+        if step >= 0:
             check_kinds(self.steps.kinds(step), template, f"{self.steps.path / str(step)}")
             return self.steps.load(step, template), self._position(step)
         if self.steps.saved():

@@ -19,6 +19,7 @@ import numpy as np
 
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.hdf5 import create
 from elmo_jax.integrity import write_atomically
 from elmo_jax.text import tokenize
 
@@ -61,12 +62,14 @@ def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[
         with path.open("rb") as file:
             for i, line in enumerate(file):
                 try:
-                    yield i, split(line.decode("utf-8-sig" if i == 0 else "utf-8"))
+                    text, bad = line.decode("utf-8-sig" if i == 0 else "utf-8"), line.find(b"\0")
                 except UnicodeDecodeError as error:
-                    bad = line[error.start]
+                    text, bad = "", error.start
+                if bad >= 0:
                     raise InputError(
-                        f"{path}:{i + 1}: byte 0x{bad:02x} is not UTF-8; convert the file to UTF-8"
-                    ) from None
+                        f"{path}:{i + 1}: byte 0x{line[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
+                    )
+                yield i, split(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
@@ -180,7 +183,8 @@ class Dump:
                 on_tokens(sum(len(line) for _, line in part))
             self._join()
         except OSError as error:
-            raise InputError(f"{self.target}: cannot be written ({error}); make room and --resume") from None
+            reason = error.strerror or str(error).splitlines()[0]
+            raise InputError(f"{self.target}: cannot be written ({reason}); make room and --resume") from None
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
         return read_lines(self.source, tokenize if self.config.tokenize else str.split)
@@ -199,8 +203,7 @@ class Dump:
             yield block
 
     def _write_part(self, path: Path, lines: list[tuple[int, list[str]]]) -> None:
-        unfinished = path.with_suffix(".unfinished")
-        with h5py.File(unfinished, "w") as file:
+        with create(path) as (file, check):
             short = [(i, line) for i, line in lines if len(line) <= _LONG]
             embedded = self.elmo.embed([line for _, line in short], batch_tokens=self.config.batch_tokens)
             for (i, _), layers in zip(short, embedded, strict=True):
@@ -208,9 +211,7 @@ class Dump:
                 self._dataset(file, i, layers.shape[1])[...] = data
             for i, line in lines:
                 if len(line) > _LONG:
-                    data = self._dataset(file, i, len(line))
-                    self.elmo.embed_into(line, data if self.weights is None else _Mixed(data, self.weights))
-        unfinished.replace(path)
+                    self.elmo.embed_into(line, _Out(self._dataset(file, i, len(line)), self.weights, check))
 
     def _dataset(self, file: h5py.File, number: int, tokens: int) -> h5py.Dataset:
         shape = self.elmo.shape(tokens) if self.weights is None else (tokens, self.features)
@@ -220,16 +221,15 @@ class Dump:
         return file.create_dataset(str(number), shape, self.config.dtype, chunks=chunks, fletcher32=True)
 
     def _join(self) -> None:
-        whole = self.target.with_name(self.target.name + ".part")
-        with h5py.File(whole, "w") as file:
+        with create(self.target) as (file, check):
             for path in sorted(self.parts.glob("*.h5")):
+                check()
                 with h5py.File(path, "r") as part:
                     for name in part:
                         part.copy(name, file)
             index = self._index()
             if index is not None:
                 file.create_dataset("sentence_to_index", (1,), h5py.string_dtype())[0] = index
-        whole.replace(self.target)
         shutil.rmtree(self.parts)
 
     def _index(self) -> str | None:
@@ -246,11 +246,15 @@ def _read_json(path: Path) -> Any:
         return None  # like no settings that there can be
 
 
-class _Mixed:
-    """Weighs layers as they are written, so that no line needs to be whole in memory."""
+class _Out:
+    """Weighs layers, if they are to be, as they are written, so that no line needs to be whole in memory."""
 
-    def __init__(self, data: h5py.Dataset, weights: Sequence[float]):
-        self.data, self.weights = data, weights
+    def __init__(self, data: h5py.Dataset, weights: Sequence[float] | None, check: Callable[[], None]):
+        self.data, self.weights, self.check = data, weights, check
 
     def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
-        self.data[where[1:]] = np.einsum("l,ltf->tf", self.weights, layers)
+        self.check()
+        if self.weights is None:
+            self.data[where] = layers
+        else:
+            self.data[where[1:]] = np.einsum("l,ltf->tf", self.weights, layers)

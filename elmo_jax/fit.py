@@ -21,9 +21,11 @@ from jax import Array
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import Dispatch, Stream
 from elmo_jax.errors import InputError
+from elmo_jax.processes import agree, several
 from elmo_jax.progress import Meter
 from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
 
+MEETING = 8  # dispatches between two, of several processes: a meeting makes the devices wait
 PATIENCE = 5  # steps in a row that may be skipped because they are not finite
 
 
@@ -109,6 +111,7 @@ def fit(
     dispatch_fn = make_dispatch(loss_fn, optimizer)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
+    meeting, dispatches = MEETING if several() else 1, 0
     ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()  # empty between epochs
 
     def settle(leave: int = 0) -> None:
@@ -129,27 +132,29 @@ def fit(
                 _show(meter, position, per_epoch)
                 after_dispatch(position.step)
                 due = save_every is not None and position.step - saved >= save_every
-                if due or caught:
+                dispatches += 1
+                stop = agree(max(caught, default=0)) if dispatches % meeting == 0 else 0
+                if due or stop:
                     settle()
                     saved = position.step
                     if position.step < end:  # or the end of the epoch is about to save it
                         position.seconds = time.perf_counter() - began
                         run.save(_as_tree(state), position)
-                        _leave(caught, run, position.step)
+                        _leave(stop, run, position.step)
             settle()
             position.seconds = time.perf_counter() - began
             _end_epoch(state, position, run, per_epoch, on_epoch)
             _show(meter, position, per_epoch)
-            _leave(caught, run, position.step)
+            _leave(agree(max(caught, default=0)), run, position.step)
     run.wait()
     return state, position.records
 
 
-def _leave(caught: list[int], run: Run, step: int) -> None:
-    """Stop here if a signal asked for it; the step is being saved."""
-    if caught:
+def _leave(stop: int, run: Run, step: int) -> None:
+    """Stop here if a signal, by its number, asked for it; the step is being saved."""
+    if stop:
         run.wait()
-        raise Interrupted(caught[0], step)
+        raise Interrupted(stop, step)
 
 
 def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, on_epoch) -> None:

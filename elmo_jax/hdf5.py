@@ -3,7 +3,7 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import h5py
 import numpy as np
 
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import move
+
+_ANNOUNCED = 1000  # times what a dataset takes in the file; compression comes nowhere near
 
 
 def read_bytes(path: Path) -> bytes:
@@ -39,6 +42,9 @@ def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
 
     def take(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
+            # A file can announce numbers that it does not hold, and that no memory would.
+            if item.nbytes > _ANNOUNCED * item.id.get_storage_size() + 2**24:
+                raise InputError(f"{path}: dataset {name} announces more than it holds; get the file again")
             found[name] = item
 
     try:
@@ -78,21 +84,89 @@ def read_floats(
     return arrays
 
 
+class _Sink(io.FileIO):
+    """A file that never refuses HDF5 anything: the first error is kept, and what follows it dropped.
+
+    HDF5 cannot let go of a file that it cannot write to: it tries again at every call, and once
+    more when the process ends, with a traceback each time.
+    """
+
+    error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        while left and self.error is None:
+            left = left[self._attempt(super().write, left) or 0 :]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        if self.error is None:
+            self._attempt(super().truncate, size)
+        return size or 0
+
+    def _attempt(self, call: Callable[..., int], *args: Any) -> int | None:
+        try:
+            return call(*args)
+        except BaseException as error:  # Ctrl-C too: HDF5 would take it for the disk's
+            self.error = error
+            return None
+
+    def check(self) -> None:
+        """Raise what was kept."""
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def create(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """A file to write, of any size; what was there stays until it is whole.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The file, and what raises the OSError that writing to it met; called at the end in any
+        case, and now and then so that a long piece of work does not go on in vain.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with create(Path(folder) / "numbers.h5") as (file, check):
+        ...         file["a"] = np.arange(3.0)
+        ...     with open_datasets(Path(folder) / "numbers.h5") as datasets:
+        ...         datasets["a"][...].tolist()
+        [0.0, 1.0, 2.0]
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with _Sink(part, "w+") as sink:
+            try:
+                with h5py.File(sink, "w") as file:
+                    yield file, sink.check
+            finally:
+                sink.check()  # before what HDF5 made of it
+        move(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays, or lists of text, by name; what was there stays until all is written.
 
     Raises:
         InputError: the file cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        with h5py.File(part, "w") as file:
+        with create(path) as (file, _):
             for name, array in arrays.items():
                 if isinstance(array, list):
                     file.create_dataset(name, data=array, dtype=h5py.string_dtype())
                 else:
                     file.create_dataset(name, data=array, fletcher32=True)
-        part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); give another path") from None
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason}); make room, or give another path") from None

@@ -19,6 +19,7 @@ from elmo_jax.data import DIRECTIONS
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets, read_bytes, read_floats, write_arrays
+from elmo_jax.integrity import write_atomically
 from elmo_jax.text import Vocabulary
 
 _SOFTMAX = ("softmax_table", "softmax_bias")
@@ -143,7 +144,7 @@ def write_bilm(
         part[...] = (param if slot.direction is None else param[slot.direction]).reshape(part.shape)
     write_arrays(Path(weights), arrays)
     try:
-        Path(options).write_text(json.dumps(_to_options(config)) + "\n", encoding="utf-8")
+        write_atomically(Path(options), json.dumps(_to_options(config)) + "\n")
     except OSError as error:
         raise InputError(f"{options}: cannot be written ({error.strerror}); give another path") from None
 

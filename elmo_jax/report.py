@@ -14,6 +14,8 @@ from cycler import cycler
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 Record = Mapping[str, Any]
+BLOCKS = 12  # of `slope`
+_STUDENT = 2.228  # 97.5 % of Student's t with BLOCKS - 2 degrees of freedom
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE: Any = {
     "figure.dpi": 150,
@@ -192,3 +194,58 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for part in ("train", "validation", "test"):
         lines.append(f"{part:10}" + "".join(f"  {results[part][name]:9.4f}" for name in names))
     return "\n".join(lines)
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """The slope of a line through a slowly varying measurement, and half its 95 % interval.
+
+    Neighbouring measurements are alike, so the line goes through the means of `BLOCKS`
+    stretches of them, which hardly are.
+
+    Args:
+        x, y: at least `BLOCKS` each.
+
+    Example:
+        >>> slope(range(24), [3.0 * x for x in range(24)])
+        (3.0, 0.0)
+    """
+    u, v = (
+        np.array([np.mean(part) for part in np.array_split(np.asarray(a, float), BLOCKS)]) for a in (x, y)
+    )
+    u, v = u - u.mean(), v - v.mean()
+    rise = float(u @ v / (u @ u))
+    error = np.sqrt(np.sum((v - rise * u) ** 2) / (BLOCKS - 2) / (u @ u))
+    return rise, float(_STUDENT * error)
+
+
+def plot_soak(
+    hours: Sequence[float],
+    megabytes: Sequence[float],
+    files: Sequence[float],
+    late: int,
+    fitted: tuple[float, float],
+    path: Path,
+) -> None:
+    """Memory and open files over time, as a PNG.
+
+    Args:
+        hours: of each look.
+        megabytes: of memory then.
+        files: open then.
+        late: the first look that the line is fitted to.
+        fitted: what `slope` gave.
+        path: of the PNG.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (above, below) = plt.subplots(2, sharex=True, figsize=(5.2, 4.2), height_ratios=(2, 1))
+        above.plot(hours, megabytes, linewidth=1)
+        x = np.asarray(hours[late:])
+        middle = np.mean(megabytes[late:])
+        told = f"{fitted[0]:+.2f} ± {fitted[1]:.2f} MiB/h"
+        above.plot(x, middle + fitted[0] * (x - x.mean()), color=_COLOURS[1], label=told)
+        above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(megabytes)))
+        above.legend(frameon=False, loc="lower right")
+        below.plot(hours, files, linewidth=1, color=_COLOURS[2])
+        below.set(xlabel="hours", ylabel="open files", ylim=(0, 1.3 * max(files)))
+        figure.savefig(path)
+        plt.close(figure)

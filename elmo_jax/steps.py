@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import damage, move, write_manifest
+from elmo_jax.processes import first, led, together
 
 KEEP = 2  # newest steps kept beside the best
 _STATE, _POSITION = "state", "position.json"
@@ -81,27 +82,34 @@ class Steps:
                 holds a number that is not finite; the steps before are as they were.
         """
         self.wait()
-        if step <= max(self.saved(), default=-1):
-            raise ValueError(f"step {step} is not later than step {self.saved()[-1]}, which is saved")
         if not _finite(state):
             raise InputError(
                 f"{self.path}: step {step} holds numbers that are not finite, and is not saved; lower "
                 "--learning-rate or --clip-norm"
             )
+        led(lambda: self._begin(step, state, position))
+        with self._reported(step):
+            self._saver = self._saver or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            with _quiet():
+                self._saver.save(self.path / f"{step}{_PART}" / _STATE, args=ocp.args.PyTreeSave(state))
+        self._saving = step, self._background.submit(self._finish, step, self._saver, dict(figures))
+
+    def _begin(self, step: int, state: Any, position: Any) -> None:
+        """Make the step's folder, and write the position into it."""
+        if step <= max(self.saved(), default=-1):
+            raise ValueError(f"step {step} is not later than step {self.saved()[-1]}, which is saved")
         part = self.path / f"{step}{_PART}"
         with self._reported(step):
             self._make_room(state)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             (part / _POSITION).write_text(json.dumps(position, allow_nan=False))
-            self._saver = self._saver or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-            with _quiet():
-                self._saver.save(part / _STATE, args=ocp.args.PyTreeSave(state))
-        self._saving = step, self._background.submit(self._finish, step, self._saver, dict(figures))
 
     def _finish(self, step: int, saver: ocp.AsyncCheckpointer, figures: dict[int, float]) -> None:
         """Give a step its manifest and then its name, and only then remove what is not kept."""
         saver.wait_until_finished()
+        if not first():
+            return
         part = self.path / f"{step}{_PART}"
         write_manifest(part)
         move(part, self.path / str(step))
@@ -140,8 +148,11 @@ class Steps:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            with self._reported(saving[0]):
-                saving[1].result()
+            together(lambda: self._written(*saving))
+
+    def _written(self, step: int, saving: Future[None]) -> None:
+        with self._reported(step):
+            saving.result()
 
     def whole(self, set_aside: bool = False) -> Iterator[int]:
         """The whole steps, newest first; those passed over are named, and set aside if asked."""
@@ -173,7 +184,7 @@ class Steps:
         """The state of a whole step as shapes and dtypes, in nested dictionaries."""
         with _quiet(), self._reader(step) as reader:
             saved: Any = reader.metadata(self.path / str(step) / _STATE).item_metadata
-            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:

@@ -4,6 +4,7 @@ The text format is word2vec's: a line ``V F``, then a line a token, its name and
 Axes: V tokens, F features.
 """
 
+import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import write_atomically
 from elmo_jax.text import UNK, Vocabulary, read_text
 
 
@@ -62,12 +64,14 @@ class WordVectors:
         """Write ``.npz`` if the path ends so, else word2vec's text format; either is exact."""
         if path.suffix == ".npz":
             names = np.frombuffer("\n".join(self.tokens).encode(), np.uint8)
-            np.savez(path, tokens=names, matrix=self.matrix)
+            file = io.BytesIO()
+            np.savez(file, tokens=names, matrix=self.matrix)
+            write_atomically(path, file.getvalue())
             return
-        with path.open("w", encoding="utf-8") as file:
-            file.write(f"{len(self.tokens)} {self.matrix.shape[1]}\n")
-            for token, row in zip(self.tokens, self.matrix.tolist(), strict=True):
-                file.write(f"{token} {' '.join([f'{x:.9g}' for x in row])}\n")  # 9 digits give float32 back
+        lines = [f"{len(self.tokens)} {self.matrix.shape[1]}\n"]
+        for token, row in zip(self.tokens, self.matrix.tolist(), strict=True):
+            lines.append(f"{token} {' '.join([f'{x:.9g}' for x in row])}\n")  # 9 digits give float32 back
+        write_atomically(path, "".join(lines))
 
     @classmethod
     def load(cls, path: Path) -> "WordVectors":
@@ -90,7 +94,7 @@ def _load_npz(path: Path) -> WordVectors:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens, matrix = arrays["tokens"].tobytes().decode().split("\n"), arrays["matrix"]
         return WordVectors(tokens, matrix.astype(np.float32, casting="same_kind"))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: holds no word vectors ({reason}); make them again") from None
 
@@ -103,6 +107,8 @@ def _load_text(path: Path) -> WordVectors:
         raise InputError(f"{path}:1: is {first[:40]!r}, not the line 'tokens features'; add it") from None
     if count != len(lines):
         raise InputError(f"{path}:1: announces {count} tokens, but {len(lines)} lines follow; mend the line")
+    if lines and not 0 < width <= len(lines[0]):
+        raise InputError(f"{path}:1: announces vectors of {width} numbers; mend the line")
     tokens, matrix = [], np.empty((count, width), np.float32)
     for i, line in enumerate(lines):
         token, *numbers = line.split()[: width + 2] or [""]

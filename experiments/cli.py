@@ -57,7 +57,9 @@ def parse(
 
 def _one_line(box: str, prog: str) -> str:
     """The first paragraph of the parser's framed message."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
+    lines = [re.sub(r"[│╭╮╰╯─]+|^ *-{3,}", " ", line).strip() for line in box.splitlines()[1:]]
+    while lines and not lines[0]:  # the frame's upper line, on a terminal without such characters
+        del lines[0]
     said = lines[: lines.index("")] if "" in lines else lines
     return f"{' '.join(said)} (see python -m {prog} --help)"
 

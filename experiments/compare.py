@@ -16,9 +16,9 @@ from tyro.conf import OmitArgPrefixes
 from elmo_jax.checkpoint import RESULTS
 from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, write_atomically
+from elmo_jax.integrity import CONFIG, read_config, write_atomically
 from experiments import claims, cli, downstream, pretrain, results, vectors
-from experiments.stages import Stage, run_stages
+from experiments.stages import Stage, read_json, run_stages
 
 # By the name the page gives them: the flags that make them, and the work of an epoch.
 METHODS: Mapping[str, tuple[tuple[str, ...], float]] = {
@@ -72,13 +72,13 @@ class Plan:
         """The language model and the word vectors."""
         stages = []
         if not self.external:
-            flags = [*self._preset, *shlex.split(self.config.pretrain)]
-            base = cli.parse(pretrain.PretrainConfig, "experiments.pretrain", pretrain.PRESETS, flags)
+            flags = [*self._preset, *_split("pretrain", self.config.pretrain)]
+            base = _parse(pretrain.PretrainConfig, "experiments.pretrain", pretrain.PRESETS, flags)
             settings = self._at(base, "pretrain", data=self.data)
             stages.append(Stage("pretrain", "pretrain", float(base.epochs), pretrain.pretrain, settings))
         for method, work in (("svd", 0.3), ("sgns", 1.0)):
-            flags = ["--method", method, *shlex.split(self.config.vectors)]
-            base = cli.parse(vectors.VectorsConfig, "experiments.vectors", args=flags)
+            flags = ["--method", method, *_split("vectors", self.config.vectors)]
+            base = _parse(vectors.VectorsConfig, "experiments.vectors", None, flags)
             settings = self._at(base, method, data=self.data)
             stages.append(Stage(method, method, work, vectors.vectors, settings))
         return stages
@@ -92,9 +92,9 @@ class Plan:
             changes: of other settings; they name the run too.
         """
         flags, work = METHODS[method]
-        more = shlex.split(self.config.downstream)
+        more = _split("downstream", self.config.downstream)
         args = [*self._preset, *more, *flags]
-        base = cli.parse(downstream.DownstreamConfig, "experiments.downstream", downstream.PRESETS, args)
+        base = _parse(downstream.DownstreamConfig, "experiments.downstream", downstream.PRESETS, args)
         inputs: dict[str, Any] = {"pretrained": self.language_model}
         if base.source.features != "elmo":
             inputs = {"vectors": str(self.output / base.source.features)}
@@ -118,11 +118,34 @@ class Plan:
         )
 
 
+def _parse(config: type[cli.C], prog: str, presets: Mapping[str, cli.C] | None, flags: list[str]) -> cli.C:
+    settings = cli.parse(config, prog, presets, flags)
+    cli.check(settings)  # before hours of the stages that come first
+    return settings
+
+
+def _split(name: str, flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise InputError(f"--{name} {flags!r}: {error}; mend its quotes") from None
+
+
+def _check_output(output: Path) -> None:
+    """A folder that is new, or a comparison's: nothing else is written over."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; give --output a folder")
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if CONFIG in names and "seeds" not in read_json(output / CONFIG):
+        raise InputError(f"{output}: holds a run of another command; give --output a folder of its own")
+    if names - {f"{CONFIG}.part"} and CONFIG not in names:
+        raise InputError(f"{output}: is not empty and holds no comparison; give --output a new folder")
+
+
 def compare(config: CompareConfig) -> None:
     """Run the command."""
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; give --output a folder")
+    _check_output(output)
     data = config.data
     if config.pretrained is not None:
         saved = read_config(Path(config.pretrained))
@@ -139,7 +162,7 @@ def compare(config: CompareConfig) -> None:
     studies = claims.studies(plan, classifiers) if config.claims else None
     more = claims.stages(studies) if studies else []
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_atomically(output / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     seconds = run_stages([*stages, *more], output)
     about = (
         f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
 from elmo_jax.dump import Dump, DumpConfig
@@ -58,7 +59,9 @@ def _weights(config: EmbedConfig, elmo: Elmo) -> list[float] | None:
     try:
         lambdas = json.loads(path.read_text(encoding="utf-8"))["lambdas"]
         weights = [float(value) for value in lambdas]
-    except (OSError, ValueError, KeyError, TypeError):
+        if not np.isfinite(weights).all():
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path}: holds no lambdas; give a run of experiments.downstream that has some"
         ) from None

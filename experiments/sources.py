@@ -13,7 +13,7 @@ from elmo_jax.datasets import DataConfig, Dataset, load_dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
-from elmo_jax.integrity import read_config, structure
+from elmo_jax.integrity import check_files, read_config, structure
 from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
@@ -90,6 +90,7 @@ def _word_vectors(config: SourceConfig, seed: int) -> Source:
             f"{path}: holds no word vectors; make them with "
             f"python -m experiments.vectors --method {config.features} --output {path}"
         )
+    check_files(path)
     method = read_config(path).get("method")
     if method != config.features:
         raise InputError(f"{path}: holds {method} vectors, not --features {config.features}; give its run")

@@ -68,8 +68,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         InputError: they are missing or not JSON.
     """
     try:
-        return [json.loads(line) for line in (path / METRICS).read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        records = [json.loads(line) for line in (path / METRICS).read_text("utf-8").splitlines()]
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError("not an object a line")
+        return records
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / METRICS}: cannot be read ({error}); train that run again") from None
 
 
@@ -81,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); remove it, and its run is finished anew"
         ) from None
@@ -136,7 +139,11 @@ def _left(waiting: Sequence[Stage], stages: Sequence[Stage], seconds: dict[str, 
 def _read_times(output: Path) -> dict[str, float]:
     if not (output / METRICS).is_file():
         return {}
-    return {record["stage"]: record["seconds"] for record in read_records(output)}
+    records = read_records(output)
+    try:
+        return {record["stage"]: float(record["seconds"]) for record in records}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{output / METRICS}: holds no times of stages; remove it") from None
 
 
 def _write_times(output: Path, seconds: dict[str, float]) -> None:

@@ -23,10 +23,11 @@ from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted, fit
 from elmo_jax.train import TrainState
+from experiments import pretrain
 
 # Children of a server that has imported all this, but has not started JAX, begin at once.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["elmo_jax", "pytest"])
+PROCESSES.set_forkserver_preload(["elmo_jax", "experiments.pretrain", "pytest"])
 
 
 def loss_fn(params, batch, key):
@@ -100,11 +101,12 @@ def wait_for(condition):
 def outcome(path):
     run = Run.open(path)
     (newest, *_), lines = run.steps.whole(), (path / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    times = {"seconds", "tokens_per_second"}
+    records = [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
     return newest, records, run.steps.load(newest, run.steps.kinds(newest))
 
 
-def kill_and_compare(tmp_path, kills, epochs):
+def kill_and_compare(tmp_path, kills, epochs, start=start):
     """Kill a run that often, half of the times in the middle of a save, and compare its end."""
     whole, path, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     undisturbed = start(whole, epochs)
@@ -138,6 +140,37 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_fifty_times_ends_as_if_it_had_not_been(tmp_path):
     assert kill_and_compare(tmp_path, kills=50, epochs=60) >= 10
+
+
+def pretrain_at(path, epochs):
+    """The command itself; what it compiled is kept for the next one."""
+    out = os.open(path.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ["XDG_CACHE_HOME"] = str(path.parent / "cache")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 4 --min-count 1 --save-every 4 --resume"
+    sys.argv = ["x", "--dataset", str(path.parent), "--output", str(path), "--epochs", str(epochs)]
+    sys.argv += tiny.split()
+    sys.exit(pretrain.main())
+
+
+def start_pretrain(path, epochs):
+    rows = [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(80)]
+    for part in ("train", "test"):
+        (path.parent / f"{part}.csv").write_text("\n".join(rows))
+    process = PROCESSES.Process(target=pretrain_at, args=(path, epochs))
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
+    kill_and_compare(tmp_path, 2, 12, start_pretrain)
+
+
+@pytest.mark.slow
+def test_the_command_killed_fifty_times_ends_as_if_it_had_not_been(tmp_path):
+    assert kill_and_compare(tmp_path, 50, 300, start_pretrain) >= 10
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_steps_before(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elmo_jax import steps
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream
 from elmo_jax.errors import InputError
@@ -133,6 +135,24 @@ def test_a_crash_goes_on_from_the_last_save(documents, tmp_path, whole):
     state, records = run_fit(documents, path, resume=True, save_every=2)
     same(state, whole[0])
     assert without_times(records) == without_times(whole[1])
+
+
+def test_training_goes_on_while_a_step_is_written(documents, tmp_path, monkeypatch):
+    written, went_on, real = threading.Event(), [], steps.write_manifest
+
+    def wait_and_write(folder):
+        assert written.wait(60), "training waits for the save"
+        real(folder)
+
+    def look(step):
+        folders = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*")}
+        if step == 7:  # and the save of step 5, begun two steps ago, is still under way
+            went_on.append(folders == {"5.part"})
+            written.set()
+
+    monkeypatch.setattr(steps, "write_manifest", wait_and_write)
+    run_fit(documents, tmp_path / "run", k=1, save_every=4, after_dispatch=look)
+    assert went_on == [True]
 
 
 def test_a_finished_run_can_be_resumed_and_stays(documents, tmp_path, whole):

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from exported import WEIGHTS, WORDS, seal, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_pretrained import make
 
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.rows import read_rows
-from elmo_jax.text import Vocabulary
+from elmo_jax.text import Vocabulary, clean, tokenize
 
 FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -26,7 +28,7 @@ def test_any_bytes_are_a_vocabulary_or_an_error(tmp_path, data):
         vocabulary = Vocabulary.load(tmp_path / "v")
     except InputError:
         return
-        assert vocabulary.ids(vocabulary.tokens).tolist() == list(range(len(vocabulary)))
+    assert vocabulary.ids(vocabulary.tokens).tolist() == list(range(len(vocabulary)))
 
 
 @FUZZ
@@ -37,10 +39,10 @@ def test_any_bytes_are_rows_or_an_error(tmp_path, data):
         rows = read_rows(tmp_path / "f.csv", "title+description")
     except InputError:
         return
-        assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
-        again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
-        assert (again.types, again.labels) == (rows.types, rows.labels)
-        np.testing.assert_array_equal(again.codes, rows.codes)
+    assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
+    again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
+    assert (again.types, again.labels) == (rows.types, rows.labels)
+    np.testing.assert_array_equal(again.codes, rows.codes)
 
 
 @FUZZ
@@ -57,7 +59,46 @@ def test_any_bytes_are_weights_or_an_error(tmp_path_factory, data, at, cut):
         elmo = Elmo.from_pretrained(folder)
     except InputError:
         return
-        assert all(np.isfinite(a).all() for a in jax.tree.leaves(elmo.params))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(elmo.params))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """The bytes of a model in the official format, with its softmax."""
+    folder = tmp_path_factory.mktemp("official")
+    make(folder, vocabulary=WORDS)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@FUZZ
+@given(
+    name=st.sampled_from(["weights.hdf5", "weights.softmax.hdf5"]),
+    data=st.binary(max_size=300),
+    at=st.integers(0, 100_000),
+    cut=st.integers(0, 300),
+)
+def test_any_bytes_are_hdf5_or_an_error(official, tmp_path_factory, name, data, at, cut):
+    folder = tmp_path_factory.mktemp("h")
+    for file, whole in official.items():
+        at %= len(whole)
+        raw = whole if file != name else whole[:at] + data + whole[at + cut :]
+        (folder / file).write_bytes(raw)
+    try:
+        elmo = Elmo.from_bilm(folder / "options.json", folder / "weights.hdf5")
+    except InputError:
+        return
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(elmo.params))
+
+
+@FUZZ
+@given(text=st.text(st.characters(), max_size=200) | st.text("a1_é\u0301<>&#;\\ \n\t\0", max_size=60))
+def test_any_text_is_tokens_that_are_tokens(text):
+    for tokens in (tokenize(text), tokenize(clean(text))):
+        assert all(token and not any(c.isspace() for c in token) for token in tokens)
+        assert all(len(token) == 1 or token.replace("_", "a").isalnum() for token in tokens)
+    # Nothing but space is lost, and tokens are read as themselves.
+    assert "".join(tokenize(text)) == "".join(text.lower().split())
+    assert tokenize(" ".join(tokenize(text))) == tokenize(text)
 
 
 def test_nothing_that_is_loaded_can_run_code():

@@ -55,6 +55,8 @@ def test_nearest_are_by_angle():
         ("2 2\na 1 2\nb 1\n", ":3: is not a token and 2 numbers"),
         ("1 2\na 1 2 3\n", ":2: is not a token and 2 numbers"),
         ("1 2\na 1 x\n", ":2: could not convert string to float: 'x'"),
+        ("2 -1\na\nb\n", ":1: announces vectors of -1 numbers"),
+        ("1 99999999999\na 1\n", ":1: announces vectors of 99999999999 numbers"),
         ("1 2\na 1 nan\n", "the vector of 'a' is not finite"),
         ("2 1\na 1\na 2\n", "a token stands twice"),
     ],

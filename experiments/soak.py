@@ -1,0 +1,108 @@
+"""Whether a long run keeps its memory and its files constant: python -m experiments.soak."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes
+
+from elmo_jax import report
+from elmo_jax.errors import InputError
+from elmo_jax.fit import Interrupted
+from elmo_jax.integrity import write_atomically
+from experiments import cli
+from experiments.pretrain import PretrainConfig, pretrain
+
+SAMPLES = "memory.jsonl"
+_WARM_UP = 0.25  # of the time: programs are compiled and pools filled
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """Pre-train for some time, note memory and open files, and say whether they grow."""
+
+    train: Annotated[PretrainConfig, OmitArgPrefixes] = PretrainConfig(
+        epochs=10_000, save_every=100, output="runs/soak"
+    )
+    minutes: float = 60.0
+    """How long; the run is stopped by SIGTERM then, and can be gone on with."""
+    every: float = 10.0
+    """Seconds between two looks; about 50 or more are needed."""
+
+
+def soak(config: SoakConfig) -> dict[str, Any]:
+    """Run the command; returns the slopes."""
+    if not Path("/proc/self/statm").is_file():
+        raise InputError("memory is read from /proc, which this system lacks; run this on Linux")
+    looks: list[dict[str, float]] = []
+    path = Path(config.train.output)
+    with _watched(config, looks, path):
+        try:
+            pretrain(config.train)
+        except Interrupted:
+            cli.say(f"stopped, as told or after --minutes {config.minutes:g}")
+    seconds, memory, files = (
+        [look[name] for look in looks] for name in ("seconds", "rss_bytes", "open_files")
+    )
+    late = next((i for i, t in enumerate(seconds) if t >= _WARM_UP * seconds[-1]), 0) if looks else 0
+    if len(looks) - late < 2 * report.BLOCKS:
+        raise InputError(f"{len(looks)} looks are too few; lower --every, or raise --minutes or --epochs")
+    hours, megabytes = [t / 3600 for t in seconds], [m / 2**20 for m in memory]
+    slope, error = report.slope(hours[late:], megabytes[late:])
+    report.plot_soak(hours, megabytes, files, late, (slope, error), path / "memory.png")
+    spread = max(files[late:]) - min(files[late:])
+    cli.say(
+        f"memory: {slope:+.2f} ± {error:.2f} MiB an hour (95 %), at {megabytes[-1]:,.0f} MiB; open files: "
+        f"{min(files[late:]):.0f} to {max(files[late:]):.0f}; written to {path / 'memory.png'}"
+    )
+    return {"slope": slope, "error": error, "files": spread}
+
+
+@contextlib.contextmanager
+def _watched(config: SoakConfig, looks: list[dict[str, float]], path: Path) -> Iterator[None]:
+    """Look at this process while the body runs, and tell it to stop when its time is up."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(config.every):
+            looks.append({"seconds": round(time.monotonic() - began, 1)} | _look())
+            if path.is_dir():  # or the run has not begun
+                write_atomically(path / SAMPLES, "".join(json.dumps(look) + "\n" for look in looks))
+            training = callable(signal.getsignal(signal.SIGTERM))  # and stops in good order
+            if training and time.monotonic() - began > 60 * config.minutes:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _look() -> dict[str, float]:
+    """Bytes of this process in memory, and how many files it has open."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+        "open_files": len(os.listdir("/proc/self/fd")) - 1,  # but for the one that lists them
+    }
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    return cli.run(SoakConfig, soak, "experiments.soak")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What a full disk does to files that are being written: one line, and nothing that was whole is lost."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from test_pretrained import make
+
+from elmo_jax import dump as module
+from elmo_jax.hdf5 import create
+from experiments import embed
+
+ROOT = Path(__file__).parent.parent
+PART = 500  # tokens, of 96 bytes each
+
+# Real processes, because HDF5 tells of what it could not write when the interpreter ends, too.
+EMBED = f"""
+import resource, sys
+from elmo_jax import dump
+from experiments import embed
+limit, *sys.argv = sys.argv[1:]
+dump.PART_TOKENS = {PART}
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+sys.exit(embed.main())
+"""
+
+SHORT, LONG = "the bank rose . " * 500, "the river bank . " * (module._LONG // 4 + 1)
+FULL = {  # the text, the most bytes a file may have, and the parts that are written
+    "a part": (["the bank " * PART, *[SHORT] * 3], 120_000, 1),
+    "a line of any length": (["the bank " * PART, LONG], 120_000, 1),
+    "the parts joined": (["the bank " * PART] * 2, 150_000, 2),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path, monkeypatch):
+    lines, limit, parts = FULL[name]
+    text, out, model = tmp_path / "in.txt", tmp_path / "out.h5", tmp_path / "model"
+    text.write_text("\n".join(lines) + "\n")
+    elmo.save_pretrained(model)
+    args = [str(text), str(out), "--pretrained", str(model)]
+    command = [sys.executable, "-c", EMBED, str(limit), "prog", *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr[:2000]
+    assert f"{out}: cannot be written (File too large); make room and --resume" in done.stderr
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.h5.parts").glob("*.h5")}
+    assert len(written) == parts and not out.exists() and not list(tmp_path.rglob("*.part"))
+
+    joined = module.shutil.rmtree
+    kept = {}
+
+    def before_they_go(path):
+        kept.update({part: part.stat().st_mtime_ns for part in written if part.exists()})
+        joined(path)
+
+    monkeypatch.setattr(module.shutil, "rmtree", before_they_go)
+    monkeypatch.setattr(module, "PART_TOKENS", PART)
+    monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
+    assert embed.main() == 0
+    assert kept == written  # none was written again
+    monkeypatch.setattr(sys, "argv", ["prog", str(text), str(tmp_path / "whole.h5"), *args[2:]])
+    assert embed.main() == 0
+    with h5py.File(out) as got, h5py.File(tmp_path / "whole.h5") as want:
+        assert got.keys() == want.keys()
+        for data in want:
+            np.testing.assert_array_equal(got[data], want[data])
+
+
+def overwrite(path):
+    with create(path) as (file, check):
+        file["a"] = np.arange(10_000)
+        with pytest.raises(OSError, match="File too large"):
+            check()
+
+
+def test_hdf5_on_a_full_disk_leaves_the_file_before(tmp_path):
+    path = tmp_path / "a.h5"
+    with create(path) as (file, _):
+        file["a"] = np.arange(10)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            overwrite(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_model_on_a_full_disk_is_one_line(tmp_path):
+    make(tmp_path)
+    before = (tmp_path / "weights.hdf5").read_bytes()
+    script = f"""
+import resource, sys
+from elmo_jax import Elmo
+elmo = Elmo.from_bilm(r"{tmp_path}/options.json", r"{tmp_path}/weights.hdf5")
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+try:
+    elmo.save_bilm(r"{tmp_path}/options.json", r"{tmp_path}/weights.hdf5")
+except Exception as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr[:2000]
+    assert "weights.hdf5: cannot be written (File too large); make room, or give" in done.stderr
+    assert (tmp_path / "weights.hdf5").read_bytes() == before

@@ -1,0 +1,58 @@
+"""Long runs: how their memory is watched, and what is said of it."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from elmo_jax import report
+from experiments import soak
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_the_slope_is_of_a_line_through_means(rng):
+    x, noise = np.arange(240.0), rng.normal(size=240)
+    means = [[np.mean(part) for part in np.array_split(a, report.BLOCKS)] for a in (x, 2 * x + noise)]
+    line = stats.linregress(*means)
+    got = report.slope(x, 2 * x + noise)
+    np.testing.assert_allclose(got, (line.slope, line.stderr * stats.t.ppf(0.975, report.BLOCKS - 2)), 1e-3)
+    assert abs(got[0] - 2) < got[1] < 0.01
+
+
+def test_nineteen_of_twenty_intervals_hold_the_slope_of_a_walk_back_to_the_mean(rng):
+    """Memory drifts: a value is like the one before it, for some minutes."""
+    hits = 0
+    for _ in range(400):
+        y = np.zeros(1200)
+        for i, step in enumerate(rng.normal(size=1199)):
+            y[i + 1] = 0.9 * y[i] + step
+        slope, error = report.slope(range(1200), y)
+        hits += abs(slope) < error
+    assert 0.91 < hits / 400 < 0.99
+
+
+def test_a_run_is_watched_and_stopped_in_good_order(tmp_path, monkeypatch, capsys):
+    for part in ("train", "test"):
+        rows = [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 8 --min-count 1 --every 0.05 --minutes 0.05"
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--dataset", str(tmp_path), "--output", str(tmp_path / "run"), *tiny.split()]
+    )
+    assert soak.main() == 0
+    captured = capsys.readouterr()
+    assert "stopped, as told" in captured.out and "MiB an hour (95 %)" in captured.out
+    looks = [json.loads(line) for line in (tmp_path / "run" / "memory.jsonl").read_text().splitlines()]
+    assert len(looks) > 24 and all(look["rss_bytes"] > 2**24 and look["open_files"] > 2 for look in looks)
+    assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path / "short"), "--epochs", "0"])
+    assert soak.main() == 2
+
+
+def test_too_few_looks_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soak, "pretrain", lambda config: None)
+    monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path)])
+    assert soak.main() == 2
+    assert "0 looks are too few; lower --every" in capsys.readouterr().err
