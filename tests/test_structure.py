@@ -32,7 +32,7 @@ ALLOWED = {
     "elmo": {"bilm", "errors", "exported", "inference", "pretrained", "recurrence", "text"},
     "corpus": {"characters", "data", "errors", "integrity", "text"},
     "contiguous": {"data", "text"},
-    "dump": {"elmo", "errors", "integrity", "text"},
+    "dump": {"combiners", "elmo", "errors", "integrity", "text"},
     "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "tasks", "text", "train"},
     "page": {"errors"},
     "vectors": {"errors", "text"},
