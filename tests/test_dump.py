@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict, replace
 
 import h5py
 import jax
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 
 from elmo_jax import dump as module
+from elmo_jax.bilm import BiLM
+from elmo_jax.checkpoint import Position, Run
 from elmo_jax.combiners import CombinerConfig, Mix, make_combiner
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.tasks import init_params
 from experiments import embed, evaluate
+from experiments.sources import SourceConfig
 
 LINES = ["the bank rose .", "", "the river bank of the river " * 3, "bank", "the bank rose ."]
 
@@ -200,6 +205,56 @@ def test_commands(elmo, text, tmp_path, capsys, monkeypatch):
     assert "holds a run or scores already" in capsys.readouterr().err
     assert run(evaluate, tmp_path / "model") == 2
     assert "at least one text" in capsys.readouterr().err
+
+
+def downstream_run(path, elmo, lambdas, results=True, **source):
+    """A run as experiments.downstream leaves it, its language model changed if it was finetuned."""
+    combiner = CombinerConfig(normalize="softmax", layer_norm=True)
+    config = {"source": asdict(SourceConfig(**source)), "combiner": asdict(combiner)}
+    run = Run.create(path, config, monitor="val_loss", overwrite=True)
+    params = {"combiner": {"weights": np.ones(3, np.float32)}}
+    if source.get("finetune"):
+        params["bilm"] = jax.tree.map(lambda a: a + np.float32(0.1), elmo.params)
+    run.save({"params": params}, Position(step=1))
+    run.close()
+    if results:
+        (path / "results.json").write_text(json.dumps({"lambdas": lambdas}))
+    return path
+
+
+def test_a_mix_is_the_one_that_was_trained(elmo, tmp_path):
+    path = downstream_run(tmp_path / "down", elmo, [0.5, -1, 2])
+    same, mix = embed.mixed(elmo, path)
+    assert same is elmo and mix == Mix([0.5, -1.0, 2.0], layer_norm=True)
+    tuned, mix = embed.mixed(elmo, downstream_run(path, elmo, [1, 1, 1], finetune=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b + 0.1, atol=1e-6), tuned.params, elmo.params)
+    assert tuned.vocabulary is elmo.vocabulary and mix.layer_norm
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "source", "said"),
+    [
+        ([float("nan"), 1, 1], {}, "holds lambdas that are not finite"),
+        ([1, 1], {}, "has 2 lambdas for a model of 3 layers"),
+        (None, {}, "holds no lambdas"),
+        ([1, 1, 1], {"results": False}, "holds no lambdas"),
+        ([1, 1, 1], {"untrained": True}, "had a language model without training"),
+    ],
+)
+def test_a_mix_that_cannot_be_had_is_named(elmo, tmp_path, lambdas, source, said):
+    with pytest.raises(InputError, match=said):
+        embed.mixed(elmo, downstream_run(tmp_path / "down", elmo, lambdas, **source))
+
+
+def test_a_mix_of_another_model_is_named(elmo, tmp_path):
+    path = downstream_run(tmp_path / "down", elmo, [1, 1, 1], finetune=True)
+    wider = BiLM(replace(elmo.model.config, cells=6), len(elmo.vocabulary))
+    other = Elmo(wider, init_params(wider, jax.random.key(0)), elmo.vocabulary)
+    with pytest.raises(InputError, match="is asked for"):
+        embed.mixed(other, path)
+    elmo.save_pretrained(tmp_path / "export")
+    with pytest.raises(InputError, match=r"is no run of experiments\.downstream"):
+        embed.mixed(elmo, tmp_path / "export")
 
 
 def test_what_evaluate_shows_is_the_worst_of_all_and_no_more_is_kept(rng):

@@ -26,7 +26,7 @@ def test_any_bytes_are_a_vocabulary_or_an_error(tmp_path, data):
         vocabulary = Vocabulary.load(tmp_path / "v")
     except InputError:
         return
-        assert vocabulary.ids(vocabulary.tokens).tolist() == list(range(len(vocabulary)))
+    assert vocabulary.ids(vocabulary.tokens[1:]).tolist() == list(range(1, len(vocabulary)))
 
 
 @FUZZ
@@ -37,10 +37,10 @@ def test_any_bytes_are_rows_or_an_error(tmp_path, data):
         rows = read_rows(tmp_path / "f.csv", "title+description")
     except InputError:
         return
-        assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
-        again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
-        assert (again.types, again.labels) == (rows.types, rows.labels)
-        np.testing.assert_array_equal(again.codes, rows.codes)
+    assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
+    again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
+    assert (again.types, again.labels) == (rows.types, rows.labels)
+    np.testing.assert_array_equal(again.codes, rows.codes)
 
 
 @FUZZ
