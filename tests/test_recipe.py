@@ -15,7 +15,9 @@ from elmo_jax.contiguous import ContiguousStream, Window
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.lstm import LSTM
+from elmo_jax.pretrained import slots
 from elmo_jax.tasks import bilm_loss, bilm_window_loss
+from elmo_jax.train import make_optimizer
 from experiments import pretrain
 from experiments.estimate import matmul_flops
 
@@ -158,3 +160,45 @@ def test_the_state_goes_from_window_to_window(documents):
     _, whole = loss(params | {"state": zero_state(model.config, 2)}, long.window(0), jax.random.key(1))
     np.testing.assert_allclose(total, whole["nll_forward"] + whole["nll_backward"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, whole["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "width", "highway"),
+    [("small", 1024, 128, 1), ("medium", 2048, 256, 2), ("original", 4096, 512, 2)],
+)
+def test_presets_are_the_released_sizes_and_their_recipe(name, cells, width, highway):
+    config = pretrain.PRESETS[f"elmo-{name}"]
+    model, recipe = config.model, config.optimizer
+    filters = [(1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)]
+    wanted = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
+    for i, (size, count) in enumerate(filters):
+        wanted |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
+    for k in range(highway):
+        wanted |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
+        wanted |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
+    for d in (0, 1):
+        for layer in (0, 1):
+            cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+            wanted |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
+            wanted |= {f"{cell}W_P_0": (cells, width)}
+    assert {slot.dataset: slot.shape for slot in slots(model)} == wanted
+    assert model.skip and model.cell_clip == model.projection_clip == 3
+    assert model.characters.activation == "relu" and model.layers == 2
+    assert (config.corpus.batching, config.corpus.unroll, config.batch_size) == ("contiguous", 20, 128)
+    assert (config.negatives, config.softmax, model.dropout, model.tie) == (8192, "sampled", 0.1, False)
+    assert (recipe.optimizer, recipe.learning_rate, recipe.clip_norm) == ("adagrad", 0.2, 10.0)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("size", [0.01, 40.0])
+def test_steps_are_adagrads_from_an_accumulator_of_one(size):
+    """On gradients that bilm-tf sums over its 20 unrolled steps, and then clips by their norm."""
+    optimizer = make_optimizer(pretrain.PRESETS["elmo-small"].optimizer, 100)
+    gradient = size * np.array([0.6, -0.8])
+    params = {"w": jnp.zeros(2)}
+    state, total = optimizer.init(params), np.ones(2)
+    for _ in range(3):
+        updates, state = optimizer.update({"w": jnp.array(gradient, jnp.float32)}, state, params)
+        g = 20 * gradient * min(1, 10 / np.linalg.norm(20 * gradient))
+        total = total + g**2
+        np.testing.assert_allclose(updates["w"], -0.2 * g / np.sqrt(total), rtol=1e-5)
