@@ -5,13 +5,17 @@ A new one is a class here and a line there.
 Axes: L layers, B batch, T time, F features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
+
+_EPSILON = 1e-6  # of the layer norm
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,33 @@ class LearnedFunction(nn.Module):
         """None: the layers have no weight of their own here."""
 
 
+@dataclass(frozen=True)
+class Mix:
+    """A scalar mix that was trained, for layers that have left the device.
+
+    Example:
+        >>> Mix([0.5, 2.0]).of(np.ones((2, 1, 3), np.float32)).tolist()
+        [[2.5, 2.5, 2.5]]
+
+    Attributes:
+        weights: of each layer, γ included.
+        layer_norm: as in `CombinerConfig`.
+    """
+
+    weights: Sequence[float]
+    layer_norm: bool = False
+
+    def of(self, layers: np.ndarray) -> np.ndarray:
+        """``[L, tokens, F]`` to ``[tokens, F]``."""
+        if self.layer_norm:
+            layers = layers - layers.mean(-1, keepdims=True)
+            layers = layers / np.sqrt(np.square(layers).mean(-1, keepdims=True) + _EPSILON)
+        return np.einsum("l,ltf->tf", self.weights, layers)
+
+
 def _weighted(weights: Array, layers: Array, config: CombinerConfig) -> Array:
     if config.layer_norm:  # a token at a time, so that a vector hangs on its own sentence alone
-        layers = jax.nn.standardize(layers, axis=-1, epsilon=1e-6)
+        layers = jax.nn.standardize(layers, axis=-1, epsilon=_EPSILON)
     return jnp.tensordot(weights.astype(layers.dtype), layers, axes=1)
 
 

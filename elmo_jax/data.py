@@ -77,6 +77,7 @@ class Documents:
         spellings: for models that read characters, the character ids of every token id
             ``[types, C]``; else None. There may be more types than classes.
         classes: V. Token ids from here on are spelled, but as a class they are unknown.
+        longest: what is longer counts as cut to this many tokens; None cuts nothing.
     """
 
     ids: np.ndarray
@@ -84,6 +85,7 @@ class Documents:
     labels: np.ndarray
     spellings: np.ndarray | None = None
     classes: int | None = None
+    longest: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,7 +93,8 @@ class Documents:
     @cached_property
     def lengths(self) -> np.ndarray:
         """``[N]`` int64, tokens a document without ``<S>`` and ``</S>``."""
-        return np.diff(self.offsets)
+        lengths = np.diff(self.offsets)
+        return lengths if self.longest is None else np.minimum(lengths, self.longest)
 
     def take(self, rows: np.ndarray) -> "Documents":
         """These documents, in this order."""
@@ -109,7 +112,7 @@ class Documents:
 
     def batch(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
         """These documents as one batch of that shape [B, T]."""
-        sentences = [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in rows]
+        sentences = [self.ids[self.offsets[n] :][: self.lengths[n]] for n in rows]
         batch = Batch.of(sentences, self.labels[rows], shape)
         words, chars = self.read(batch.words)
         return replace(batch, words=words, chars=chars)

@@ -7,8 +7,12 @@ parts are joined at the end.
 
 import hashlib
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +21,7 @@ import h5py
 import jax
 import numpy as np
 
+from elmo_jax.combiners import Mix
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import create
@@ -28,7 +33,7 @@ Layers = Literal["all", "top", "average", "mix"]
 PART_TOKENS = 50_000  # of a part: a few seconds' work and some hundred MB at most
 _LONG = 4_096  # tokens from which a line's layers go to the file a window at a time
 _CHUNK = 256  # tokens an HDF5 chunk
-_INDEX_BYTES = 64 << 20  # of the text; a larger one gets no sentence_to_index
+_INDEX_BYTES = 64 << 20  # of a text's lines in one piece of sentence_to_index
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,33 @@ def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
+def blocks(lines: Iterable[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
+    """Lines in groups of about `PART_TOKENS` tokens: the same however often it is asked."""
+    block: list[tuple[int, list[str]]] = []
+    tokens = 0
+    for i, line in lines:
+        block.append((i, line))
+        tokens += len(line) + 1
+        if tokens >= PART_TOKENS:
+            yield block
+            block, tokens = [], 0
+    if block:
+        yield block
+
+
 class Dump:
     """Writes one text's layers into one HDF5 file; goes on where it was stopped.
 
     The file holds a dataset a line, named by the line's number from 0, and
-    ``sentence_to_index``, a JSON object from each line to its number.
+    ``sentence_to_index``, a JSON object from each line to its number: one string, as bilm-tf's,
+    or, for texts of more than 64 MB, a string for each further 64 MB of lines.
 
     Args:
         elmo: the model.
         source: the text, a sentence a line.
         target: the HDF5 file.
         config: what to write.
-        weights: of the layers, if `config.layers` is "mix".
+        mix: of the layers, if `config.layers` is "mix".
 
     Raises:
         InputError: the text cannot be read, or a line is too long and is to be refused.
@@ -97,12 +117,12 @@ class Dump:
         source: Path,
         target: Path,
         config: DumpConfig,
-        weights: Sequence[float] | None = None,
+        mix: Mix | None = None,
     ):
         self.elmo, self.source, self.target, self.config = elmo, source, target, config
         layers, _, self.features = elmo.shape(0)
-        of = {"average": [1 / layers] * layers, "top": [0.0] * (layers - 1) + [1.0], "mix": weights}
-        self.weights = of.get(config.layers)
+        average, top = Mix([1 / layers] * layers), Mix([0.0] * (layers - 1) + [1.0])
+        self.mix = {"average": average, "top": top, "mix": mix}.get(config.layers)
         self.parts = target.with_name(target.name + ".parts")
         self.lines = self.tokens = 0
         for i, line in self._read():
@@ -117,7 +137,7 @@ class Dump:
     def size(self) -> int:
         """Bytes that the layers will take, without HDF5's own."""
         each = np.dtype(self.config.dtype).itemsize * self.features
-        return self.tokens * each * (1 if self.weights is not None else self.elmo.shape(0)[0])
+        return self.tokens * each * (1 if self.mix is not None else self.elmo.shape(0)[0])
 
     def begin(self, resume: bool, overwrite: bool) -> None:
         """Make ready to write.
@@ -130,7 +150,8 @@ class Dump:
             raise InputError("--resume and --overwrite are two different things; give one")
         if self.target.exists() and self.target.samefile(self.source):
             raise InputError(f"{self.target}: is the text itself; give another file to write")
-        settings = {"config": asdict(self.config), "weights": self.weights}
+        settings: dict[str, Any] = {"config": asdict(self.config), "dtype": self.elmo.model.config.dtype}
+        settings["mix"] = None if self.mix is None else asdict(self.mix)
         settings |= {"text": self._text_digest(), "model": self._model_digest()}
         mark = self.parts / "settings.json"
         if self.target.exists() and not overwrite:
@@ -176,9 +197,9 @@ class Dump:
             InputError: the disk is full; what is written stays.
         """
         try:
-            for number, part in enumerate(self._blocks()):
+            for number, part in enumerate(blocks(self._read())):
                 path = self.parts / f"{number:06d}.h5"
-                if not path.exists():
+                if not self._is_whole(path, part):
                     self._write_part(path, part)
                 on_tokens(sum(len(line) for _, line in part))
             self._join()
@@ -189,32 +210,55 @@ class Dump:
     def _read(self) -> Iterator[tuple[int, list[str]]]:
         return read_lines(self.source, tokenize if self.config.tokenize else str.split)
 
-    def _blocks(self) -> Iterator[list[tuple[int, list[str]]]]:
-        """The lines of each part: the same however often it is asked."""
-        block: list[tuple[int, list[str]]] = []
-        tokens = 0
-        for i, line in self._read():
-            block.append((i, line))
-            tokens += len(line) + 1
-            if tokens >= PART_TOKENS:
-                yield block
-                block, tokens = [], 0
-        if block:
-            yield block
+    def _is_whole(self, path: Path, lines: list[tuple[int, list[str]]]) -> bool:
+        """Whether a part that an earlier call wrote is there, and all of it can be read."""
+        if not path.exists():
+            return False
+        try:
+            with h5py.File(path, "r") as file:
+                for i, line in lines:
+                    data: Any = file[str(i)]
+                    if data.shape != self._shape(len(line)):
+                        raise ValueError("another shape")
+                    for start in range(0, len(line), _LONG):  # which checks the checksums too
+                        data[..., start : start + _LONG, :]
+            return True
+        except (OSError, KeyError, ValueError, AttributeError, RuntimeError):
+            warnings.warn(f"{path}: is damaged, and is made again", stacklevel=3)
+            return False
+
+    def _shape(self, tokens: int) -> tuple[int, ...]:
+        """Of a line's dataset."""
+        return self.elmo.shape(tokens) if self.mix is None else (tokens, self.features)
 
     def _write_part(self, path: Path, lines: list[tuple[int, list[str]]]) -> None:
         with create(path) as (file, check):
             short = [(i, line) for i, line in lines if len(line) <= _LONG]
             embedded = self.elmo.embed([line for _, line in short], batch_tokens=self.config.batch_tokens)
             for (i, _), layers in zip(short, embedded, strict=True):
-                data = layers if self.weights is None else np.einsum("l,ltf->tf", self.weights, layers)
+                data = layers if self.mix is None else self.mix.of(layers)
                 self._dataset(file, i, layers.shape[1])[...] = data
             for i, line in lines:
                 if len(line) > _LONG:
-                    self.elmo.embed_into(line, _Out(self._dataset(file, i, len(line)), self.weights, check))
+                    self._write_long(line, self._dataset(file, i, len(line)), check)
+
+    def _write_long(self, line: list[str], data: h5py.Dataset, check: Callable[[], None]) -> None:
+        """A line that may not fit in memory, a window at a time."""
+        if self.mix is None:
+            self.elmo.embed_into(line, _Checked(data, check))
+            return
+        # A token's two halves come from different windows, and its mix may need both at once.
+        shape = self.elmo.shape(len(line))
+        with tempfile.TemporaryFile(dir=self.parts) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))  # a full disk shows here
+            layers = np.memmap(file, np.float32, "r+", shape=shape)
+            self.elmo.embed_into(line, layers)
+            for start in range(0, len(line), _LONG):
+                check()
+                data[start : start + _LONG] = self.mix.of(layers[:, start : start + _LONG])
 
     def _dataset(self, file: h5py.File, number: int, tokens: int) -> h5py.Dataset:
-        shape = self.elmo.shape(tokens) if self.weights is None else (tokens, self.features)
+        shape = self._shape(tokens)
         if not tokens:  # HDF5 cannot cut nothing into chunks
             return file.create_dataset(str(number), shape, self.config.dtype)
         chunks = (*[1] * (len(shape) - 2), min(tokens, _CHUNK), self.features // 2)
@@ -227,16 +271,26 @@ class Dump:
                 with h5py.File(path, "r") as part:
                     for name in part:
                         part.copy(name, file)
-            index = self._index()
-            if index is not None:
-                file.create_dataset("sentence_to_index", (1,), h5py.string_dtype())[0] = index
+            grows = (None,) if self.source.stat().st_size > _INDEX_BYTES else None
+            index = file.create_dataset("sentence_to_index", (1,), h5py.string_dtype(), maxshape=grows)
+            for i, piece in enumerate(self._index()):
+                if i:
+                    index.resize((i + 1,))
+                index[i] = json.dumps(piece)
         shutil.rmtree(self.parts)
 
-    def _index(self) -> str | None:
-        if self.source.stat().st_size > _INDEX_BYTES:
-            return None
+    def _index(self) -> Iterator[dict[str, str]]:
+        """Each line's number, in pieces that fit in memory; one if there are no lines."""
+        numbers: dict[str, str] = {}
+        size = 0
         with self.source.open(encoding="utf-8-sig", newline="\n") as file:
-            return json.dumps({line.rstrip("\r\n"): str(i) for i, line in enumerate(file)})
+            for i, line in enumerate(file):
+                if size > _INDEX_BYTES:
+                    yield numbers
+                    numbers, size = {}, 0
+                numbers[line.rstrip("\r\n")] = str(i)
+                size += len(line)
+        yield numbers
 
 
 def _read_json(path: Path) -> Any:
@@ -246,15 +300,12 @@ def _read_json(path: Path) -> Any:
         return None  # like no settings that there can be
 
 
-class _Out:
-    """Weighs layers, if they are to be, as they are written, so that no line needs to be whole in memory."""
+class _Checked:
+    """A dataset that says at once that the disk is full."""
 
-    def __init__(self, data: h5py.Dataset, weights: Sequence[float] | None, check: Callable[[], None]):
-        self.data, self.weights, self.check = data, weights, check
+    def __init__(self, data: h5py.Dataset, check: Callable[[], None]):
+        self.data, self.check = data, check
 
     def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
         self.check()
-        if self.weights is None:
-            self.data[where] = layers
-        else:
-            self.data[where[1:]] = np.einsum("l,ltf->tf", self.weights, layers)
+        self.data[where] = layers

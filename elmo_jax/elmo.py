@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,10 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.errors import InputError
 from elmo_jax.exported import load_folder, save_folder
-from elmo_jax.inference import Reader
+from elmo_jax.inference import BATCH_TOKENS, Reader
 from elmo_jax.pretrained import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.recurrence import State
 from elmo_jax.text import Vocabulary
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Elmo:
@@ -52,19 +54,21 @@ class Elmo:
         return _rebuild, (self.model.config, self.model.vocabulary, params, self.vocabulary)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Elmo":
+    def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None) -> "Elmo":
         """Load a run of ``experiments.pretrain`` (its best epoch), or what `save_pretrained` wrote.
 
         Args:
             path: the folder.
+            dtype: of the products, "float32" or "bfloat16"; None is what it was trained with.
 
         Raises:
             InputError: it is neither, or its files do not fit each other.
         """
-        return cls(*load_folder(Path(path)))
+        model, params, vocabulary = load_folder(Path(path))
+        return cls(_computing(model.config, dtype, model.vocabulary), params, vocabulary)
 
     @classmethod
-    def from_bilm(cls, options: str | Path, weights: str | Path, dtype: str = "float32") -> "Elmo":
+    def from_bilm(cls, options: str | Path, weights: str | Path, dtype: Dtype | None = None) -> "Elmo":
         """Load a model in the official format of bilm-tf and AllenNLP.
 
         If `save_bilm` left the softmax and the vocabulary beside the weights, which the
@@ -73,20 +77,18 @@ class Elmo:
         Args:
             options: the JSON file, perhaps ``.gz``.
             weights: the HDF5 file, perhaps ``.gz``.
-            dtype: of the products, "float32" or "bfloat16".
+            dtype: of the products, "float32", which is the default, or "bfloat16".
 
         Raises:
             InputError: a file is missing or damaged, or the two are not of one model.
         """
-        if dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
         config, flat = read_bilm(options, weights)
         vocabulary = None
         beside = _softmax_path(weights)
         if beside.exists():
             vocabulary, softmax = read_softmax(beside, config.embedding)
             flat |= softmax
-        model = BiLM(replace(config, dtype=dtype), len(vocabulary or ()))
+        model = _computing(config, dtype, len(vocabulary or ()))
         return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:
@@ -111,7 +113,7 @@ class Elmo:
         save_folder(Path(path), self.model, self.params, self.vocabulary)
 
     def embed(
-        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = 2048
+        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = BATCH_TOKENS
     ) -> list[np.ndarray]:
         """The layer states of every token.
 
@@ -137,13 +139,13 @@ class Elmo:
             raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
         layers, _, width = self.shape(0)
         out = [np.empty((layers, len(s), width), np.float32) for s in sentences]
-        self._reader.batch_tokens = batch_tokens
         with jax.default_matmul_precision("highest"):
             if stateful and len(sentences):
                 self._carried = self._reader.read(sentences, out, self._state(len(sentences)))
                 return out
-            for rows in self._reader.groups([len(s) for s in sentences]):
-                self._reader.read([sentences[i] for i in rows], [out[i] for i in rows])
+            for rows in self._reader.groups([len(s) for s in sentences], batch_tokens):
+                chosen, into = [sentences[i] for i in rows], [out[i] for i in rows]
+                self._reader.read(chosen, into, batch_tokens=batch_tokens)
         return out
 
     def embed_into(self, sentence: Sequence[str], out: Any) -> None:
@@ -199,6 +201,13 @@ class Elmo:
         if have >= rows:
             return self._carried
         return jax.tree.map(lambda new, old: new.at[:, :have].set(old), fresh, self._carried)
+
+
+def _computing(config: BiLMConfig, dtype: Dtype | None, classes: int) -> BiLM:
+    """The model with its products in that dtype."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    return BiLM(config if dtype is None else replace(config, dtype=dtype), classes)
 
 
 def _rebuild(config: BiLMConfig, classes: int, params: Any, vocabulary: Vocabulary | None) -> Elmo:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from elmo_jax.bilm import BiLM, BiLMConfig
@@ -36,8 +37,9 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         layers: "top", "average", "all" (side by side), or the number of one.
         pooling: over the tokens: "mean", "max", or "mean+max" side by side. A text without
             tokens is zeros.
-        embedding, cells, epochs, batch_size, negatives, min_count: of the new model.
-        random_state: its seed.
+        embedding, cells, epochs, batch_size, negatives, min_count: of the new model, each at
+            least 1.
+        random_state: its seed, a `numpy.random.RandomState`, or None for another one each time.
 
     Attributes:
         elmo_: the model.
@@ -64,7 +66,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         batch_size: int = 32,
         negatives: int = 2048,
         min_count: int = 2,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
     ):
         self.pretrained = pretrained
         self.layers = layers
@@ -87,6 +89,10 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         Raises:
             InputError: an argument has no meaning, or the texts hold no token.
         """
+        for name in ("embedding", "cells", "epochs", "batch_size", "negatives", "min_count"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.pooling not in ("mean", "max", "mean+max"):
             raise InputError(f"pooling must be mean, max or mean+max, not {self.pooling!r}")
         if self.pretrained is None:
@@ -116,14 +122,22 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return np.array([f"elmo{i}" for i in range(self.n_features_out_)], object)
 
+    def __sklearn_tags__(self) -> Any:
+        tags: Any = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array = True, False
+        return tags
+
     def _pool(self, layers: np.ndarray) -> np.ndarray:
         """``[L, tokens, F]`` to one vector."""
-        if self.layers == "all":
+        number: Any = self.layers if _is_whole(self.layers) else -1
+        if 0 <= number < len(layers):
+            x = layers[number]
+        elif self.layers == "all":
             x = np.concatenate(list(layers), -1)  # [tokens, L F]
         elif self.layers == "average":
             x = layers.mean(0)
-        elif self.layers == "top" or (isinstance(self.layers, int) and 0 <= self.layers < len(layers)):
-            x = layers[-1 if isinstance(self.layers, str) else self.layers]
+        elif self.layers == "top":
+            x = layers[-1]
         else:
             raise InputError(
                 f"layers must be top, average, all or a number below {len(layers)}, not {self.layers!r}"
@@ -132,6 +146,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         return np.concatenate(pooled[self.pooling])
 
     def _train(self, sentences: list[list[str]]) -> Elmo:
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         counts = Counter(token for sentence in sentences for token in sentence)
         if not counts:
             raise InputError("the texts hold no token to train on; give others, or a pretrained model")
@@ -139,11 +154,11 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         ids = [vocabulary.ids(sentence) for sentence in sentences]
         offsets = np.cumsum([0, *map(len, ids)])
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
-        stream = BatchStream(documents, self.batch_size, self.random_state, steps_per_dispatch=8)
-        model = BiLM(BiLMConfig(embedding=self.embedding, cells=self.cells), len(vocabulary))
-        params = init_params(model, jax.random.key(self.random_state))
+        stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
+        model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
+        params = init_params(model, jax.random.key(seed))
         optimizer = make_optimizer(OptimizerConfig(), self.epochs * stream.steps_per_epoch)
-        negatives = self.negatives if self.negatives < len(vocabulary) else None
+        negatives = int(self.negatives) if self.negatives < len(vocabulary) else None
         with tempfile.TemporaryDirectory() as folder:
             state, _ = fit(
                 TrainState.create(params, optimizer),
@@ -151,11 +166,15 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
                 optimizer,
                 stream,
                 Run.create(Path(folder) / "run", {}, monitor="loss"),
-                epochs=self.epochs,
-                seed=self.random_state,
+                epochs=int(self.epochs),
+                seed=seed,
                 on_epoch=lambda state, sums: {},
             )
         return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _tokens(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:

@@ -14,7 +14,15 @@ from safetensors.numpy import load_file, save
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.checkpoint import Run
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import check_files, digest, read_config, structure, write_atomically, write_config
+from elmo_jax.integrity import (
+    CONFIG,
+    check_files,
+    digest,
+    read_config,
+    structure,
+    write_atomically,
+    write_config,
+)
 from elmo_jax.steps import check_kinds
 from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
@@ -60,8 +68,11 @@ def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | N
     """Write ``config.json``, ``model.safetensors`` and, if there is one, ``vocab.txt``.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder holds a run, or something else with a configuration, or cannot
+            be written.
     """
+    if (path / CONFIG).exists() and _WEIGHTS not in read_config(path).get("files", {}):
+        raise InputError(f"{path}: holds a run, which would be lost; give another folder")
     arrays = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
     files = {_WEIGHTS: save(arrays)}
     if vocabulary is not None:

@@ -21,13 +21,20 @@ def read_bytes(path: Path) -> bytes:
     """A whole file, unzipped if its name ends in ``.gz``.
 
     Raises:
-        InputError: it is missing, unreadable or no gzip.
+        InputError: it is missing, unreadable, no regular file or no gzip.
     """
+    _check_regular(path)
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the path and the file") from None
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe or a device may have no end, and a folder has no bytes."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be read (it is no regular file); give one")
 
 
 @contextmanager
@@ -37,6 +44,7 @@ def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
     Raises:
         InputError: the file is missing or damaged, now or when a dataset is read.
     """
+    _check_regular(path)
     source: Any = io.BytesIO(read_bytes(path)) if path.suffix == ".gz" else path
     found: dict[str, h5py.Dataset] = {}
 

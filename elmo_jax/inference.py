@@ -22,6 +22,7 @@ from elmo_jax.text import BOS, EOS, SPECIAL, Vocabulary
 # Shapes are rounded up to these, so that few are compiled and little is padding.
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
 _ROWS = (1, 4, 16, 64)
+BATCH_TOKENS = 2048  # sentences times steps at once, about
 _SPELLED = 256  # words through the character CNN at once
 
 
@@ -99,7 +100,6 @@ class Reader:
         vocabulary: its numbering of tokens, if it reads words.
         window: most steps at once; longer sentences take several windows, each beginning
             with the state the one before ended with, which changes nothing.
-        batch_tokens: sentences times steps at once, about.
     """
 
     def __init__(
@@ -108,10 +108,9 @@ class Reader:
         params: Any,
         vocabulary: Vocabulary | None,
         window: int = 128,
-        batch_tokens: int = 2048,
     ):
         self.config, self.words = model.config, WordTable(model, params, vocabulary)
-        self.window, self.batch_tokens = window, batch_tokens
+        self.window = window
         self._params: Any = params
         self._vocabulary: Any = vocabulary
 
@@ -131,7 +130,11 @@ class Reader:
         )  # its shape changes, run's not
 
     def read(
-        self, sentences: Sequence[Sequence[str]], out: Sequence[Any], state: tuple[State, ...] | None = None
+        self,
+        sentences: Sequence[Sequence[str]],
+        out: Sequence[Any],
+        state: tuple[State, ...] | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> tuple[State, ...]:
         """Write the layers of every token of a batch of sentences.
 
@@ -140,13 +143,14 @@ class Reader:
             out: for each sentence what takes ``out[:, tokens, features] = ...`` for float32
                 ``[L, tokens, F]``: an array, or an HDF5 dataset.
             state: the first state, of at least B rows; zeros if None.
+            batch_tokens: what `groups` was given.
 
         Returns:
             The state after each sentence, for as many rows as were given.
         """
         counts = [len(s) for s in sentences]
         last: Any = state
-        for start, layers, after in self._windows(sentences, state):
+        for start, layers, after in self._windows(sentences, state, batch_tokens):
             _write(np.asarray(layers), start, counts, out)
             last = after
         return last
@@ -155,7 +159,7 @@ class Reader:
         """-log p of every token with the full softmax; see `Elmo.surprisal`."""
         ids = [np.r_[BOS, self._vocabulary.ids(s), EOS].astype(np.int32) for s in sentences]
         out = [np.empty((DIRECTIONS, len(s) + 1), np.float32) for s in sentences]
-        for start, layers, _ in self._windows(sentences, None):
+        for start, layers, _ in self._windows(sentences, None, BATCH_TOKENS):
             _, _, rows, steps, _ = layers.shape
             targets = np.zeros((DIRECTIONS, rows, steps), np.int32)
             for b, row in enumerate(ids):
@@ -171,10 +175,10 @@ class Reader:
         return out
 
     def _windows(
-        self, sentences: Sequence[Sequence[str]], state: tuple[State, ...] | None
+        self, sentences: Sequence[Sequence[str]], state: tuple[State, ...] | None, batch_tokens: int
     ) -> Iterator[tuple[int, Array, tuple[State, ...]]]:
         """Every window's first step, its layers ``[L, D, B, W, P]``, and the state after it."""
-        rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences)
+        rows = len(state[0].c[0]) if state is not None else self.rows_for(sentences, batch_tokens)
         lengths = np.zeros(rows, np.int32)
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
         # A copy, because the first window takes what it is given: a stopped call leaves the state whole.
@@ -188,22 +192,22 @@ class Reader:
             layers, carried = self._run(self._params, x, left, carried)
             yield start, layers, carried
 
-    def groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def groups(self, lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
         """Sentences to run together: of like length, about `batch_tokens` steps at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         start = 0
         while start < len(order):
-            rows = self._most_rows(lengths[order[start]] + 2)
+            rows = self._most_rows(lengths[order[start]] + 2, batch_tokens)
             yield order[start : start + rows]
             start += rows
 
-    def rows_for(self, sentences: Sequence[Sequence[str]]) -> int:
+    def rows_for(self, sentences: Sequence[Sequence[str]], batch_tokens: int = BATCH_TOKENS) -> int:
         """Rows of the batch these sentences make, filler among them."""
-        most = self._most_rows(max(map(len, sentences)) + 2)
+        most = self._most_rows(max(map(len, sentences)) + 2, batch_tokens)
         return len(sentences) if len(sentences) >= most else min(most, _round_up(len(sentences), _ROWS))
 
-    def _most_rows(self, longest: int) -> int:
-        return max(1, self.batch_tokens // self._steps(longest))
+    def _most_rows(self, longest: int, batch_tokens: int) -> int:
+        return max(1, batch_tokens // self._steps(longest))
 
     def _steps(self, longest: int) -> int:
         return min(self.window, _round_up(longest, _WINDOWS))

@@ -27,6 +27,7 @@ _STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.prop_cycle": cycler(color=_COLOURS),
 }
+_CENTRED: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
@@ -146,6 +147,40 @@ def plot_lambdas(records: Sequence[Record], path: Path) -> None:
         for record in records
     ]
     plot_curves(rows, names, path, "weight λ")
+
+
+def plot_layers(
+    points: Sequence[np.ndarray], groups: Sequence[str], titles: Sequence[str], path: Path
+) -> None:
+    """Where each layer puts every occurrence of a word, a panel a layer, as a PNG.
+
+    Args:
+        points: of each layer, ``[N, 2]``.
+        groups: what kind each of the N is, for the legend: a colour and a marker a kind.
+        titles: of the panels.
+        path: of the PNG.
+    """
+    names = list(dict.fromkeys(groups))
+    size = max(float(np.abs(xy).max()) for xy in points) * 1.12 or 1.0  # one scale, so that spread is seen
+    with plt.rc_context(_STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+        figure, panels = plt.subplots(1, len(points), figsize=(2.9 * len(points), 3.1), squeeze=False)
+        for axes, xy, title in zip(panels[0], points, titles, strict=True):
+            for i, name in enumerate(names):
+                chosen = [g == name for g in groups]
+                colour, marker = _COLOURS[i % len(_COLOURS)], "os^Dv<"[i % 6]
+                style: Any = {"marker": marker, "s": 34, "alpha": 0.75, "linewidths": 0.6}
+                axes.scatter(*xy[chosen].T, color=colour, edgecolors="white", label=name, **style)
+            axes.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
+            axes.set_facecolor("#f5f5f2")
+            axes.set_title(title, fontsize=9)
+            if np.ptp(xy, axis=0).max() < 1e-3 * size:
+                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **_CENTRED)
+        figure.tight_layout(w_pad=1.0)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        legend: Any = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, 0.04)}
+        figure.legend(handles, labels, ncols=2, handletextpad=0.2, fontsize=9, **legend)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:

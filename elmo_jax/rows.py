@@ -22,7 +22,7 @@ import numpy as np
 import pooch
 
 from elmo_jax.errors import InputError
-from elmo_jax.text import clean, decode, tokenize
+from elmo_jax.text import decode, tokenize
 
 TextColumns = Literal["title+description", "description"]
 
@@ -128,7 +128,7 @@ def _csv_rows(data: bytes, path: Path, text: TextColumns) -> Iterator[Row]:
         if not cells[0].strip():
             raise InputError(f"{path}:{line}: the label is empty; mend or remove the row")
         used = cells[1:] if text == "title+description" else cells[-1:]
-        yield Row(line, cells[0].strip(), clean(" ".join(used)))
+        yield Row(line, cells[0].strip(), " ".join(used))
 
 
 def _is_header(rows: list[list[str]]) -> bool:

@@ -43,13 +43,13 @@ def _mend(match: str, name: str) -> str:
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case words and single marks, in order.
+    """Raw text, cleaned as `clean` does, as lower-case words and single marks in order.
 
     Example:
         >>> tokenize("The bank's rate: 4.5%")
         ['the', 'bank', "'", 's', 'rate', ':', '4', '.', '5', '%']
     """
-    return _TOKEN.findall(text.lower())
+    return _TOKEN.findall(clean(text).lower())
 
 
 def read_text(path: Path) -> str:
@@ -101,11 +101,12 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[str], source: str = "vocabulary"):
         self.tokens = (SPECIAL[PAD], *tokens)
-        self._ids = {token: i for i, token in enumerate(self.tokens)}
+        # Padding has no name that a text could use: "<pad>" in one is a word like any other.
+        self._ids = {token: i for i, token in enumerate(self.tokens) if i != PAD}
         if self.tokens[: len(SPECIAL)] != SPECIAL:
             raise InputError(f"{source}:1: must begin with the lines {', '.join(SPECIAL[1:])}; add them")
-        if len(self._ids) < len(self.tokens):
-            line = next(i for i, token in enumerate(self.tokens) if self._ids[token] != i)
+        if len(self._ids) < len(tokens):
+            line = next(i for i, token in enumerate(self.tokens) if i and self._ids[token] != i)
             raise InputError(
                 f"{source}:{line}: {reprlib.repr(self.tokens[line])} stands twice; remove one of the two"
             )

@@ -20,9 +20,10 @@ import pooch
 import tyro
 from tqdm import tqdm
 
+from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
-from elmo_jax.elmo import Elmo
+from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
@@ -149,10 +150,13 @@ def check(settings: Any) -> None:
     """
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
+        texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
         if dataclasses.is_dataclass(value):
             check(value)
-        elif isinstance(value, str) and "\0" in value:
+        elif any("\0" in text for text in texts):
             raise InputError(f"{flag} holds a NUL character; leave it out")
+        elif field.name == "filters":
+            _check_filters(value, flag)
         elif isinstance(value, bool) or not isinstance(value, int | float):
             continue
         elif field.name in _SHARES:
@@ -173,6 +177,16 @@ def check(settings: Any) -> None:
                 raise InputError(f"{flag} must be at least 0 and finite, not {value}")
         elif not 0 < value < float("inf"):
             raise InputError(f"{flag} must be above 0 and finite, not {value}")
+
+
+def _check_filters(filters: tuple[tuple[int, int], ...], flag: str) -> None:
+    if not filters:
+        raise InputError(f"{flag} must be pairs of a width and a number; give one at least")
+    for width, number in filters:
+        if not 1 <= width <= CHARACTERS:
+            raise InputError(f"{flag} must have widths from 1 to {CHARACTERS} characters, not {width}")
+        if not 1 <= number <= 2**16:
+            raise InputError(f"{flag} must have from 1 to {2**16} filters of a width, not {number}")
 
 
 def say(line: str) -> None:
@@ -256,8 +270,10 @@ def tensorboard(run: Run, wanted: bool) -> Callable[[int, Mapping[str, Any]], No
     return write
 
 
-def load_elmo(pretrained: str | None, bilm: tuple[str, str] | None) -> Elmo:
-    """The model that one of the two flags names."""
+def load_elmo(pretrained: str | None, bilm: tuple[str, str] | None, precision: Dtype | None) -> Elmo:
+    """The model that one of the two flags names, with products of that dtype."""
     if (pretrained is None) == (bilm is None):
         raise InputError("give one of --pretrained RUN and --bilm OPTIONS WEIGHTS")
-    return Elmo.from_pretrained(pretrained) if pretrained is not None else Elmo.from_bilm(*(bilm or ()))
+    if bilm is not None:
+        return Elmo.from_bilm(*bilm, dtype=precision)
+    return Elmo.from_pretrained(pretrained or "", precision)

@@ -9,12 +9,16 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
+from elmo_jax.checkpoint import RESULTS, Run
+from elmo_jax.combiners import CombinerConfig, Mix
 from elmo_jax.dump import Dump, DumpConfig
-from elmo_jax.elmo import Elmo
+from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config
+from elmo_jax.integrity import read_config, structure
 from elmo_jax.progress import Meter
+from elmo_jax.steps import check_kinds
 from experiments import cli
+from experiments.sources import SourceConfig
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,11 @@ class EmbedConfig:
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format."""
     dump: Annotated[DumpConfig, OmitArgPrefixes] = DumpConfig()
+    precision: Dtype | None = None
+    """Of the products; what the model was trained with, or float32, if not given."""
     mix_from: str | None = None
-    """Run of experiments.downstream whose lambdas --layers mix takes."""
+    """Run of experiments.downstream whose lambdas --layers mix takes, with its layer norm, and with its
+    language model if it was finetuned."""
     resume: bool = False
     """Go on with a file that was not finished."""
     overwrite: bool = False
@@ -40,8 +47,13 @@ class EmbedConfig:
 
 def embed(config: EmbedConfig) -> None:
     """Run the command."""
-    elmo = cli.load_elmo(config.pretrained, config.bilm)
-    dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, _weights(config, elmo))
+    elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
+    if (config.dump.layers == "mix") != (config.mix_from is not None):
+        raise InputError("--layers mix and --mix-from RUN need each other; give both or neither")
+    mix = None
+    if config.mix_from is not None:
+        elmo, mix = mixed(elmo, Path(config.mix_from))
+    dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.begin(config.resume, config.overwrite)
     with Meter(dump.tokens, "token", scale=True) as meter:
@@ -49,25 +61,36 @@ def embed(config: EmbedConfig) -> None:
     cli.say(f"written to {config.out}")
 
 
-def _weights(config: EmbedConfig, elmo: Elmo) -> list[float] | None:
-    if (config.dump.layers == "mix") != (config.mix_from is not None):
-        raise InputError("--layers mix and --mix-from RUN need each other; give both or neither")
-    if config.mix_from is None:
-        return None
-    read_config(Path(config.mix_from))
-    path = Path(config.mix_from) / "results.json"
+def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
+    """The language model and the mix of its layers that a run of experiments.downstream ended with.
+
+    Raises:
+        InputError: it is no such run, has no lambdas, or is of another language model.
+    """
+    config = read_config(path)
+    if "source" not in config or "combiner" not in config:
+        raise InputError(f"{path}: is no run of experiments.downstream; give one that has lambdas")
+    combiner = structure(CombinerConfig, config["combiner"], f"{path}: combiner")
+    source = structure(SourceConfig, config["source"], f"{path}: source")
+    if source.untrained:
+        raise InputError(f"{path}: had a language model without training; give a run with a trained one")
     try:
-        lambdas = json.loads(path.read_text(encoding="utf-8"))["lambdas"]
+        lambdas = json.loads((path / RESULTS).read_text(encoding="utf-8"))["lambdas"]
         weights = [float(value) for value in lambdas]
         if not np.isfinite(weights).all():
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
-            f"{path}: holds no lambdas; give a run of experiments.downstream that has some"
+            f"{path / RESULTS}: holds no lambdas; give a run of experiments.downstream that has some"
         ) from None
     if len(weights) != elmo.shape(0)[0]:
-        raise InputError(f"{path}: has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers")
-    return weights
+        told = f"has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers"
+        raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
+    if source.finetune:
+        params = Run.open(path).restore_best(("params",))["params"].get("bilm", {})
+        check_kinds(params, elmo.params, str(path))
+        elmo = Elmo(elmo.model, params, elmo.vocabulary)
+    return elmo, Mix(weights, combiner.layer_norm)
 
 
 def main() -> int:

@@ -1,24 +1,27 @@
 """How well a model predicts a text: python -m experiments.evaluate."""
 
-import itertools
+import contextlib
+import heapq
 import json
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from tyro.conf import Positional
 
-from elmo_jax.dump import read_lines
-from elmo_jax.elmo import Elmo
+from elmo_jax.dump import blocks, read_lines
+from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets
-from elmo_jax.integrity import write_atomically
+from elmo_jax.integrity import move, write_atomically
 from elmo_jax.text import tokenize
 from experiments import cli
 
-_BLOCK = 1000  # lines at a time
+_WORST = 5  # sentences to show
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class EvaluateConfig:
     """Options and weights of a model in the official format, in place of a run."""
     tokenize: bool = False
     """Split raw text as the training commands do; else lines are tokens with spaces between."""
+    precision: Dtype | None = None
+    """Of the products; what the model was trained with, or float32, if not given."""
     top: int = 20
     """How many of the least expected words to show."""
     selfcheck: bool = False
@@ -45,6 +50,40 @@ class EvaluateConfig:
     """Folder for scores.jsonl, a line a sentence; none is written without it."""
 
 
+@dataclass
+class _Totals:
+    """What is kept of a text however long it is: sums, and the worst few."""
+
+    top: int
+    sentences: int = 0
+    tokens: int = 0
+    nll: np.ndarray = field(default_factory=lambda: np.zeros(2))  # by direction
+    words: list[tuple[float, str, str, int]] = field(default_factory=list)  # heaps, the least extreme first
+    lines: list[tuple[float, str, int, float, float]] = field(default_factory=list)
+
+    def add(self, name: str, number: int, line: list[str], each: np.ndarray) -> dict[str, object]:
+        """Count one sentence in; returns its record."""
+        sums = each.sum(1, dtype=np.float64)
+        self.sentences, self.tokens, self.nll = self.sentences + 1, self.tokens + len(line), self.nll + sums
+        mean = (each[0, :-1] + each[1, 1:]) / 2
+        for value, word in zip(mean.tolist(), line, strict=True):
+            _keep(self.words, (value, word, name, number), self.top)
+        forward, backward = (-sums).tolist()
+        _keep(self.lines, (float(sums.sum()) / (len(line) + 1), name, number, forward, backward), _WORST)
+        record = {"file": name, "line": number, "tokens": len(line)}
+        return record | {"log_p_forward": forward, "log_p_backward": backward}
+
+    def perplexities(self) -> dict[str, float]:
+        """Of both directions, forward and backward."""
+        forward, backward = self.nll / (self.tokens + self.sentences)
+        named = {"": (forward + backward) / 2, "_forward": forward, "_backward": backward}
+        return {f"perplexity{name}": float(np.exp(nll)) for name, nll in named.items()}
+
+
+def _keep(heap: list, item: tuple, most: int) -> None:
+    (heapq.heappush if len(heap) < most else heapq.heappushpop)(heap, item)
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Run the command."""
     if config.selfcheck:
@@ -54,74 +93,72 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.bilm is None:
         if len(names) < 2:
             raise InputError("give a run and at least one text to evaluate it on")
-        elmo, names = cli.load_elmo(names[0], None), names[1:]
+        elmo, names = cli.load_elmo(names[0], None, config.precision), names[1:]
     else:
-        elmo = cli.load_elmo(None, config.bilm)
+        elmo = cli.load_elmo(None, config.bilm, config.precision)
     if not names:
         raise InputError("give at least one text")
-    scores: list[dict[str, object]] = []
-    words: list[tuple[float, str, str, int]] = []
-    sums, count = np.zeros(2), 0
-    for name, number, line, each in _score(elmo, config, names):
-        sums, count = sums + each.sum(1, dtype=np.float64), count + each.shape[1]
-        forward, backward = (float(s) for s in -each.sum(1, dtype=np.float64))
-        scores.append(
-            {
-                "file": name,
-                "line": number + 1,
-                "tokens": len(line),
-                "log_p_forward": forward,
-                "log_p_backward": backward,
-            }
-        )
-        mean = (each[0, :-1] + each[1, 1:]) / 2
-        words += [(float(mean[t]), line[t], name, number + 1) for t in range(len(line))]
-        words = sorted(words, reverse=True)[: config.top]
-    if not count:
-        raise InputError(f"{', '.join(names)}: no sentence to evaluate; give a text with some")
-    _show(sums / count, scores, words)
+    totals = _Totals(config.top)
+    with _scores(config.output) as file:
+        for name in names:
+            lines = read_lines(Path(name), tokenize if config.tokenize else str.split)
+            for block in blocks((i, line) for i, line in lines if line):
+                each = elmo.surprisal([line for _, line in block])
+                for (i, line), surprisal in zip(block, each, strict=True):
+                    file.write(json.dumps(totals.add(name, i + 1, line, surprisal)) + "\n")
+        if not totals.sentences:
+            raise InputError(f"{', '.join(names)}: no sentence to evaluate; give a text with some")
+    _show(totals)
     if config.output is not None:
-        _write(Path(config.output), config, sums / count, scores)
+        _write(Path(config.output), config, totals)
 
 
-def _score(
-    elmo: Elmo, config: EvaluateConfig, names: tuple[str, ...]
-) -> Iterator[tuple[str, int, list[str], np.ndarray]]:
-    """File, line number, tokens and `Elmo.surprisal` of every line that holds a token."""
-    split = tokenize if config.tokenize else str.split
-    for name in names:
-        lines = ((i, line) for i, line in read_lines(Path(name), split) if line)
-        for block in iter(lambda lines=lines: list(itertools.islice(lines, _BLOCK)), []):
-            each = elmo.surprisal([line for _, line in block])
-            for (i, line), surprisal in zip(block, each, strict=True):
-                yield name, i, line, surprisal
+@contextlib.contextmanager
+def _scores(output: str | None) -> Iterator[TextIO]:
+    """Where scores go as they come, so that however many there are, none is kept in memory."""
+    if output is None:
+        with open(os.devnull, "w", encoding="utf-8") as file:
+            yield file
+        return
+    folder = Path(output)
+    part = folder / "scores.jsonl.part"
+    if any((folder / file).exists() for file in ("config.json", "scores.jsonl")):
+        raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        move(part, folder / "scores.jsonl")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+            if made:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{folder}: cannot be written ({error.strerror}); give another --output"
+            ) from None
+        raise
 
 
-def _show(nll: np.ndarray, scores: list, words: list[tuple[float, str, str, int]]) -> None:
-    tokens = sum(score["tokens"] for score in scores)
-    cli.say(f"{len(scores):,} sentences, {tokens:,} tokens")
-    forward, backward, mean = np.exp([nll[0], nll[1], nll.mean()])
+def _show(totals: _Totals) -> None:
+    cli.say(f"{totals.sentences:,} sentences, {totals.tokens:,} tokens")
+    mean, forward, backward = totals.perplexities().values()
     cli.say(f"perplexity {mean:.2f} (forward {forward:.2f}, backward {backward:.2f}), full softmax")
-    by_token = sorted(scores, key=lambda s: (s["log_p_forward"] + s["log_p_backward"]) / (s["tokens"] + 1))
     cli.say("\nleast likely sentences (log p forward, backward):")
-    for s in by_token[:5]:
-        cli.say(f"  {s['log_p_forward']:9.2f} {s['log_p_backward']:9.2f}  {s['file']}:{s['line']}")
+    for _, name, line, forward, backward in sorted(totals.lines, reverse=True):
+        cli.say(f"  {forward:9.2f} {backward:9.2f}  {name}:{line}")
     cli.say("\nhighest surprisal (mean of both directions, nats):")
-    for value, word, name, line in words:
+    for value, word, name, line in sorted(totals.words, reverse=True):
         cli.say(f"  {value:6.2f}  {word}  ({name}:{line})")
 
 
-def _write(folder: Path, config: EvaluateConfig, nll: np.ndarray, scores: list) -> None:
-    if (folder / "config.json").exists():
-        raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
+def _write(folder: Path, config: EvaluateConfig, totals: _Totals) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        forward, backward, mean = np.exp([nll[0], nll[1], nll.mean()]).tolist()
-        record = {"event": "evaluate", "perplexity": mean}
-        record |= {"perplexity_forward": forward, "perplexity_backward": backward}
+        record = {"event": "evaluate", **totals.perplexities()}
         write_atomically(folder / "metrics.jsonl", json.dumps(record) + "\n")
-        write_atomically(folder / "scores.jsonl", "".join(json.dumps(score) + "\n" for score in scores))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from None
     cli.say(f"\nwritten to {folder}")
@@ -136,7 +173,7 @@ def selfcheck(config: EvaluateConfig) -> None:
     if len(config.paths) < 4:
         raise InputError("--selfcheck takes OPTIONS WEIGHTS SENTENCES EXPECTED..., an EXPECTED for each list")
     options, weights, sentences, *expected = config.paths
-    elmo = Elmo.from_bilm(options, weights)
+    elmo = Elmo.from_bilm(options, weights, config.precision)
     lists = _sentence_lists(Path(sentences), len(expected))
     got = []  # one a step: the top layer of every list's sentence, the state carried
     for i in range(len(lists[0])):
@@ -164,6 +201,8 @@ def _sentence_lists(path: Path, count: int) -> list[list[list[str]]]:
         raise InputError(f"{path}: holds no JSON list of lists of sentences ({error})") from None
     if len(lists) != count or not lists or len({len(part) for part in lists}) != 1:
         raise InputError(f"{path}: must hold as many lists as there are EXPECTED files, all of one length")
+    if not lists[0]:
+        raise InputError(f"{path}: holds no sentence, so nothing is checked; give a list with some")
     return lists
 
 

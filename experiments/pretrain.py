@@ -1,14 +1,11 @@
 """Pre-train a bidirectional language model: python -m experiments.pretrain."""
 
-import itertools
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
@@ -21,11 +18,10 @@ from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_window_loss, init_params
-from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
+from experiments.estimate import PORTION, TIMED, estimate
 from experiments.texts import CorpusConfig, Texts, load_texts
-
-_TIMED = 4  # dispatches of a dry run
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class PretrainConfig:
     steps_per_dispatch: int = 8
     """Steps run by one call of the device."""
     dry_run: bool = False
-    """Say what the run would cost, and write nothing."""
+    """Say what the run would cost, and write nothing; a corpus is read in part."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too."""
     output: str = "runs/pretrain"
@@ -114,16 +110,20 @@ PRESETS = {
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
-    data = load_texts(config.data, config.corpus, spelled=config.model.input == "characters")
+    portion = _portion(config) if config.dry_run else None
+    data = load_texts(config.data, config.corpus, config.model.input == "characters", portion)
     model = BiLM(config.model, len(data.vocabulary))
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
     held_out = BatchStream(data.held_out, 2 * config.batch_size, bounds=bounds)
+    if data.share < 1:
+        cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     cli.describe((data.train, data.held_out), data.vocabulary, train)
     state, optimizer, loss_fn = _begin(config, model, data, train)
     cli.say(f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}")
     if config.dry_run:
-        _estimate(config, state, optimizer, loss_fn, train)
+        steps = config.epochs * train.steps_per_epoch / data.share
+        estimate(state, loss_fn, optimizer, train, steps, config.seed)
         return []
     files = {VOCABULARY: data.vocabulary.text}
     about = {"texts": data.digest} | ({} if config.corpus.corpus is None else {"data": None})
@@ -168,6 +168,13 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     return records
 
 
+def _portion(config: PretrainConfig) -> int:
+    """Tokens enough for the steps that a dry run times; more, so that its buckets are the run's."""
+    jax.config.update("jax_compilation_cache_dir", None)  # it is to leave no trace
+    steps = TIMED * config.steps_per_dispatch * config.batch_size
+    return max(PORTION, steps * (config.corpus.unroll + 1))
+
+
 def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> tuple[TrainState, Any, LossFn]:
     """The state before the first step, the optimiser, and the task."""
     params = init_params(model, jax.random.key(config.seed))
@@ -182,30 +189,6 @@ def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> t
     carry = {"state": zero_state(config.model, config.batch_size)}
     task = bilm_window_loss(model, negatives, rowwise)
     return TrainState.create(params, optimizer, carry=carry), optimizer, task
-
-
-def _estimate(config: PretrainConfig, state: TrainState, optimizer: Any, loss_fn: LossFn, train: Any) -> None:
-    """Say what the run would cost, from a few timed steps."""
-    dispatch_fn = make_dispatch(loss_fn, optimizer)
-    key = jax.random.key(config.seed)
-    dispatches = itertools.islice(train.dispatches(0, train.steps_per_epoch), _TIMED)
-    seen: set[tuple[int, ...]] = set()
-    steps = words = seconds = 0.0
-    for dispatch in itertools.chain.from_iterable((d, d) for d in dispatches):  # once to compile
-        shape = dispatch.batches.words.shape
-        began = time.perf_counter()
-        state, sums = jax.block_until_ready(dispatch_fn(state, dispatch.batches, dispatch.count, key))
-        if shape in seen:
-            seconds += time.perf_counter() - began
-            steps, words = steps + dispatch.count, words + float(np.sum(sums["words"]))
-        seen.add(shape)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    total = config.epochs * train.steps_per_epoch
-    peak = cli.peak_memory()
-    cli.say(f"memory: {held / 1e6:,.0f} MB of parameters and optimiser, {peak / 1e6:,.0f} MB at the peak")
-    cli.say(f"speed: {words / seconds:,.0f} tokens/s, {seconds / steps * 1e3:,.1f} ms a step")
-    hours = total * seconds / steps / 3600
-    cli.say(f"the run: {total:,} steps in {hours:.2f} hours, without its evaluations")
 
 
 def main() -> int:

@@ -1,13 +1,14 @@
 """What pre-training reads: a labelled data set's texts, or a corpus of shards."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from elmo_jax.contiguous import ContiguousStream
-from elmo_jax.corpus import count_words, find_shards, load_corpus
+from elmo_jax.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_portion
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.errors import InputError
@@ -39,6 +40,8 @@ class Texts:
     held_out: Documents
     vocabulary: Vocabulary
     digest: str
+    share: float = 1.0
+    """Of the training part that `train` is; below 1 in a dry run."""
 
     def stream(
         self, config: CorpusConfig, batch_size: int, seed: int, k: int
@@ -52,8 +55,14 @@ class Texts:
             raise InputError(f"{error}; lower --batch-size or --unroll, or give more text") from None
 
 
-def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool) -> Texts:
+def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: int | None = None) -> Texts:
     """Read what the flags name.
+
+    Args:
+        data: of a labelled data set.
+        config: of a corpus.
+        spelled: whether documents bring character ids.
+        portion: read about that many tokens of a corpus alone, for both parts, and write nothing.
 
     Raises:
         InputError: a file is missing or wrong, or a flag lacks its partner.
@@ -65,16 +74,17 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool) -> Texts:
         return Texts(made.train, made.validation, made.vocabulary, made.digest)
     if config.valid_corpus is None:
         raise InputError("--corpus needs --valid-corpus, texts to measure perplexity on; give it")
-    if config.vocab is not None:
-        vocabulary = Vocabulary.load(Path(config.vocab))
-    else:
-        vocabulary = Vocabulary.from_counts(count_words(config.corpus), data.min_count, data.max_vocab)
+    find_shards(config.valid_corpus)  # before the hours that the other may take
+    vocabulary = _vocabulary(data, config, config.corpus, keep=portion is None)
+    if portion is not None:
+        train, share = read_portion(config.corpus, vocabulary, spelled, portion)
+        train = _cut(train, data, config)
+        return Texts(train, train, vocabulary, "", share)
     parts = []
     for pattern in (config.corpus, config.valid_corpus):
-        size = sum(path.stat().st_size for path in find_shards(pattern))
-        with Meter(size, "byte", scale=True) as meter:
+        with Meter(corpus_bytes(pattern), "byte", scale=True) as meter:
             parts.append(load_corpus(pattern, vocabulary, spelled, meter.add))
-    train, held_out = parts
+    train, held_out = _cut(parts[0], data, config), parts[1]
     longest = int(np.max(held_out.lengths))
     if longest > data.max_length:
         raise InputError(
@@ -85,3 +95,26 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool) -> Texts:
         Path(str(getattr(part.ids, "filename", ""))).parent.name for part in parts
     ]  # named by shards and vocabulary
     return Texts(train, held_out, vocabulary, " ".join(stores))
+
+
+def _vocabulary(data: DataConfig, config: CorpusConfig, pattern: str, keep: bool) -> Vocabulary:
+    """The one that is named, or the words of the corpus."""
+    if config.vocab is not None:
+        return Vocabulary.load(Path(config.vocab))
+    with Meter(corpus_bytes(pattern), "byte", scale=True) as meter:
+        counts = count_words(pattern, meter.add, keep=keep)
+    return Vocabulary.from_counts(counts, data.min_count, data.max_vocab)
+
+
+def _cut(train: Documents, data: DataConfig, config: CorpusConfig) -> Documents:
+    """Rows of a batch are as long as its longest; windows of running text are not."""
+    if config.batching != "sentences":
+        return train
+    count = int((train.lengths > data.max_length).sum())
+    if count:
+        warnings.warn(
+            f"{config.corpus}: {count:,} sentences were longer than {data.max_length} tokens and were cut "
+            "(--max-length)",
+            stacklevel=3,
+        )
+    return replace(train, longest=data.max_length)

@@ -1,12 +1,16 @@
 """What users and attackers give the commands: texts, flags that contradict, folders of others."""
 
 import os
+from dataclasses import asdict
 
 import pytest
 from exported import MODEL, PARAMS, WORDS
 
+from elmo_jax.combiners import CombinerConfig
 from elmo_jax.elmo import Elmo
+from elmo_jax.integrity import write_config
 from experiments import compare, embed, evaluate, pretrain, vectors
+from experiments.sources import SourceConfig
 
 
 @pytest.fixture
@@ -122,8 +126,12 @@ LAMBDAS = {
 
 @pytest.mark.parametrize("name", LAMBDAS)
 def test_weights_of_a_mix(name, model, text, tmp_path, refused):
-    (model / "results.json").write_bytes(LAMBDAS[name])
-    args = [text, tmp_path / "out.h5", "--pretrained", model, "--layers", "mix", "--mix-from", model]
+    run = tmp_path / "downstream"
+    run.mkdir()
+    settings = {"source": asdict(SourceConfig()), "combiner": asdict(CombinerConfig())}
+    write_config(run, settings, {})
+    (run / "results.json").write_bytes(LAMBDAS[name])
+    args = [text, tmp_path / "out.h5", "--pretrained", model, "--layers", "mix", "--mix-from", run]
     refused(embed.main, args, "results.json: holds no lambdas")
 
 

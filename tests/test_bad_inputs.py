@@ -1,6 +1,7 @@
 """What users and attackers give the commands: flags, texts and sentences."""
 
 import gzip
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from exported import MODEL, PARAMS, WEIGHTS, WORDS
 
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from experiments import pretrain
+from elmo_jax.hdf5 import open_datasets, read_bytes
+from experiments import embed, evaluate, pretrain
 
 GOOD = "".join(f"{'ab'[i % 2]},word{i}\n" for i in range(20)).encode()
 
@@ -36,6 +38,12 @@ FLAGS = {
     "--steps-per-dispatch=1000000000": "--steps-per-dispatch must be at most",
     "--max-length=0": "--max-length must be at least 1",
     "--negatives=0": "--negatives must be at least 1",
+    "--filters 60 4": "--filters must have widths from 1 to 50 characters, not 60",
+    "--filters 1 4 0 4": "--filters must have widths from 1 to 50 characters, not 0",
+    "--filters 1 0": "--filters must have from 1 to 65536 filters of a width, not 0",
+    "--filters 1 99999999": "--filters must have from 1 to 65536 filters of a width, not 99999999",
+    "--filters": "--filters",
+    "--filters 3": "--filters",
     "--dtype=float8": "--dtype",
     "--optimizer=lion": "--optimizer",
     "--dataset=": "train.csv",
@@ -120,6 +128,28 @@ def test_files_beside_csv(tmp_path, refused):
     (tmp_path / "train.csv").symlink_to("train.csv")
     (tmp_path / "train.csv.gz").unlink()
     refused(pretrain.main, args, "train.csv: no such file")
+
+
+def test_flags_of_several_texts(tmp_path, refused):
+    refused(evaluate.main, ["a\0b", "c"], "--paths holds a NUL character")
+    refused(evaluate.main, ["x", "--bilm", "a\0b", "c"], "--bilm holds a NUL character")
+    refused(embed.main, ["in", "out", "--bilm", "a", "c\0d"], "--bilm holds a NUL character")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_files_without_an_end(kind, tmp_path, refused):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    good = tmp_path / "good"
+    good.write_text("{}")
+    refused(embed.main, [good, tmp_path / "o", "--bilm", path, good], f"{path}: cannot be read")
+    with pytest.raises(InputError, match="is no regular file"):
+        read_bytes(path)
+    with pytest.raises(InputError, match="is no regular file"), open_datasets(path):
+        pass
 
 
 SENTENCES = {

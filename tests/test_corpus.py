@@ -1,4 +1,8 @@
 import gzip
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +10,7 @@ import pytest
 from elmo_jax import corpus
 from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.corpus import load_corpus
+from elmo_jax.data import BatchStream
 from elmo_jax.errors import InputError
 from elmo_jax.text import BOS, EOS, UNK, Vocabulary
 
@@ -37,7 +42,7 @@ def test_a_store_holds_every_sentence_and_spells_unknown_words(shards, vocabular
     known = set(vocabulary.tokens)
     want = [[w if w in known else "?" for w in line.split()] for line in LINES if line]
     assert tokens(documents, vocabulary) == want
-    assert isinstance(documents.ids, np.memmap) and len(seen) == 2
+    assert isinstance(documents.ids, np.memmap) and sum(seen) == corpus.corpus_bytes(shards)
     from elmo_jax.characters import character_ids
 
     flat = [w for line in LINES for w in line.split()]
@@ -48,9 +53,9 @@ def test_a_stopped_store_goes_on_at_its_shard(shards, vocabulary, tmp_path, monk
     whole = load_corpus(shards, vocabulary, True, folder=tmp_path / "one")
     real, read = corpus._sentences, []
 
-    def stops(shard):
+    def stops(shard, on_bytes):
         read.append(shard.name)
-        for i, words in enumerate(real(shard)):
+        for i, words in enumerate(real(shard, on_bytes)):
             if len(read) == 2 and i == 1:
                 raise KeyboardInterrupt
             yield words
@@ -76,6 +81,66 @@ def test_a_wrong_corpus_is_named(vocabulary, tmp_path, data, said):
         (tmp_path / "c.txt").write_bytes(data)
     with pytest.raises(InputError, match=said):
         load_corpus(str(tmp_path / "c.txt"), vocabulary, folder=tmp_path / "cache")
+
+
+def test_a_store_is_on_the_disk_before_it_is_named_complete(shards, vocabulary, tmp_path, monkeypatch):
+    done, real = [], os.fsync
+
+    def sync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    load_corpus(shards, vocabulary, folder=tmp_path / "cache")
+    for name in ("ids", "offsets"):
+        assert done.count(name) == 2 and done.index(name) < done.index("done.json.part")
+
+
+def test_words_are_counted_once(shards, tmp_path, monkeypatch):
+    seen, folder = [], tmp_path / "cache"
+    want = dict(Counter(word for line in LINES for word in line.split()))
+    assert corpus.count_words(shards, seen.append, folder, keep=False) == want and not folder.exists()
+    assert sum(seen) == corpus.corpus_bytes(shards)
+    assert corpus.count_words(shards, folder=folder) == want
+    (kept,) = folder.iterdir()
+    real = corpus._sentences
+    monkeypatch.setattr(corpus, "_sentences", None)
+    assert corpus.count_words(shards, seen.append, folder) == want
+    assert sum(seen) == 2 * corpus.corpus_bytes(shards)
+    monkeypatch.setattr(corpus, "_sentences", real)
+    kept.write_bytes(kept.read_bytes()[:-3])  # damaged
+    assert corpus.count_words(shards, folder=folder) == want
+    (tmp_path / "a.txt").write_text("another text\n")
+    assert corpus.count_words(shards, folder=folder)["another"] == 1
+
+
+def test_progress_is_told_within_a_shard(tmp_path):
+    (tmp_path / "c.txt").write_text("the bank\n" * 5000)
+    seen = []
+    corpus.count_words(str(tmp_path / "c.txt"), seen.append, keep=False)
+    assert len(seen) >= 5 and sum(seen) == 9 * 5000
+
+
+@pytest.mark.parametrize(("tokens", "lines"), [(1, 1), (4, 2), (99, 4)])
+def test_a_portion_is_what_the_store_begins_with(shards, vocabulary, tmp_path, tokens, lines):
+    whole = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
+    part, share = corpus.read_portion(shards, vocabulary, True, tokens)
+    assert len(part) == lines and (share == 1) == (lines == 4) and 0 < share <= 1
+    n = part.offsets[-1]
+    np.testing.assert_array_equal(part.ids, whole.ids[:n])
+    np.testing.assert_array_equal(part.offsets, whole.offsets[: lines + 1])
+    np.testing.assert_array_equal(part.spellings[part.ids], whole.spellings[whole.ids[:n]])
+
+
+def test_long_sentences_are_cut_in_rows_alone(documents):
+    cut = replace(documents, longest=5)
+    assert cut.lengths.tolist() == np.minimum(documents.lengths, 5).tolist()
+    rows = np.array([3, 0, 7])
+    for a in (cut.batch(rows, (3, 7)), cut.take(rows).batch(np.arange(3), (3, 7))):
+        for words, n in zip(a.words, rows, strict=True):
+            ids = documents.ids[documents.offsets[n] : documents.offsets[n + 1]][:5]
+            assert words[: len(ids) + 2].tolist() == [BOS, *ids, EOS]
+    assert BatchStream(cut, 4).bounds[-1] == 8
 
 
 @pytest.mark.parametrize("unroll", [3, 5])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from reference import bilm
 
+from elmo_jax.checkpoint import Run
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -30,6 +31,19 @@ def test_neighbours_order_and_repetition_change_nothing(elmo):
         np.testing.assert_allclose(a, b, atol=1e-6)
         np.testing.assert_allclose(a, c, atol=1e-6)
         np.testing.assert_array_equal(a, again)
+
+
+def test_batch_tokens_are_of_one_call_alone(elmo, monkeypatch):
+    rows = []
+    real = elmo._reader._run
+    monkeypatch.setattr(
+        elmo._reader, "_run", lambda p, x, *rest: (rows.append(x.shape[1]), real(p, x, *rest))[1]
+    )
+    elmo.embed(SENTENCES, batch_tokens=1)
+    assert set(rows) == {1}
+    rows.clear()
+    elmo.embed(SENTENCES)
+    assert rows == [4]
 
 
 def test_surprisal_is_the_training_loss_token_by_token(elmo):
@@ -65,6 +79,16 @@ def test_export_then_import_is_identity(elmo, tmp_path):
     assert back.vocabulary == elmo.vocabulary
     jax.tree.map(np.testing.assert_array_equal, back.params, elmo.params)
     np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
+
+
+def test_a_run_is_not_exported_over(elmo, tmp_path):
+    elmo.save_pretrained(tmp_path / "out")
+    elmo.save_pretrained(tmp_path / "out")  # an export may be renewed
+    Run.create(tmp_path / "run", {"model": {}}, monitor="perplexity").close()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="run: holds a run, which would be lost; give another folder"):
+        elmo.save_pretrained(tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
 def test_a_sentence_that_is_a_string_is_named(elmo):

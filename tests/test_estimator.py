@@ -6,14 +6,16 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.utils import estimator_checks as checks
 
+from elmo_jax import estimator as module
 from elmo_jax.errors import InputError
 from elmo_jax.estimator import ElmoVectorizer
 
 TEXTS = ["The bank rose.", "", "A river bank", "bank"]
 
 
-@pytest.mark.parametrize("layers", ["top", "average", "all", 1])
+@pytest.mark.parametrize("layers", ["top", "average", "all", 1, np.int64(1)])
 @pytest.mark.parametrize("pooling", ["mean", "max", "mean+max"])
 def test_vectors_are_the_pooled_layers(elmo, layers, pooling):
     vectorizer = ElmoVectorizer(elmo, layers=layers, pooling=pooling)
@@ -42,8 +44,61 @@ def test_it_is_an_estimator(elmo, standard_promotion):
         clone(vectorizer).transform(texts)
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.check_estimator_cloneable,
+        checks.check_estimator_repr,
+        checks.check_no_attributes_set_in_init,
+        checks.check_parameters_default_constructible,
+        checks.check_get_params_invariance,
+        checks.check_set_params,
+        checks.check_mixin_order,
+        checks.check_estimator_tags_renamed,
+        checks.check_valid_tag_types,
+    ],
+)
+def test_what_scikit_learn_asks_of_every_estimator(check):
+    check("ElmoVectorizer", ElmoVectorizer())
+
+
+def test_outputs_are_named_and_set_as_scikit_learn_does(elmo):
+    vectorizer = ElmoVectorizer(elmo, layers="all").set_output(transform="default").fit(TEXTS)
+    names = vectorizer.get_feature_names_out()
+    assert len(names) == len(set(names)) == vectorizer.n_features_out_ == 24
+    again = pickle.loads(pickle.dumps(vectorizer))
+    np.testing.assert_allclose(again.transform(TEXTS), vectorizer.transform(TEXTS), atol=1e-6)
+
+
+def test_seeds_are_those_of_scikit_learn(monkeypatch):
+    seeds = []
+
+    class Stop(Exception):
+        pass
+
+    def begin(documents, batch_size, seed, **_):
+        seeds.append(seed)
+        raise Stop
+
+    monkeypatch.setattr(module, "BatchStream", begin)
+    for state in (0, 0, np.int64(0), np.random.RandomState(0), 1, None, None):
+        with pytest.raises(Stop):
+            ElmoVectorizer(random_state=state).fit(TEXTS)
+    assert len(set(seeds[:4])) == 1 and len(set(seeds[3:])) == 4
+
+
 def test_wrong_arguments_are_named(elmo):
-    for settings, said in [({"layers": 3}, "layers must be"), ({"pooling": "sum"}, "pooling must be")]:
+    for settings, said in [
+        ({"layers": 3}, "layers must be"),
+        ({"layers": True}, "layers must be"),
+        ({"pooling": "sum"}, "pooling must be"),
+        ({"embedding": 0}, "embedding must be a whole number of at least 1, not 0"),
+        ({"cells": 0}, "cells must be"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"negatives": -1}, "negatives must be"),
+        ({"min_count": 1.5}, "min_count must be"),
+    ]:
         with pytest.raises(InputError, match=said):
             ElmoVectorizer(elmo, **settings).fit(TEXTS)
     with pytest.raises(InputError, match="one string"):

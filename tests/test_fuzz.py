@@ -28,7 +28,7 @@ def test_any_bytes_are_a_vocabulary_or_an_error(tmp_path, data):
         vocabulary = Vocabulary.load(tmp_path / "v")
     except InputError:
         return
-    assert vocabulary.ids(vocabulary.tokens).tolist() == list(range(len(vocabulary)))
+    assert vocabulary.ids(vocabulary.tokens[1:]).tolist() == list(range(1, len(vocabulary)))
 
 
 @FUZZ

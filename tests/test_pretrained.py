@@ -18,6 +18,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.text import Vocabulary
+from experiments import evaluate
 
 SENTENCES = [["The", "bank", "rose", "."], ["naïve", "<UNK>"], [], ["x" * 60, "The", "ﬂood"] * 3]
 
@@ -225,6 +226,14 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path, edit, said):
     with pytest.raises(InputError, match=said) as error:
         Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
     assert "\n" not in str(error.value)
+
+
+def test_a_check_of_nothing_is_no_check(tmp_path, refused):
+    make(tmp_path)
+    names = [tmp_path / name for name in ("options.json", "weights.hdf5", "sentences.json", "expected.h5")]
+    for lists, said in (([[]], "holds no sentence"), ([], "must hold as many lists")):
+        names[2].write_text(json.dumps(lists))
+        refused(evaluate.main, ["--selfcheck", *names], said)
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """bilm-tf's recipe at a small size, from shards to a file in the official format."""
 
 import json
+import os
+import re
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,8 +14,12 @@ from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.contiguous import ContiguousStream, Window
 from elmo_jax.data import Batch
 from elmo_jax.elmo import Elmo
+from elmo_jax.lstm import LSTM
+from elmo_jax.pretrained import slots
 from elmo_jax.tasks import bilm_loss, bilm_window_loss
+from elmo_jax.train import make_optimizer
 from experiments import pretrain
+from experiments.estimate import matmul_flops
 
 MODEL = ["--filters", "1", "3", "2", "4", "--character-features", "3", "--embedding", "6", "--cells", "8"]
 SMALL = [*MODEL, "--batch-size", "4", "--unroll", "5"]
@@ -33,7 +41,7 @@ def corpus(tmp_path, rng, monkeypatch):
     return run
 
 
-def test_shards_to_the_official_format(corpus, tmp_path, capsys):
+def test_shards_to_the_official_format(corpus, tmp_path):
     assert corpus("--epochs", "2", "--output", "whole") == 0
     assert corpus("--epochs", "1", "--output", "parts") == 0
     assert corpus("--epochs", "2", "--output", "parts", "--resume") == 0
@@ -56,10 +64,41 @@ def test_shards_to_the_official_format(corpus, tmp_path, capsys):
     np.testing.assert_array_equal(elmo.embed(text)[0], back.embed(text)[0])
     mean = np.concatenate([a.ravel() for a in each]).mean()
     assert np.isclose(np.exp(mean), min(r["perplexity"] for r in whole), rtol=1e-3)
-    capsys.readouterr()
-    assert corpus("--dry-run", "--output", "none") == 0
+
+
+@pytest.mark.parametrize("batching", ["sentences", "contiguous"])
+def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(corpus, tmp_path, capsys, monkeypatch, batching):
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    before = sorted(tmp_path.rglob("*"))
+    assert corpus("--dry-run", "--batching", batching) == 0
     said = capsys.readouterr().out
-    assert "tokens/s" in said and "hours" in said and not (tmp_path / "none").exists()
+    parts = ("parameters", "memory: ", "million FLOPs a token", " tokens/s, ", " steps in ", " hours")
+    assert all(part in said for part in parts), said
+    assert sorted(tmp_path.rglob("*")) == before and not list(cache.rglob("*"))
+    monkeypatch.setattr(pretrain, "PORTION", 60)
+    flags = ["--steps-per-dispatch", "1", "--batch-size", "2", "--batching", batching]
+    assert corpus("--dry-run", *flags) == 0
+    part = capsys.readouterr().out
+    share = float(re.search(r"first ([\d.]+)% of the corpus", part)[1]) / 100
+    assert 0.1 < share < 0.6
+    assert corpus(*flags, "--epochs", "10", "--dry-run") == 0
+    total = int(re.search(r"the run: ([\d,]+) steps", capsys.readouterr().out)[1].replace(",", ""))
+    assert corpus(*flags, "--epochs", "1") == 0
+    true = int(re.search(r"batches: ([\d,]+) an epoch", capsys.readouterr().out)[1].replace(",", ""))
+    assert 0.5 < total / (10 * true) < 2
+
+
+@pytest.mark.filterwarnings("default")  # the command prints them
+def test_long_lines_are_cut_in_sentences_and_only_there(corpus, capsys):
+    flags = ["--epochs", "1", "--max-length", "6", "--batching", "sentences", "--output", "cut"]
+    long = " ".join(["bank"] * 30) + "\n"
+    with open("a.txt", "a") as file:
+        file.write(2 * long)
+    assert corpus(*flags) == 0
+    said = capsys.readouterr()
+    assert said.err.count("2 sentences were longer than 6 tokens and were cut (--max-length)") == 1
+    assert "lengths up to 8," in said.out
+    assert corpus("--epochs", "1", "--max-length", "6", "--output", "whole") == 0
 
 
 @pytest.mark.parametrize("batching", ["sentences", "contiguous"])
@@ -96,6 +135,18 @@ def test_a_window_of_one_sentence_is_the_sentence():
         np.testing.assert_allclose(window_sums[name], value, rtol=1e-6)
 
 
+def test_arithmetic_is_counted_through_the_recurrence():
+    steps, rows, inputs, cells, width = 7, 3, 4, 6, 5
+    lstm = LSTM(cells, projection=width)
+    x, lengths = jnp.ones((steps, 2, rows, inputs)), jnp.full(rows, steps)
+    params = lstm.init(jax.random.key(0), x, lengths)
+    forward = lambda params, x: lstm.apply(params, x, lengths)[0].sum()  # noqa: E731
+    once = 2 * steps * 2 * rows * (inputs * 4 * cells + width * 4 * cells + cells * width)
+    assert matmul_flops(jax.make_jaxpr(forward)(params, x).jaxpr) == once
+    back = jax.make_jaxpr(jax.grad(forward, argnums=(0, 1)))(params, x)
+    assert matmul_flops(back.jaxpr) == 3 * once
+
+
 def test_the_state_goes_from_window_to_window(documents):
     """Two windows with the state carried are one window of twice the length."""
     model = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.0), 50)
@@ -109,3 +160,45 @@ def test_the_state_goes_from_window_to_window(documents):
     _, whole = loss(params | {"state": zero_state(model.config, 2)}, long.window(0), jax.random.key(1))
     np.testing.assert_allclose(total, whole["nll_forward"] + whole["nll_backward"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, whole["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "width", "highway"),
+    [("small", 1024, 128, 1), ("medium", 2048, 256, 2), ("original", 4096, 512, 2)],
+)
+def test_presets_are_the_released_sizes_and_their_recipe(name, cells, width, highway):
+    config = pretrain.PRESETS[f"elmo-{name}"]
+    model, recipe = config.model, config.optimizer
+    filters = [(1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)]
+    wanted = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
+    for i, (size, count) in enumerate(filters):
+        wanted |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
+    for k in range(highway):
+        wanted |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
+        wanted |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
+    for d in (0, 1):
+        for layer in (0, 1):
+            cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
+            wanted |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
+            wanted |= {f"{cell}W_P_0": (cells, width)}
+    assert {slot.dataset: slot.shape for slot in slots(model)} == wanted
+    assert model.skip and model.cell_clip == model.projection_clip == 3
+    assert model.characters.activation == "relu" and model.layers == 2
+    assert (config.corpus.batching, config.corpus.unroll, config.batch_size) == ("contiguous", 20, 128)
+    assert (config.negatives, config.softmax, model.dropout, model.tie) == (8192, "sampled", 0.1, False)
+    assert (recipe.optimizer, recipe.learning_rate, recipe.clip_norm) == ("adagrad", 0.2, 10.0)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("size", [0.01, 40.0])
+def test_steps_are_adagrads_from_an_accumulator_of_one(size):
+    """On gradients that bilm-tf sums over its 20 unrolled steps, and then clips by their norm."""
+    optimizer = make_optimizer(pretrain.PRESETS["elmo-small"].optimizer, 100)
+    gradient = size * np.array([0.6, -0.8])
+    params = {"w": jnp.zeros(2)}
+    state, total = optimizer.init(params), np.ones(2)
+    for _ in range(3):
+        updates, state = optimizer.update({"w": jnp.array(gradient, jnp.float32)}, state, params)
+        g = 20 * gradient * min(1, 10 / np.linalg.norm(20 * gradient))
+        total = total + g**2
+        np.testing.assert_allclose(updates["w"], -0.2 * g / np.sqrt(total), rtol=1e-5)

@@ -33,7 +33,7 @@ ALLOWED = {
     "elmo": {"bilm", "errors", "exported", "inference", "pretrained", "recurrence", "text"},
     "corpus": {"characters", "data", "errors", "integrity", "text"},
     "contiguous": {"data", "text"},
-    "dump": {"elmo", "errors", "hdf5", "integrity", "text"},
+    "dump": {"combiners", "elmo", "errors", "hdf5", "integrity", "text"},
     "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "tasks", "text", "train"},
     "page": {"errors"},
     "vectors": {"errors", "integrity", "text"},

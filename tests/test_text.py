@@ -27,7 +27,7 @@ def test_clean_mends_what_feeds_leave(raw, wanted):
 @settings(deadline=None)
 @given(st.text())
 def test_tokens_hold_every_visible_character_in_order(text):
-    assert "".join(tokenize(text)) == "".join(text.lower().split())
+    assert "".join(tokenize(text)) == "".join(clean(text).lower().split())
 
 
 @settings(deadline=None)
@@ -55,6 +55,14 @@ def test_vocabulary_sorts_by_falling_count_then_by_name():
     assert vocabulary.tokens == (*SPECIAL, "c", "a", "b")
     assert Vocabulary.from_counts(counts, max_size=2).tokens == (*SPECIAL, "c", "a")
     assert vocabulary.ids(["a", "rare", "never"]).tolist() == [5, UNK, UNK]
+
+
+def test_padding_has_no_name_that_a_text_could_use(tmp_path):
+    vocabulary = Vocabulary.from_counts({"bank": 1, "<pad>": 5})
+    assert vocabulary.ids(["<pad>", "bank"]).tolist() == [UNK, len(SPECIAL)]
+    path = tmp_path / "vocab.txt"
+    path.write_text("<S>\n</S>\n<UNK>\n<pad>\n")
+    assert Vocabulary.load(path).ids(["<pad>"]).tolist() == [len(SPECIAL)]
 
 
 def test_vocabulary_file_is_bilms(tmp_path):

@@ -1,0 +1,123 @@
+"""What a pre-training run would cost: its memory, arithmetic and time, from a few timed steps."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from elmo_jax.data import Dispatch
+from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
+from experiments import cli
+
+TIMED = 4  # dispatches
+PORTION = 1 << 19  # tokens of a corpus that they are taken from, at least
+
+
+def estimate(
+    state: TrainState, loss_fn: LossFn, optimizer: Optimizer, stream: Any, steps: float, seed: int
+) -> None:
+    """Say what a run would cost.
+
+    Args:
+        state: before the first step; it is used up.
+        loss_fn: the task.
+        optimizer: of the run.
+        stream: of the text, or of a portion of it.
+        steps: of the whole run.
+        seed: of the steps' randomness.
+    """
+    key = jax.random.key(seed)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    dispatches = list(itertools.islice(stream.dispatches(0, stream.steps_per_epoch), TIMED))
+    flops = _flops(state, loss_fn, dispatches, key)
+    ran, words, seconds = _time(state, loss_fn, optimizer, dispatches, key)
+    cli.say(
+        f"memory: {held / 1e6:,.0f} MB of parameters and optimiser, {cli.peak_memory() / 1e6:,.0f} MB at the "
+        "peak"
+    )
+    cli.say(
+        f"arithmetic: {flops / words / 1e6:,.2f} million FLOPs a token in matrix products, padding counted"
+    )
+    cli.say(
+        f"speed: {words / seconds:,.0f} tokens/s, {seconds / ran * 1e3:,.1f} ms a step, "
+        f"{flops / seconds / 1e9:,.1f} GFLOP/s"
+    )
+    cli.say(
+        f"the run: {steps:,.0f} steps in {steps * seconds / ran / 3600:.2f} hours, without its evaluations"
+    )
+
+
+def _time(
+    state: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
+) -> tuple[int, float, float]:
+    """Steps, words and seconds of these dispatches, each compiled before."""
+    run = make_dispatch(loss_fn, optimizer)
+    compiled: set[tuple[int, ...]] = set()
+    ran, words, seconds = 0, 0.0, 0.0
+    for batches, count in dispatches:
+        shape = batches.words.shape
+        if shape not in compiled:
+            state, _ = run(state, batches, count, key)
+            compiled.add(shape)
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        state, sums = jax.block_until_ready(run(state, batches, count, key))
+        seconds += time.perf_counter() - began
+        ran, words = ran + count, words + float(np.sum(sums["words"]))
+    return ran, words, seconds
+
+
+def _flops(state: TrainState, loss_fn: LossFn, dispatches: list[Dispatch], key: jax.Array) -> float:
+    """Of the loss and its gradient over all these steps."""
+    given = {**state.frozen, **state.carry}
+    total, of_shape = 0.0, {}
+    for batches, count in dispatches:
+        batch = jax.tree.map(lambda leaf: leaf[0], batches)
+        shape = batch.words.shape
+        if shape not in of_shape:
+            gradient = jax.value_and_grad(
+                lambda params, batch=batch: loss_fn({**given, **params}, batch, key), has_aux=True
+            )
+            of_shape[shape] = matmul_flops(jax.make_jaxpr(gradient)(state.params).jaxpr)
+        total += count * of_shape[shape]
+    return total
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Floating-point operations of a traced function's matrix products, a loop's steps each counted.
+
+    The compiler's own count takes the body of a loop once, and an LSTM is a loop.
+
+    Args:
+        jaxpr: as `jax.make_jaxpr` gives it, opened.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> product = lambda a, b: jax.lax.scan(lambda x, _: (x @ b, None), a, length=5)[0]
+        >>> matmul_flops(jax.make_jaxpr(product)(jnp.ones((2, 3)), jnp.ones((3, 3))).jaxpr)
+        180.0
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+        each = [matmul_flops(inner) for inner in _inside(eqn.params)]
+        if each:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * (max(each) if eqn.primitive.name == "cond" else sum(each))
+    return total
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Any]:
+    """The functions that an operation calls."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
