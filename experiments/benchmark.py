@@ -1,12 +1,13 @@
 """How fast this library is beside its peers and the machine: python -m experiments.benchmark."""
 
+import fnmatch
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,7 @@ from experiments.inputs import make_inputs
 from experiments.race import race, results_of
 
 RESULT = "benchmark.json"
+_PANELS = {"step": "whole training step, full softmax", "lstm": "LSTM alone, forward and backward"}
 _QUICK_ROUNDS, _QUICK_SECONDS, _QUICK_END = 3, 0.2, 80.0  # the last leaves time to draw
 
 
@@ -34,7 +36,7 @@ class BenchmarkConfig:
     quick: bool = False
     """Four cases in under 90 seconds on two cores; --only chooses others."""
     only: tuple[str, ...] = ()
-    """Names of cases, or of parts such as lstm, softmax, step and embed."""
+    """Names of cases, 'lstm*' for all that begin so."""
     rounds: int = 5
     """Measurements of each peer, by turns."""
     least: float = 1.0
@@ -96,13 +98,10 @@ def benchmark(config: BenchmarkConfig, known: tuple[Case, ...] = CASES, machine=
 def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]:
     """The cases that the flags name."""
     wanted = config.only or (tuple(QUICK) if config.quick else tuple(case.name for case in known))
-    names, parts = {case.name for case in known}, {case.part for case in known}
     for name in wanted:
-        if name not in names | parts:
+        if not fnmatch.filter([case.name for case in known], name):
             raise InputError(f"--only {name}: no such case; there are {', '.join(c.name for c in known)}")
-    # A name that is a part's too means that one case to --quick, which has little time.
-    by_part = () if config.quick else wanted
-    chosen = tuple(case for case in known if case.name in wanted or case.part in by_part)
+    chosen = tuple(case for case in known if any(fnmatch.fnmatch(case.name, name) for name in wanted))
     if config.quick:
         chosen = tuple(replace(case, peers=QUICK.get(case.name, case.peers)) for case in chosen)
     return chosen
@@ -195,17 +194,8 @@ def judge(goal: Goal, cases: Mapping[str, Any]) -> dict[str, Any] | None:
 def draw(results: Mapping[str, Any], output: Path) -> None:
     """Tokens a second against the batch, and each case against its floor."""
     timed = {name: case for name, case in results["cases"].items() if "peers" in case}
-    curves: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for found in timed.values():
-        case = found["case"]
-        if case["part"] not in ("step", "lstm") or (case["cells"], case["vocabulary"]) != (150, 30_000):
-            continue
-        for peer, record in found["peers"].items():
-            if "median" in record and case["precision"] == "float32":
-                rates = [found["counts"]["tokens"] / s for s in record["seconds"]]
-                title = {"step": "whole training step", "lstm": "LSTM alone"}[case["part"]]
-                curves.setdefault(title, {}).setdefault(peer, {})[case["batch"]] = rates
-    many = {t: c for t, c in curves.items() if max(map(len, c.values())) > 1}
+    panels = {title: curves_of(part, timed.values()) for part, title in _PANELS.items()}
+    many = {title: curves for title, curves in panels.items() if curves}
     if many:
         report.plot_rates(many, output / "tokens.png", "batch size (rows)", "real tokens/s")
     shares = {
@@ -217,6 +207,20 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
         report.plot_shares(shares, output / "floors.png", "share of what the machine could do (floor / time)")
     drawn = " and its pictures" if many or shares else ""
     cli.say(f"written to {output / RESULT}{drawn}")
+
+
+def curves_of(part: str, found: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Tokens a second by peer and batch size, of the shape with most such sizes; none if that is one."""
+    shapes: dict[Any, dict[str, dict[int, list[float]]]] = {}
+    for one in found:
+        case = one["case"]
+        shape = case["cells"], case["vocabulary"], case["precision"]
+        for peer, record in one["peers"].items() if case["part"] == part else ():
+            if "median" in record:
+                rates = [one["counts"]["tokens"] / seconds for seconds in record["seconds"]]
+                shapes.setdefault(shape, {}).setdefault(peer, {})[case["batch"]] = rates
+    most = max(shapes.values(), key=lambda curves: max(map(len, curves.values())), default={})
+    return most if max(map(len, most.values()), default=0) > 1 else {}
 
 
 def _on_cuda() -> bool:
