@@ -1,0 +1,265 @@
+"""How fast this library is beside its peers and the machine: python -m experiments.benchmark."""
+
+import fnmatch
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elmo_jax import report
+from elmo_jax.errors import InputError
+from elmo_jax.integrity import write_atomically
+from elmo_jax.progress import Meter
+from experiments import cli
+from experiments.cases import CASES, GOALS, MACHINE, OURS, QUICK, Case, Goal, Rates, cuda_cases, phases
+from experiments.inputs import make_inputs
+from experiments.race import race, results_of
+
+RESULT = "benchmark.json"
+_PANELS = {"step": "whole training step, full softmax", "lstm": "LSTM alone, forward and backward"}
+_QUICK_ROUNDS, _QUICK_SECONDS, _QUICK_END = 3, 0.2, 80.0  # the last leaves time to draw
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time this library beside PyTorch, Flax, cuDNN and gensim, and against the machine's own rates."""
+
+    quick: bool = False
+    """Four cases in under 90 seconds on two cores; --only chooses others."""
+    only: tuple[str, ...] = ()
+    """Names of cases, 'lstm*' for all that begin so."""
+    rounds: int = 5
+    """Measurements of each peer, by turns."""
+    least: float = 1.0
+    """Seconds of each measurement, at least."""
+    seed: int = 0
+    """Of weights and data."""
+    output: str = "runs/benchmark"
+    """Folder for benchmark.json and the pictures."""
+    overwrite: bool = False
+    """Replace the results in that folder."""
+
+
+def benchmark(config: BenchmarkConfig, known: tuple[Case, ...] = CASES, machine=MACHINE) -> dict[str, Any]:
+    """Run the command; returns what ``benchmark.json`` holds."""
+    output = Path(config.output)
+    if (output / RESULT).exists() and not config.overwrite:
+        raise InputError(f"{output / RESULT} is there; give another --output, or --overwrite to replace it")
+    deadline = time.monotonic() + _QUICK_END if config.quick else None
+    cases = choose(config, cuda_cases(known) if _on_cuda() else known)
+    rounds, least = (_QUICK_ROUNDS, _QUICK_SECONDS) if config.quick else (config.rounds, config.least)
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": _machine(), "rounds": rounds, "rates": {}, "cases": {}}
+    cli.say(f"{results['machine']['name']}, {results['machine']['backend']}; {rounds} rounds")
+    if not _on_cuda():
+        cli.say("no CUDA here: jax.experimental.rnn, torch's cuDNN, TF32 and bf16 were not run")
+    cli.say(header())
+    total = sum(len(case.peers) + rounds for case in (*machine, *cases))
+    rates = None
+    with Meter(total, "piece") as meter:
+        for case in (*machine, *cases):
+            arrays, counts = make_inputs(case, config.seed)
+            short = too_large(case, arrays)
+            if short:
+                meter.add(len(case.peers) + rounds)
+                cli.say(f"{case.name:<15} not timed: {short}")
+                results["cases"][case.name] = {"not_timed": short}
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                lanes = race(case, arrays, Path(folder), rounds, least, lambda: meter.add(1), deadline)
+            del arrays
+            found = results_of(case, lanes, counts, phases(case, counts), rates)
+            if case in machine:
+                _rate(case, found, results["rates"])
+                if len(results["rates"]) == len(machine):
+                    rates = Rates(results["rates"]["product"], results["rates"]["copy"])
+            else:
+                results["cases"][case.name] = found
+            for line in rows(case, found):
+                cli.say(line)
+            write_atomically(output / RESULT, json.dumps(results, indent=2) + "\n")
+    results["goals"] = [line for goal in GOALS if (line := judge(goal, results["cases"]))]
+    for goal in results["goals"]:
+        cli.say(goal["line"])
+    write_atomically(output / RESULT, json.dumps(results, indent=2) + "\n")
+    draw(results, output)
+    return results
+
+
+def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases that the flags name."""
+    wanted = config.only or (tuple(QUICK) if config.quick else tuple(case.name for case in known))
+    for name in wanted:
+        if not fnmatch.filter([case.name for case in known], name):
+            raise InputError(f"--only {name}: no such case; there are {', '.join(c.name for c in known)}")
+    chosen = tuple(case for case in known if any(fnmatch.fnmatch(case.name, name) for name in wanted))
+    if config.quick:
+        chosen = tuple(replace(case, peers=QUICK.get(case.name, case.peers)) for case in chosen)
+    return chosen
+
+
+def too_large(case: Case, arrays: Mapping[str, Any]) -> str | None:
+    """Why the peers' training of a case would not fit beside each other, if it would not."""
+    held = sum(array.nbytes for array in arrays.values())
+    copies = {"official": 6, "step": 5, "optimiser": 3}.get(case.part, 2)  # gradient, moments, update
+    logits = 4 * case.batch * case.steps * case.vocabulary * 3 if case.part == "step" else 0
+    need = copies * held * len(case.peers) + 2 * logits
+    have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free" if need > have else None
+
+
+def _rate(case: Case, found: Mapping[str, Any], rates: dict[str, float]) -> None:
+    """The best peer's median is what the machine can do."""
+    timed = [peer["median"] for peer in found["peers"].values() if "median" in peer]
+    if timed:
+        rates[case.part] = (found["flops"] or found["bytes"]) / min(timed)
+
+
+def header() -> str:
+    """The table's first line."""
+    return (
+        f"{'case':<15} {'peer':<9} {'a unit':>10} {'spread':>6} {'tokens/s':>11} {'of floor':>8} "
+        f"{'peak MB':>8} {'compile':>8} {'faster':>7}  goal"
+    )
+
+
+def rows(case: Case, found: Mapping[str, Any]) -> list[str]:
+    """A case's lines of the table."""
+    lines = []
+    for peer, record in found["peers"].items():
+        start = f"{case.name:<15} {peer:<9}"
+        if "median" not in record:
+            lines.append(f"{start} not timed: {record['not_timed']}")
+            continue
+        rate = f"{record['tokens_per_second']:,.0f}" if "tokens_per_second" in record else ""
+        if case.part in ("product", "copy"):
+            unit = "GFLOP/s" if found["flops"] else "GB/s"
+            rate = f"{(found['flops'] or found['bytes']) / record['median'] / 1e9:,.0f} {unit}"
+        share = f"{record['of_floor']:.1%}" if "of_floor" in record else ""
+        times = f"{record['times']:.2f}x" if "times" in record else ""
+        compiled = f"{record['compile_seconds']:.1f} s" if record["compile_seconds"] else ""
+        spread = f"±{record['spread']:.0%}"
+        memory = f"{record['peak_bytes'] / 1e6:,.0f}"
+        goals = [g for g in GOALS if g.case == case.name and g.figure == "speed"]
+        said = [f"at least {g.bound:g}x" for g in goals if g.peer == peer]
+        said += [f"at least {g.bound:.0%} of the floor" for g in goals if g.peer is None and peer == OURS]
+        if "sentences_per_second" in record:
+            said.append(f"({record['sentences_per_second']:,.1f} sentences/s)")
+        lines.append(
+            f"{start} {_duration(record['median']):>10} {spread:>6} {rate:>11} {share:>8} {memory:>8} "
+            f"{compiled:>8} {times:>7}  {', '.join(said)}".rstrip()
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def judge(goal: Goal, cases: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What became of a goal, or None where it was not measured."""
+    peers = cases.get(goal.case, {}).get("peers", {})
+    ours, other = peers.get(OURS, {}), peers.get(goal.peer, {})
+    if goal.figure == "memory":
+        if "median" not in ours or "median" not in other:
+            return None
+        value = ours["peak_bytes"] / other["peak_bytes"]
+        met, text = (
+            value <= goal.bound,
+            f"peak memory {value:.2f}x {goal.peer}'s, goal at most {goal.bound:g}x",
+        )
+    elif goal.peer is None:
+        if "of_floor" not in ours:
+            return None
+        value = ours["of_floor"]
+        met, text = value >= goal.bound, f"{value:.0%} of the floor, goal at least {goal.bound:.0%}"
+    else:
+        if "times" not in other:
+            return None
+        value = other["times"]
+        met, text = value >= goal.bound, f"{value:.2f}x as fast as {goal.peer}, goal at least {goal.bound:g}x"
+    line = f"{goal.case}: {text}: {'met' if met else 'missed'}"
+    return {**goal._asdict(), "value": value, "met": met, "line": line}
+
+
+def draw(results: Mapping[str, Any], output: Path) -> None:
+    """Tokens a second against the batch, and each case against its floor."""
+    timed = {name: case for name, case in results["cases"].items() if "peers" in case}
+    panels = {title: curves_of(part, timed.values()) for part, title in _PANELS.items()}
+    many = {title: curves for title, curves in panels.items() if curves}
+    if many:
+        report.plot_rates(many, output / "tokens.png", "batch size (rows)", "real tokens/s")
+    shares = {
+        name: {peer: r["of_floor"] for peer, r in found["peers"].items() if "of_floor" in r}
+        for name, found in timed.items()
+    }
+    shares = {name: share for name, share in shares.items() if share}
+    if shares:
+        report.plot_shares(shares, output / "floors.png", "share of what the machine could do (floor / time)")
+    drawn = " and its pictures" if many or shares else ""
+    cli.say(f"written to {output / RESULT}{drawn}")
+
+
+def curves_of(part: str, found: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Tokens a second by peer and batch size, of the shape with most such sizes; none if that is one."""
+    shapes: dict[Any, dict[str, dict[int, list[float]]]] = {}
+    for one in found:
+        case = one["case"]
+        shape = case["cells"], case["vocabulary"], case["precision"]
+        for peer, record in one["peers"].items() if case["part"] == part else ():
+            if "median" in record:
+                rates = [one["counts"]["tokens"] / seconds for seconds in record["seconds"]]
+                shapes.setdefault(shape, {}).setdefault(peer, {})[case["batch"]] = rates
+    most = max(shapes.values(), key=lambda curves: max(map(len, curves.values())), default={})
+    return most if max(map(len, most.values()), default=0) > 1 else {}
+
+
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    if _on_cuda():
+        name = jax.devices()[0].device_kind
+    return {
+        "name": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backend": jax.default_backend(),
+        "load": os.getloadavg()[0],
+        "packages": _versions(("elmo_jax", "jax", "flax", "optax", "torch", "gensim", "numpy")),
+    }
+
+
+def _versions(names: Sequence[str]) -> dict[str, str | None]:
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in names}
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    return cli.run(BenchmarkConfig, benchmark, "experiments.benchmark")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

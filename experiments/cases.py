@@ -1,0 +1,231 @@
+"""What the benchmark measures, and how fast it could be at best; plain numbers, so that any worker reads it.
+
+Nouns: a *case* is one piece of work at one shape, done by several *peers*; its *unit* is what
+is timed; its *floor* is the time that the machine's measured rates leave for the unit's
+products and copies, phase after phase.
+Axes: B batch, T time, H cells, P width of states and token vectors, V vocabulary, S negatives.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+Part = Literal[
+    "product", "copy", "lstm", "softmax", "optimiser", "step", "recipe", "official", "embed", "sgns"
+]
+Precision = Literal["float32", "tf32", "bfloat16"]
+DIRECTIONS = 2
+FLOAT = 4  # bytes
+OURS = "elmo_jax"
+CUDNN = "cudnn"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+        name: as ``--only`` takes it.
+        part: what kind of work.
+        peers: who does it, this library first.
+        batch, steps: B and T; of a product and a copy, `steps` is the side of the matrix.
+        cells, width: H and P; the LSTM is projected where they differ.
+        layers: a direction.
+        vocabulary: V.
+        negatives: S; None is the full softmax.
+        precision: of the products.
+        clip: bound of cells and projections.
+        skip: whether layers above the first add their input.
+        filters: width and number of the char-CNN's filters; none reads words.
+        characters: width of a character's vector.
+        highway: layers of the char-CNN.
+        sentences: of a text to embed, or its length in thousands of words for SGNS.
+        together: whether sentences are embedded in batches rather than one by one.
+    """
+
+    name: str
+    part: Part
+    peers: tuple[str, ...] = (OURS, "torch")
+    batch: int = 32
+    steps: int = 40
+    cells: int = 150
+    width: int = 150
+    layers: int = 2
+    vocabulary: int = 30_000
+    negatives: int | None = None
+    precision: Precision = "float32"
+    clip: float | None = None
+    skip: bool = False
+    filters: tuple[tuple[int, int], ...] = ()
+    characters: int = 16
+    highway: int = 1
+    sentences: int = 0
+    together: bool = True
+
+
+class Phase(NamedTuple):
+    """Work that nothing else of the unit overlaps with."""
+
+    flops: float
+    bytes: float = 0.0
+
+
+class Rates(NamedTuple):
+    """What the machine was measured to do in a second: operations of products, and bytes copied."""
+
+    flops: float
+    bytes: float
+
+
+def lstm_flops(case: Case) -> float:
+    """Of a token's way through all layers in both directions, forward: 2 a weight."""
+    projection = case.cells * case.width if case.cells != case.width else 0
+    weights = 2 * case.width * 4 * case.cells + projection
+    return 2.0 * weights * case.layers * DIRECTIONS
+
+
+def softmax_flops(case: Case) -> float:
+    """Of a token's logits in both directions, forward; sampled ones are S and the target's."""
+    classes = case.vocabulary if case.negatives is None else case.negatives + 1
+    return 2.0 * case.width * classes * DIRECTIONS
+
+
+def spelling_flops(case: Case, letters: int = 50) -> float:
+    """Of a word's way through the char-CNN, forward."""
+    if not case.filters:
+        return 0.0
+    wide = sum(number for _, number in case.filters)
+    filters = sum(w * case.characters * number * (letters - w + 1) for w, number in case.filters)
+    return 2.0 * (filters + case.highway * 2 * wide * wide + wide * case.width)
+
+
+def parameters(case: Case) -> int:
+    """Numbers that a training step updates, the two tables apart."""
+    projection = case.cells * case.width if case.cells != case.width else 0
+    lstm = 4 * case.cells * (2 * case.width + 1) + projection
+    tables = case.vocabulary * (2 * case.width + 1)  # token vectors and softmax
+    if case.part == "recipe":
+        tables -= case.vocabulary * case.width  # one table for both
+    if case.filters:
+        wide = sum(number for _, number in case.filters)
+        spelled = sum(w * case.characters * number + number for w, number in case.filters)
+        spelled += 261 * case.characters + case.highway * 2 * (wide + 1) * wide + (wide + 1) * case.width
+        tables += spelled - case.vocabulary * case.width
+    return DIRECTIONS * case.layers * lstm + tables
+
+
+def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
+    """The unit's work, as few products and bytes as can be.
+
+    Args:
+        case: the work.
+        counts: of the unit's data: ``positions`` predicted a direction, optimiser ``steps``,
+            distinct ``types`` of words spelled.
+
+    Returns:
+        Phases that follow each other. Training counts a product three times, forward and
+        for two gradients. Adam reads parameter, gradient and two moments and writes three of
+        them, 28 bytes a parameter; Adagrad one moment less, 20.
+    """
+    n = float(counts.get("positions", 0))
+    if case.part == "product":
+        return [Phase(2.0 * case.steps**3)]
+    if case.part == "copy":
+        return [Phase(0.0, 2.0 * FLOAT * case.steps**2)]
+    if case.part == "lstm":
+        return [Phase(3 * n * lstm_flops(case))]
+    if case.part == "softmax":
+        return [Phase(3 * n * softmax_flops(case))]
+    if case.part == "optimiser":
+        return [Phase(0.0, 7.0 * FLOAT * parameters(case))]
+    if case.part == "embed":
+        return [Phase(counts["types"] * spelling_flops(case)), Phase(n * lstm_flops(case))]
+    if case.part == "sgns":
+        return []  # bound by the latency of rows here and there, of which no rate tells
+    moved = 5.0 if case.part == "official" else 7.0
+    update = counts.get("steps", 1) * moved * FLOAT * parameters(case)
+    spelled = counts.get("types", 0) * spelling_flops(case)
+    return [
+        Phase(3 * (n * lstm_flops(case) + spelled)),
+        Phase(3 * n * softmax_flops(case)),
+        Phase(0.0, update),
+    ]
+
+
+def floor_seconds(work: list[Phase], rates: Rates) -> float:
+    """The least time for phases that follow each other, each bound by products or by bytes."""
+    return sum(max(phase.flops / rates.flops, phase.bytes / rates.bytes) for phase in work)
+
+
+class Goal(NamedTuple):
+    """What a ratio is to reach.
+
+    Attributes:
+        case: the work in which this library is measured.
+        peer: whom it is compared with, None for the floor.
+        figure: "speed" (at least) or "memory" (at most).
+        bound: of the ratio.
+    """
+
+    case: str
+    peer: str | None
+    bound: float
+    figure: Literal["speed", "memory"] = "speed"
+
+
+_RELEASED = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+_PLAIN = (OURS, "flax", "torch")
+_SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _RELEASED}
+_ORIGINAL: Any = {**_SMALL, "cells": 4096, "width": 512, "highway": 2}
+
+MACHINE = (Case("product", "product", steps=2048), Case("copy", "copy", steps=8192))
+
+CASES = (
+    Case("step", "step", _PLAIN),
+    Case("step-45k", "step", _PLAIN, vocabulary=45_000),
+    Case("step-b8", "step", _PLAIN, batch=8),
+    Case("step-b128", "step", _PLAIN, batch=128),
+    Case("step-b256", "step", batch=256),
+    Case("step-h512", "step", cells=512, width=512),
+    Case("lstm", "lstm", _PLAIN),
+    Case("lstm-b256", "lstm", _PLAIN, batch=256),
+    Case("lstm-h512", "lstm", _PLAIN, cells=512, width=512),
+    Case("softmax", "softmax", _PLAIN),
+    Case("softmax-2048", "softmax", negatives=2048),
+    Case("softmax-8192", "softmax", negatives=8192),
+    Case("optimiser", "optimiser", _PLAIN),
+    Case("recipe", "recipe", negatives=2048),
+    Case("small", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_SMALL),
+    Case("original", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_ORIGINAL),
+    Case("embed", "embed", sentences=64, **_SMALL),
+    Case("embed-1", "embed", sentences=32, together=False, **_SMALL),
+    Case("embed-original", "embed", sentences=64, **_ORIGINAL),
+    Case("sgns", "sgns", (OURS, "gensim"), width=300, sentences=300),
+)
+
+# With the peers that time allows.
+QUICK = {"step": (OURS, "torch"), "lstm": _PLAIN, "softmax": (OURS, "torch"), "embed": (OURS, "torch")}
+
+GOALS = (
+    Goal("step", "torch", 2.2),
+    Goal("lstm", "torch", 0.9),
+    Goal("lstm", "flax", 1.5),
+    Goal("softmax", None, 0.5),
+    Goal("recipe", "torch", 8.0),
+    Goal("step", "torch", 0.5, "memory"),
+    Goal("embed", "torch", 3.0),
+)
+
+
+def cuda_cases(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The same on a GPU: training also in TF32 and bf16, and beside cuDNN where it can do the work."""
+    more: list[Case] = []
+    for case in cases:
+        if case.part not in ("step", "lstm"):
+            more.append(case)
+            continue
+        peers = tuple(dict.fromkeys((*case.peers, CUDNN)))
+        for precision in ("float32", "tf32", "bfloat16"):
+            name = case.name if precision == "float32" else f"{case.name}-{precision}"
+            kept = tuple(p for p in peers if p != CUDNN) if precision == "bfloat16" else peers
+            more.append(replace(case, name=name, precision=precision, peers=kept))
+    return tuple(more)

@@ -1,0 +1,293 @@
+"""This library's side of the benchmark: each part as training and embedding run it.
+
+Nouns: a *peer's* side of a case is its `Built`: something to check and something to time.
+Axes: B batch, T time, D direction, K steps a dispatch, P width of states.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+from jax import Array
+
+from elmo_jax.bilm import zero_state
+from elmo_jax.contiguous import Window
+from elmo_jax.data import Batch, Documents
+from elmo_jax.elmo import Elmo
+from elmo_jax.lstm import LSTM
+from elmo_jax.recurrence import Clips
+from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
+from elmo_jax.softmax import full_nll, sampled_nll
+from elmo_jax.tasks import bilm_loss, bilm_window_loss
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
+from experiments.cases import Case
+from experiments.inputs import Arrays, model_of
+from experiments.worker import RATE, Built, is_weight, pair_loss, sentences_of
+
+_K = 8  # steps a dispatch, as by default
+
+
+def build(case: Case, arrays: Arrays) -> Built:
+    """This library's side of a case."""
+    make = {
+        "product": build_product,
+        "copy": build_copy,
+        "lstm": _lstm,
+        "softmax": _softmax,
+        "optimiser": _optimiser,
+        "step": _step,
+        "recipe": _recipe,
+        "official": _official,
+        "embed": _embed,
+        "sgns": _sgns,
+    }[case.part]
+    return make(case, arrays)
+
+
+def weights_of(arrays: Arrays) -> dict[str, Any]:
+    """The parameters among the arrays, as a model takes them, on the device."""
+    return jax.device_put(unflatten_dict({n: a for n, a in arrays.items() if is_weight(n)}, sep="/"))
+
+
+def repeat(step: Any, *args: Any) -> Any:
+    """What runs a compiled function n times and waits for all that it returns."""
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            jax.block_until_ready(step(*args))
+
+    return run
+
+
+def compiled_once(step: Any, names: tuple[str, ...], *args: Any) -> Built:
+    """A function without state: its outputs are checked by name, and it is timed."""
+
+    def check() -> dict[str, np.ndarray]:
+        leaves = jax.tree.leaves(jax.block_until_ready(step(*args)))
+        return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
+
+    return Built(check, [(repeat(step, *args), 1.0)])
+
+
+def build_product(case: Case, arrays: Arrays) -> Built:
+    """A square product, of which the machine's rate is taken."""
+    dtype = jnp.bfloat16 if case.precision == "bfloat16" else jnp.float32
+    x = jnp.asarray(arrays["x"], dtype)
+    return compiled_once(jax.jit(lambda x: x @ x), ("product",), x)
+
+
+def build_copy(case: Case, arrays: Arrays) -> Built:
+    """A copy too large for any cache, of which the machine's rate is taken."""
+    del case
+    step, held = (
+        jax.jit(lambda x: -x, donate_argnums=0),
+        [jnp.array(arrays["x"])],
+    )  # memory at hand, as torch has
+
+    def run(n: int) -> np.ndarray:
+        for _ in range(n):
+            held[0] = jax.block_until_ready(step(held[0]))
+        return np.array(held[0])[:8] if n == 1 else np.zeros(0)
+
+    return Built(lambda: {"copy": run(1)}, [(run, 1.0)])
+
+
+def _lstm(case: Case, arrays: Arrays) -> Built:
+    projection = case.width if case.width != case.cells else None
+    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
+    layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype)
+    lengths = jnp.full(case.batch, case.steps, jnp.int32)
+    cotangent = jnp.asarray(arrays["cotangent"])
+
+    def loss(weights: Any, x: Array) -> Array:
+        for i in range(case.layers):
+            x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
+        return jnp.sum(x.astype(jnp.float32) * cotangent)
+
+    return lstm_gradients(loss, case, arrays)
+
+
+def lstm_gradients(loss: Any, case: Case, arrays: Arrays) -> Built:
+    """Loss and gradients of an LSTM ``(weights, x) -> loss``, named alike for all peers."""
+    weights = weights_of(arrays)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    # Leaves come in the order of their names.
+    kinds = ("bias", "input_kernel", "recurrent_kernel")
+    names = ("loss", *(f"d:lstm_{i}/{kind}" for i in range(case.layers) for kind in kinds), "d:x")
+    return compiled_once(step, names, weights, jnp.asarray(arrays["x"]))
+
+
+def _softmax(case: Case, arrays: Arrays) -> Built:
+    targets = jnp.asarray(arrays["targets"])
+    weight = jnp.ones(len(targets), jnp.float32)
+
+    def loss(hidden: Array, table: Array, bias: Array) -> Array:
+        if case.negatives is None:
+            return full_nll(hidden, table, bias, targets, weight)[0]
+        return sampled_nll(hidden, table, bias, targets, weight, jax.random.key(0), case.negatives)[0]
+
+    return softmax_gradients(loss, arrays)
+
+
+def softmax_gradients(loss: Any, arrays: Arrays) -> Built:
+    """Loss and gradients of a softmax ``(hidden, table, bias) -> loss``, named alike for all peers."""
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    args = [jnp.asarray(arrays[name]) for name in ("hidden", "table", "bias")]
+    return compiled_once(step, ("loss", "d:hidden", "d:table", "d:bias"), *args)
+
+
+def _settings(case: Case) -> OptimizerConfig:
+    kind = "adagrad" if case.part == "official" else "adam"
+    return OptimizerConfig(optimizer=kind, learning_rate=RATE, schedule="constant")
+
+
+def _optimiser(case: Case, arrays: Arrays) -> Built:
+    return optimiser_steps(make_optimizer(_settings(case), 1), arrays)
+
+
+def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
+    """Updates of an Optax optimiser, parameters and moments donated; a bias is checked."""
+    gradients = weights_of({n.removeprefix("d:"): a for n, a in arrays.items() if n.startswith("d:")})
+
+    def update(params: Any, opt_state: Any):
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    held: Any = weights_of(arrays)
+    held = [held, optimizer.init(held)]
+    step = jax.jit(update, donate_argnums=(0, 1))
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            held[:] = step(*held)
+        jax.block_until_ready(held)
+
+    def check() -> dict[str, np.ndarray]:
+        run(1)
+        return {"bias": np.array(held[0]["softmax_bias"])}
+
+    return Built(check, [(run, 1.0)])
+
+
+def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -> Built:
+    """Steps through `make_dispatch`, K at a time; their first losses are checked.
+
+    Args:
+        loss_fn: the task.
+        state: before the first step; it is used up.
+        batches: K of them, ``[K, ...]``.
+        optimizer: as the state was made with.
+    """
+    dispatch, key = make_dispatch(loss_fn, optimizer), jax.random.key(0)
+    batches, held = jax.device_put(batches), [state]
+    most = jax.tree.leaves(batches)[0].shape[0]
+
+    def run(n: int) -> dict[str, Array]:
+        sums: dict[str, Array] = {}
+        for start in range(0, n, most):
+            held[0], sums = dispatch(held[0], batches, min(most, n - start), key)
+        return jax.block_until_ready((held[0], sums))[1]
+
+    return Built(lambda: {"loss": np.array(run(3)["loss"][:3])}, [(run, 1.0)])
+
+
+def _repeated(tree: Any) -> Any:
+    return jax.tree.map(lambda a: np.stack([np.asarray(a)] * _K), tree)
+
+
+def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
+    return Batch(words, lengths, None, (lengths > 0).astype(np.float32))
+
+
+def _step(case: Case, arrays: Arrays) -> Built:
+    optimizer = make_optimizer(_settings(case), 1)
+    state = TrainState.create(weights_of(arrays), optimizer)
+    batch = _batch(arrays["words"], arrays["lengths"])
+    return training(bilm_loss(model_of(case), case.negatives), state, _repeated(batch), optimizer)
+
+
+def _recipe(case: Case, arrays: Arrays) -> Built:
+    """The default recipe; what is checked is the model, with the full softmax and no dropout."""
+    optimizer = make_optimizer(_settings(case), 1)
+    task = bilm_loss(model_of(case, dropout=0.1), case.negatives)
+    runs, first = [], None
+    dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
+    held = [TrainState.create(weights_of(arrays), optimizer)]
+    for bound, steps in zip(arrays["bounds"].tolist(), arrays["steps"].tolist(), strict=True):
+        batches = jax.device_put(_batch(arrays[f"words:{bound}"], arrays[f"lengths:{bound}"]))
+        first = first or jax.tree.map(lambda a: a[0], batches)
+
+        def run(n: int, batches: Any = batches) -> None:
+            for start in range(0, n, _K):
+                held[0], sums = dispatch(held[0], batches, min(_K, n - start), key)
+                jax.block_until_ready((held[0], sums))
+
+        runs.append((run, float(steps)))
+
+    def check() -> dict[str, np.ndarray]:
+        loss = jax.jit(bilm_loss(model_of(case)))(held[0].params, first, key)[0]
+        return {"loss": np.array(loss)}
+
+    return Built(check, runs)
+
+
+def _official(case: Case, arrays: Arrays) -> Built:
+    """bilm-tf's recipe but for dropout; what is checked is the full softmax of the first two rows."""
+    model = model_of(case)
+    optimizer = make_optimizer(_settings(case), 1)
+    window = Window(arrays["words"], arrays["weight"], arrays["chars"])
+    carry = {"state": zero_state(model.config, case.batch)}
+    state = TrainState.create(weights_of(arrays), optimizer, carry=carry)
+    built = training(bilm_window_loss(model, case.negatives), state, _repeated(window), optimizer)
+
+    def check() -> dict[str, np.ndarray]:
+        rows = jax.tree.map(lambda a: a[:, :, :2], window)
+        carry = {"state": zero_state(model.config, 2)}
+        loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
+        return {"loss": np.array(loss)}
+
+    return built._replace(check=check)
+
+
+def _embed(case: Case, arrays: Arrays) -> Built:
+    """`Elmo.embed` of a text whose words it meets for the first time, all at once or one by one."""
+    elmo = Elmo(model_of(case), weights_of(arrays), None)
+    text = sentences_of(arrays)
+    calls = [text] if case.together else [[sentence] for sentence in text]
+
+    def run(n: int) -> list[np.ndarray]:
+        out = []
+        for _ in range(n):
+            elmo._reader.words._rows.clear()  # else a second pass would find every word's vector
+            out = [layers for call in calls for layers in elmo.embed(call)]
+        return out
+
+    return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
+
+
+def _sgns(case: Case, arrays: Arrays) -> Built:
+    """An epoch, the making of spans included; what is checked is what it ends with (see `pair_loss`)."""
+    ids, config = arrays["ids"], SGNSConfig()
+    documents = Documents(ids, np.arange(0, len(ids) + 1, 1000), np.zeros(len(ids) // 1000, np.int32))
+    stream = SpanStream(documents, case.vocabulary, 4, config, seed=0)
+    optimizer = sgns_optimizer(config, stream.steps_per_epoch)
+    dispatch = make_dispatch(sgns_loss(config), optimizer)
+
+    def run(n: int) -> TrainState:
+        state = None
+        for _ in range(n):
+            state = TrainState.create(sgns_init(case.vocabulary, case.width, jax.random.key(0)), optimizer)
+            for part in stream.dispatches(0, stream.steps_per_epoch):
+                state, _ = dispatch(state, part.batches, part.count, jax.random.key(0))
+            jax.block_until_ready(state)
+        assert state is not None
+        return state
+
+    def check() -> dict[str, np.ndarray]:
+        tables = run(1).params
+        return {"loss": pair_loss(ids, np.asarray(tables["centre"]), np.asarray(tables["context"]))}
+
+    return Built(check, [(run, 1.0)])

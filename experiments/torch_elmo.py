@@ -1,0 +1,204 @@
+"""The official model in PyTorch, in the manner of AllenNLP: a Python loop over the steps of each layer.
+
+Its cells are clipped and projected, which no fused LSTM of PyTorch does. Rows are sorted by
+length, and a step runs only those that it reaches.
+Axes: B batch, T time, N words, C characters, D direction, H cells, P projection.
+"""
+
+# pyright: reportMissingImports=false
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.cases import DIRECTIONS, Case
+from experiments.worker import RATE, Built, is_weight, sentences_of
+
+Arrays = dict[str, np.ndarray]
+_BATCH = 64  # sentences at once, where the user gives a list
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_C = 50
+State = tuple[Tensor, Tensor]  # c [B, H], h [B, P]
+
+
+def spell(word: str) -> list[int]:
+    """A word's 50 character ids."""
+    if word in ("<S>", "</S>"):
+        inner = [257 if word == "<S>" else 258]
+    else:
+        inner = [byte + 1 for byte in word.encode("utf-8", "ignore")[: _C - 2]]
+    ids = [259, *inner, 260]
+    return ids + [261] * (_C - len(ids))
+
+
+class TorchELMo(nn.Module):
+    """Char-CNN and LSTM layers, from this library's weights."""
+
+    def __init__(self, case: Case, arrays: Arrays):
+        super().__init__()
+        self.case = case
+        self.w = nn.ParameterDict()
+        for name, a in arrays.items():
+            by_direction = name.startswith("lstm")
+            parts = {f"{name}:{d}": a[d] for d in range(DIRECTIONS)} if by_direction else {name: a}
+            for part, values in parts.items() if is_weight(name) else ():
+                self.w[part] = nn.Parameter(torch.from_numpy(_layout(name, values)).to(_DEVICE))
+
+    def get(self, name: str) -> Tensor:
+        """A weight by this library's name."""
+        return self.w[name]
+
+    def words(self, ids: Tensor) -> Tensor:
+        """Character ids ``[N, C]`` to token vectors ``[N, P]``."""
+        table = self.get("embedder/characters")
+        table = torch.cat([table.new_zeros(1, table.shape[1]), table])
+        x = F.embedding(ids, table).transpose(1, 2)  # [N, d, C]
+        each = []
+        for i in range(len(self.case.filters)):
+            y = F.conv1d(x, self.get(f"embedder/filter_{i}"), self.get(f"embedder/filter_bias_{i}"))
+            each.append(torch.relu(y.max(dim=-1).values))
+        y = torch.cat(each, dim=-1)
+        for k in range(self.case.highway):
+            gate = torch.sigmoid(self._dense(f"carry_{k}", y))
+            y = gate * torch.relu(self._dense(f"transform_{k}", y)) + (1 - gate) * y
+        return self._dense("projection", y)
+
+    def _dense(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.get(f"embedder/{name}_kernel"), self.get(f"embedder/{name}_bias"))
+
+    def layer(self, i: int, d: int, x: Tensor, lengths: list[int], state: State) -> tuple[Tensor, State]:
+        """One direction of one layer over ``[B, T, P]``, rows by falling length; backward if d is 1."""
+        w_x, w_h, w_p, b = (
+            self.get(f"lstm_{i}/{kind}_kernel:{d}" if kind != "bias" else f"lstm_{i}/bias:{d}")
+            for kind in ("input", "recurrent", "projection", "bias")
+        )
+        clip = self.case.clip or float("inf")
+        c, h = state
+        steps: list[Tensor | None] = [None] * x.shape[1]
+        for t in range(x.shape[1]) if d == 0 else reversed(range(x.shape[1])):
+            n = sum(length > t for length in lengths)
+            z = F.linear(x[:n, t], w_x) + F.linear(h[:n], w_h, b)
+            gate_i, j, f, o = z.chunk(4, dim=-1)
+            new_c = torch.sigmoid(gate_i) * torch.tanh(j) + torch.sigmoid(f + 1) * c[:n]
+            new_c = new_c.clamp(-clip, clip)
+            new_h = F.linear(torch.sigmoid(o) * torch.tanh(new_c), w_p).clamp(-clip, clip)
+            c, h = torch.cat([new_c, c[n:]]), torch.cat([new_h, h[n:]])
+            steps[t] = F.pad(new_h, (0, 0, 0, len(x) - n))
+        return torch.stack([s for s in steps if s is not None], dim=1), (c, h)
+
+    def direction(
+        self, d: int, x: Tensor, lengths: list[int], states: list[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Every layer's states ``[B, T, P]`` in one direction, and what each layer ended with."""
+        outputs, after = [], []
+        for i in range(self.case.layers):
+            h, last = self.layer(i, d, x, lengths, states[i])
+            x = h + x if self.case.skip and i else h
+            outputs.append(x)
+            after.append(last)
+        return outputs, after
+
+    def zero_states(self, rows: int) -> list[State]:
+        """The state of every layer of a direction before anything is read."""
+        shapes = (rows, self.case.cells), (rows, self.case.width)
+        zeros = tuple(torch.zeros(shape, device=_DEVICE) for shape in shapes)
+        return [(zeros[0], zeros[1])] * self.case.layers
+
+
+def _layout(name: str, a: np.ndarray) -> np.ndarray:
+    """A weight as PyTorch's products and convolutions read it."""
+    kind = name.rsplit("/", 1)[-1]
+    if kind.startswith("filter_") and "bias" not in kind:
+        return np.ascontiguousarray(a.transpose(2, 1, 0))  # [filters, d, width]
+    if kind.endswith("_kernel"):
+        return np.ascontiguousarray(a.swapaxes(-1, -2))
+    return a
+
+
+def embed(model: TorchELMo, sentences: list[list[str]]) -> list[np.ndarray]:
+    """Float32 ``[L, tokens, 2P]`` a sentence."""
+    order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
+    lengths = [len(sentences[i]) + 2 for i in order]
+    ids = np.zeros((len(order), lengths[0], _C), np.int64)
+    for row, i in enumerate(order):
+        ids[row, : lengths[row]] = [spell(word) for word in ("<S>", *sentences[i], "</S>")]
+    with torch.inference_mode():
+        x = model.words(torch.from_numpy(ids).to(_DEVICE).reshape(-1, _C))
+        x = x.reshape(len(order), lengths[0], -1)
+        zero = model.zero_states(len(order))
+        both = [[x, *model.direction(d, x, lengths, zero)[0]] for d in range(DIRECTIONS)]
+        layers = torch.stack([torch.cat(pair, dim=-1) for pair in zip(*both, strict=True)]).cpu().numpy()
+    out: list[Any] = [None] * len(order)
+    for row, i in enumerate(order):
+        out[i] = layers[:, row, 1 : lengths[row] - 1]
+    return out
+
+
+def build_embedding(case: Case, arrays: Arrays) -> Built:
+    """A text's layer states, from strings to arrays."""
+    model, text = TorchELMo(case, arrays), sentences_of(arrays)
+    size = _BATCH if case.together else 1
+
+    def run(n: int) -> list[np.ndarray]:
+        out: list[np.ndarray] = []
+        for _ in range(n):
+            out = [a for i in range(0, len(text), size) for a in embed(model, text[i : i + size])]
+        return out
+
+    return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
+
+
+def build_training(case: Case, arrays: Arrays) -> Built:
+    """Steps over a window with the state carried on; full softmax to check, sampled to time."""
+    from experiments.peers import sampled_sum, tensor
+
+    model = TorchELMo(case, arrays)
+    chars, words, weight = (tensor(arrays[name]) for name in ("chars", "words", "weight"))
+    carried = [model.zero_states(case.batch) for _ in range(DIRECTIONS)]
+    optimizer = torch.optim.Adagrad(model.parameters(), RATE, initial_accumulator_value=1.0, eps=1e-7)
+    table, bias = model.get("softmax_table"), model.get("softmax_bias")
+    k = torch.arange(case.vocabulary, device=_DEVICE, dtype=torch.float64)
+    expected = torch.log((k + 2) / (k + 1)) / np.log(case.vocabulary + 1) * (case.negatives or 0)
+    log_expected = expected.log().float()
+
+    def hidden(d: int, rows: int, states: list[Any]) -> tuple[Tensor, Tensor, list[State]]:
+        ids = chars[:, d, :rows]  # [U, B, C], as the direction reads
+        x = model.words(ids.reshape(-1, _C)).reshape(*ids.shape[:2], -1).transpose(0, 1)
+        # The window stands in reading order, so the backward layers are to turn it round again.
+        x = x.flip(1) if d else x
+        outputs, after = model.direction(d, x, [x.shape[1]] * rows, states)
+        h = outputs[-1].flip(1) if d else outputs[-1]
+        mask = weight[:, d, :rows].T.reshape(-1) > 0
+        return h.reshape(-1, h.shape[-1])[mask], words[1:, d, :rows].T.reshape(-1)[mask], after
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        drawn = (
+            torch.exp(torch.rand(case.negatives or 1, device=_DEVICE) * np.log(case.vocabulary)).long() - 1
+        )
+        total = torch.zeros((), device=_DEVICE)
+        for d in range(DIRECTIONS):
+            h, targets, after = hidden(d, case.batch, carried[d])
+            carried[d] = [(c.detach(), h.detach()) for c, h in after]
+            nll = sampled_sum(h, table, bias, targets, drawn.clamp(0, case.vocabulary - 1), log_expected)
+            total = total + nll / (DIRECTIONS * len(targets))
+        total.backward()
+        optimizer.step()
+        return total.detach()
+
+    def check() -> dict[str, np.ndarray]:
+        total = 0.0
+        with torch.no_grad():
+            for d in range(DIRECTIONS):
+                h, targets, _ = hidden(d, 2, model.zero_states(2))
+                total += float(F.cross_entropy(F.linear(h, table, bias), targets)) / DIRECTIONS
+        return {"loss": np.array(total)}
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            float(step())
+
+    return Built(check, [(run, 1.0)])

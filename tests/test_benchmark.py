@@ -1,0 +1,190 @@
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from experiments.benchmark import BenchmarkConfig
+from experiments.cases import CASES, MACHINE, OURS, Case, Phase, Rates, floor_seconds, parameters, phases
+from experiments.inputs import make_inputs, make_weights
+from experiments.race import Lane, _compare, difference, race, ratio, results_of
+from experiments.worker import is_weight
+
+_BY_NAME = {case.name: case for case in CASES}
+_SHAPES = {"batch": 3, "steps": 5, "vocabulary": 40, "sentences": 3, "cells": 6}
+_CNN = {"filters": ((1, 3), (2, 5)), "characters": 4}
+
+
+def tiny(name):
+    """A case of the benchmark at shapes that compile and run in a moment."""
+    case = _BY_NAME[name]
+    width = 6 if case.cells == case.width else 4
+    few = {"negatives": 7} if case.negatives else {}
+    return replace(case, **_SHAPES, width=width, **few, **(_CNN if case.filters else {}))
+
+
+def side(module, case):
+    arrays, _ = make_inputs(case, seed=1)
+    return module.build(case, arrays)
+
+
+def test_the_work_of_the_seed_shape_counted_by_hand():
+    step = _BY_NAME["step"]
+    lstm, softmax, update = phases(step, {"positions": 1280, "steps": 1})
+    # 2 directions, 2 layers, 300 x 600 weights, 2 operations each, three times for training
+    assert lstm.flops / 1280 == 3 * 2 * 2 * 2 * 300 * 600 == 4_320_000
+    assert softmax.flops / 1280 == 3 * 2 * 2 * 150 * 30_000 == 54_000_000
+    numbers = 2 * 30_000 * 150 + 30_000 + 2 * 2 * (300 * 600 + 600)
+    assert update.bytes == 28 * numbers
+    sampled = phases(_BY_NAME["softmax-2048"], {"positions": 1})[0]
+    assert sampled.flops == 3 * 2 * 2 * 150 * 2049
+    (word, _) = phases(_BY_NAME["embed"], {"positions": 0, "types": 1})
+    kinds = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+    filters = sum(w * 16 * n * (51 - w) for w, n in kinds)
+    assert word.flops == 2 * (filters + 2 * 2048 * 2048 + 2048 * 128)
+
+
+def test_phases_follow_each_other_and_each_is_bound_by_the_slower_of_two_rates():
+    rates = Rates(flops=100.0, bytes=10.0)
+    assert floor_seconds([Phase(200.0, 5.0), Phase(10.0, 30.0)], rates) == 2 + 3
+
+
+@pytest.mark.parametrize("name", ["step", "recipe", "small", "embed", "original"])
+def test_parameters_counted_are_those_of_the_model(name):
+    case = tiny(name)
+    weights = make_weights(case, np.random.default_rng(0))
+    made = sum(a.size for n, a in weights.items())
+    assert all(map(is_weight, weights))
+    softmax = case.vocabulary * (case.width + 1) if name == "embed" else 0
+    assert parameters(case) == made + softmax
+
+
+PEERS = ("lstm", "softmax", "softmax-2048", "optimiser", "step", "recipe", "small", "embed", "embed-1")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_torch_computes_what_this_library_does(name, standard_promotion):
+    pytest.importorskip("torch")
+    from experiments import ours, peers
+
+    with jax.numpy_rank_promotion("allow"):
+        case = tiny(name)
+        expected, found = side(ours, case).check(), side(peers, case).check()
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert difference(found[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["lstm", "softmax", "optimiser", "step"])
+def test_flax_computes_what_this_library_does(name, standard_promotion):
+    from experiments import jax_peers, ours
+
+    with jax.numpy_rank_promotion("allow"):
+        case = tiny(name)
+        arrays, _ = make_inputs(case, seed=1)
+        expected = ours.build(case, arrays).check()
+        found = jax_peers.build_flax(case, arrays).check()
+    for key, value in expected.items():
+        assert difference(found[key], value) < 1e-5, key
+
+
+def test_gensim_learns_as_much_in_an_epoch(standard_promotion):
+    pytest.importorskip("gensim")
+    from experiments import gensim_peer, ours
+
+    case = replace(tiny("sgns"), vocabulary=5000, sentences=100, width=16)
+    with jax.numpy_rank_promotion("allow"):
+        expected, found = side(ours, case).check()["loss"], side(gensim_peer, case).check()["loss"]
+    assert expected < 0.98 * 6 * np.log(2) and abs(found / expected - 1) < 0.1
+
+
+def test_weights_in_the_order_of_cudnn(standard_promotion):
+    """Its reference in JAX, which runs anywhere, gives what Flax's cells give."""
+    from jax.experimental import rnn
+
+    from experiments import jax_peers
+    from experiments.ours import weights_of
+
+    case = tiny("lstm")
+    arrays, _ = make_inputs(case, seed=1)
+    weights = jax_peers._direction(weights_of(arrays), 0)
+    x = jnp.asarray(arrays["x"][:, 0])
+    sizes = (case.width, case.cells, case.layers)
+    with jax.numpy_rank_promotion("allow"):
+        parts = rnn.unpack_lstm_weights(jax_peers.cudnn_weights(case, weights), *sizes, False)
+        zero = jnp.zeros((case.layers, case.batch, case.cells))
+        lengths = jnp.full(case.batch, case.steps, jnp.int32)
+        h, _, _ = rnn.lstm_ref(x.swapaxes(0, 1), zero, zero, *parts, lengths, *sizes, 0.0, False)
+        expected = jax_peers.flax_stack(case)(weights, x)
+    np.testing.assert_allclose(h.swapaxes(0, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+class Silent:
+    """A lane that computed something, and was not timed."""
+
+    def __init__(self, peer, folder, values):
+        self.peer, self.seconds, self.about, self.why = peer, [1.0, 2.0], {}, None
+        np.savez(folder / f"{peer}.npz", **values)
+
+
+def test_a_peer_of_another_loss_is_not_timed(tmp_path):
+    right, wrong = {"loss": np.ones(3)}, {"loss": np.array([1, 1, 1.01])}
+    lanes = [Silent(OURS, tmp_path, right), Silent("flax", tmp_path, right), Silent("torch", tmp_path, wrong)]
+    _compare(_BY_NAME["step"], lanes, tmp_path)  # type: ignore[arg-type]
+    assert [lane.why is None for lane in lanes] == [True, True, False]
+    assert lanes[2].why.startswith("its loss is not this library's")
+    found = results_of(_BY_NAME["step"], lanes, {"tokens": 10}, [Phase(3.0)], Rates(6.0, 1.0))
+    assert "median" not in found["peers"]["torch"] and found["peers"]["flax"]["times"] == 1.0
+    assert found["peers"][OURS]["of_floor"] == 0.5 / 1.5
+
+
+def test_a_ratio_is_taken_round_by_round():
+    assert ratio([2.0, 40.0, 2.0], [1.0, 20.0, 1.0]) == 2.0
+
+
+def test_a_worker_that_dies_says_why(tmp_path):
+    case = Case("bad", "sgns", (OURS,), vocabulary=40)
+    (lane,) = race(case, {}, tmp_path, 1, 0.0, lambda: None)
+    assert lane.seconds == [] and "KeyError: 'ids'" in lane.why
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lane = Lane(_BY_NAME["step"], "torch", tmp_path, 0.1, None)
+    lane.ready()
+    lane.measure()
+    lane.close()
+    assert lane.why == "torch is not installed (pip install 'elmo_jax[benchmark]')"
+
+
+def test_cases_are_chosen_by_name():
+    names = lambda **flags: [case.name for case in benchmark.choose(BenchmarkConfig(**flags), CASES)]  # noqa: E731
+    assert names() == [case.name for case in CASES]
+    assert names(only=("lstm", "embed*")) == ["lstm", "embed", "embed-1", "embed-original"]
+    assert names(quick=True) == ["step", "lstm", "softmax", "embed"]
+
+
+def test_from_flags_to_results(tmp_path, standard_promotion):
+    cases = (
+        replace(tiny("step"), peers=(OURS,)),
+        replace(tiny("step"), name="step-b8", peers=(OURS,), batch=8),
+    )
+    machine = tuple(replace(case, steps=32, peers=(OURS,)) for case in MACHINE)
+    config = BenchmarkConfig(rounds=2, least=0.01, output=str(tmp_path))
+    results = benchmark.benchmark(config, cases, machine)
+    assert results["cases"].keys() == {"step", "step-b8"}
+    ours = results["cases"]["step"]["peers"][OURS]
+    assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 1e8 and len(ours["seconds"]) == 2
+    assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["median"])
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(results))
+    assert (tmp_path / "tokens.png").stat().st_size > 5000 and (tmp_path / "floors.png").exists()
+
+
+def test_results_are_not_replaced_unasked(tmp_path, refused):
+    (tmp_path / "benchmark.json").write_text("{}")
+    refused(benchmark.main, ["--output", tmp_path], "--overwrite")
+    refused(benchmark.main, ["--output", tmp_path / "x", "--only", "lstn"], "--only lstn: no such case")
+    assert (tmp_path / "benchmark.json").read_text() == "{}" and not (tmp_path / "x").exists()
