@@ -11,14 +11,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 Record = Mapping[str, Any]
-BLOCKS = 12  # of `slope`
-_STUDENT = 2.228  # 97.5 % of Student's t with BLOCKS - 2 degrees of freedom
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE: Any = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLE: Any = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
     "font.size": 10,
@@ -26,9 +23,9 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": cycler(color=_COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
-_CENTRED: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+CENTRED: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
@@ -45,7 +42,7 @@ def plot_curves(
         log: whether the y axis is logarithmic.
     """
     epochs = [record["epoch"] for record in records]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.2))
         for (name, label), marker in zip(lines.items(), "os^Dv<", strict=False):
             axes.plot(epochs, [record[name] for record in records], marker=marker, markersize=4, label=label)
@@ -77,7 +74,7 @@ def plot_bands(
         xlabel, ylabel: with their units.
         log: whether the x axis is logarithmic.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.2, 3.8))
         for (name, runs), marker in zip(curves.items(), "os^Dv<", strict=False):
             x = sorted(runs[0])
@@ -109,11 +106,11 @@ def plot_dots(
         xlabel: with its unit.
         floor: a value to compare with, drawn as a broken line.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.2, 0.8 + 0.4 * len(values)))
         for i, runs in enumerate(values.values()):
             mean, spread = float(np.mean(runs)), float(deviation(np.array(runs)))
-            axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=_COLOURS[0], capsize=3)
+            axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=COLOURS[0], capsize=3)
             axes.annotate(
                 f"{mean:.3f}",
                 (mean, i),
@@ -130,82 +127,6 @@ def plot_dots(
         axes.set(xlabel=xlabel)
         if floor is not None:
             axes.axvline(floor, color="black", linestyle="--", linewidth=1)
-        figure.savefig(path)
-        plt.close(figure)
-
-
-def plot_rates(
-    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: Path, xlabel: str, ylabel: str
-) -> None:
-    """Rates of several competitors against a size, medians within their range, as a PNG.
-
-    Args:
-        panels: by title and competitor, each repetition's rate at every size.
-        path: of the PNG.
-        xlabel, ylabel: with their units.
-    """
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    looks = {name: (c, m) for name, c, m in zip(names, _COLOURS, "os^Dv<", strict=False)}
-    with plt.rc_context(_STYLE):
-        size = (1.2 + 4.2 * len(panels), 3.4)
-        figure, row = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        for axes, (title, curves) in zip(row[0], panels.items(), strict=True):
-            ticks = sorted({x for runs in curves.values() for x in runs})
-            for name, runs in curves.items():
-                x = sorted(runs)
-                colour, marker = looks[name]
-                middle = [float(np.median(runs[at])) for at in x]
-                axes.plot(x, middle, marker=marker, markersize=5, color=colour, label=name)
-                low, high = ([float(pick(runs[at])) for at in x] for pick in (min, max))
-                axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, list(map(str, ticks)))
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.set(title=title, xlabel=xlabel, ylabel=ylabel if axes is row[0, 0] else "")
-        lines = {
-            name: line
-            for axes in row[0]
-            for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(lines.values(), lines, frameon=False, loc="outside upper center", ncols=len(lines))
-        figure.savefig(path)
-        plt.close(figure)
-
-
-def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, xlabel: str) -> None:
-    """Bars of shares in [0, 1] by group and competitor, from top to bottom, as a PNG.
-
-    Args:
-        shares: by group and competitor.
-        path: of the PNG.
-        xlabel: what a share is of.
-    """
-    names = list(dict.fromkeys(name for group in shares.values() for name in group))
-    colours = dict(zip(names, _COLOURS, strict=False))
-    most = max(share for group in shares.values() for share in group.values())
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
-        bars = sum(map(len, shares.values()))
-        figure, axes = plt.subplots(figsize=(6.4, 1.1 + 0.2 * bars + 0.12 * len(shares)))
-        top, ticks = 0.0, []
-        for group in shares.values():
-            ticks.append(top + (len(group) - 1) / 2)
-            for name, share in group.items():
-                drawn = axes.barh(top, share, height=0.82, color=colours[name])
-                axes.bar_label(drawn, [f" {share:.0%}" if share >= 0.1 else f" {share:.1%}"], fontsize=8)
-                top += 1
-            top += 0.6
-        axes.set_yticks(ticks, list(shares))
-        axes.invert_yaxis()
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, max(1.0, 1.1 * most))
-        axes.axvline(1, color="black", linestyle="--", linewidth=1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set(xlabel=xlabel)
-        handles = [Patch(color=colours[name], label=name) for name in names]
-        axes.legend(
-            handles=handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names)
-        )
         figure.savefig(path)
         plt.close(figure)
 
@@ -239,19 +160,19 @@ def plot_layers(
     """
     names = list(dict.fromkeys(groups))
     size = max(float(np.abs(xy).max()) for xy in points) * 1.12 or 1.0  # one scale, so that spread is seen
-    with plt.rc_context(_STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+    with plt.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure, panels = plt.subplots(1, len(points), figsize=(2.9 * len(points), 3.1), squeeze=False)
         for axes, xy, title in zip(panels[0], points, titles, strict=True):
             for i, name in enumerate(names):
                 chosen = [g == name for g in groups]
-                colour, marker = _COLOURS[i % len(_COLOURS)], "os^Dv<"[i % 6]
+                colour, marker = COLOURS[i % len(COLOURS)], "os^Dv<"[i % 6]
                 style: Any = {"marker": marker, "s": 34, "alpha": 0.75, "linewidths": 0.6}
                 axes.scatter(*xy[chosen].T, color=colour, edgecolors="white", label=name, **style)
             axes.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
             axes.set_facecolor("#f5f5f2")
             axes.set_title(title, fontsize=9)
             if np.ptp(xy, axis=0).max() < 1e-3 * size:
-                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **_CENTRED)
+                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **CENTRED)
         figure.tight_layout(w_pad=1.0)
         handles, labels = panels[0][0].get_legend_handles_labels()
         legend: Any = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, 0.04)}
@@ -265,7 +186,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = 1.6 + 0.8 * len(classes)
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(figsize=(side, side))
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), count in np.ndenumerate(matrix):
@@ -306,58 +227,3 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for part in ("train", "validation", "test"):
         lines.append(f"{part:10}" + "".join(f"  {results[part][name]:9.4f}" for name in names))
     return "\n".join(lines)
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """The slope of a line through a slowly varying measurement, and half its 95 % interval.
-
-    Neighbouring measurements are alike, so the line goes through the means of `BLOCKS`
-    stretches of them, which hardly are.
-
-    Args:
-        x, y: at least `BLOCKS` each.
-
-    Example:
-        >>> slope(range(24), [3.0 * x for x in range(24)])
-        (3.0, 0.0)
-    """
-    u, v = (
-        np.array([np.mean(part) for part in np.array_split(np.asarray(a, float), BLOCKS)]) for a in (x, y)
-    )
-    u, v = u - u.mean(), v - v.mean()
-    rise = float(u @ v / (u @ u))
-    error = np.sqrt(np.sum((v - rise * u) ** 2) / (BLOCKS - 2) / (u @ u))
-    return rise, float(_STUDENT * error)
-
-
-def plot_soak(
-    hours: Sequence[float],
-    megabytes: Sequence[float],
-    files: Sequence[float],
-    late: int,
-    fitted: tuple[float, float],
-    path: Path,
-) -> None:
-    """Memory and open files over time, as a PNG.
-
-    Args:
-        hours: of each look.
-        megabytes: of memory then.
-        files: open then.
-        late: the first look that the line is fitted to.
-        fitted: what `slope` gave.
-        path: of the PNG.
-    """
-    with plt.rc_context(_STYLE):
-        figure, (above, below) = plt.subplots(2, sharex=True, figsize=(5.2, 4.2), height_ratios=(2, 1))
-        above.plot(hours, megabytes, linewidth=1)
-        x = np.asarray(hours[late:])
-        middle = np.mean(megabytes[late:])
-        told = f"{fitted[0]:+.2f} ± {fitted[1]:.2f} MiB/h"
-        above.plot(x, middle + fitted[0] * (x - x.mean()), color=_COLOURS[1], label=told)
-        above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(megabytes)))
-        above.legend(frameon=False, loc="lower right")
-        below.plot(hours, files, linewidth=1, color=_COLOURS[2])
-        below.set(xlabel="hours", ylabel="open files", ylim=(0, 1.3 * max(files)))
-        figure.savefig(path)
-        plt.close(figure)

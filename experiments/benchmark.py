@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from elmo_jax import report
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import write_atomically
 from elmo_jax.progress import Meter
 from experiments import cli
 from experiments.cases import CASES, GOALS, MACHINE, OURS, QUICK, Case, Goal, Rates, cuda_cases, phases
+from experiments.charts import plot_rates, plot_shares
 from experiments.inputs import make_inputs
 from experiments.race import race, results_of
 
@@ -197,14 +197,14 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
     panels = {title: curves_of(part, timed.values()) for part, title in _PANELS.items()}
     many = {title: curves for title, curves in panels.items() if curves}
     if many:
-        report.plot_rates(many, output / "tokens.png", "batch size (rows)", "real tokens/s")
+        plot_rates(many, output / "tokens.png", "batch size (rows)", "real tokens/s")
     shares = {
         name: {peer: r["of_floor"] for peer, r in found["peers"].items() if "of_floor" in r}
         for name, found in timed.items()
     }
     shares = {name: share for name, share in shares.items() if share}
     if shares:
-        report.plot_shares(shares, output / "floors.png", "share of what the machine could do (floor / time)")
+        plot_shares(shares, output / "floors.png", "share of what the machine could do (floor / time)")
     drawn = " and its pictures" if many or shares else ""
     cli.say(f"written to {output / RESULT}{drawn}")
 

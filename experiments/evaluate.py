@@ -13,11 +13,11 @@ from typing import TextIO
 import numpy as np
 from tyro.conf import Positional
 
-from elmo_jax.dump import blocks, read_lines
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets
 from elmo_jax.integrity import move, write_atomically
+from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import tokenize
 from experiments import cli
 

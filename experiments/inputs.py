@@ -173,11 +173,11 @@ def _official(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, A
     ids = _words(case, rng, offsets[-1])
     documents = Documents(ids, offsets, np.zeros(len(lengths), np.int32))
     window = ContiguousStream(documents, case.batch, case.steps, seed=0).window(0)
-    chars = spelled[window.words[:-1] % len(spelled)]
-    data = {"words": window.words, "weight": window.weight, "chars": chars}
-    real = int(window.weight[:, 0].sum())
-    ends = int((window.words[1:, 0] == 2).sum())
-    types = len(np.unique(window.words[:-1] % len(spelled)))
+    words, weight = (np.moveaxis(a, 2, 0) for a in (window.words, window.weight))  # [T, D, B]
+    data = {"words": words, "weight": weight, "chars": spelled[words[:-1] % len(spelled)]}
+    real = int(weight[:, 0].sum())
+    ends = int((words[1:, 0] == 2).sum())
+    types = len(np.unique(words[:-1] % len(spelled)))
     counts = {"tokens": real - ends, "positions": case.batch * case.steps, "steps": 1, "types": types}
     return make_weights(case, rng) | data, counts
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
-from elmo_jax.dump import read_lines
 from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
+from elmo_jax.lines import read_lines
 from elmo_jax.report import plot_layers
 from elmo_jax.sample import sample_corpus
 from elmo_jax.text import tokenize

@@ -19,12 +19,14 @@ from elmo_jax.data import Batch, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.lstm import LSTM
 from elmo_jax.recurrence import Clips
+from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
-from elmo_jax.softmax import full_nll, sampled_nll
-from elmo_jax.tasks import bilm_loss, bilm_window_loss
+from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
+from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of
+from experiments.rates import build_copy, build_product, compiled_once
 from experiments.worker import RATE, Built, is_weight, pair_loss, sentences_of
 
 _K = 8  # steps a dispatch, as by default
@@ -52,62 +54,30 @@ def weights_of(arrays: Arrays) -> dict[str, Any]:
     return jax.device_put(unflatten_dict({n: a for n, a in arrays.items() if is_weight(n)}, sep="/"))
 
 
-def repeat(step: Any, *args: Any) -> Any:
-    """What runs a compiled function n times and waits for all that it returns."""
-
-    def run(n: int) -> None:
-        for _ in range(n):
-            jax.block_until_ready(step(*args))
-
-    return run
-
-
-def compiled_once(step: Any, names: tuple[str, ...], *args: Any) -> Built:
-    """A function without state: its outputs are checked by name, and it is timed."""
-
-    def check() -> dict[str, np.ndarray]:
-        leaves = jax.tree.leaves(jax.block_until_ready(step(*args)))
-        return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
-
-    return Built(check, [(repeat(step, *args), 1.0)])
-
-
-def build_product(case: Case, arrays: Arrays) -> Built:
-    """A square product, of which the machine's rate is taken."""
-    dtype = jnp.bfloat16 if case.precision == "bfloat16" else jnp.float32
-    x = jnp.asarray(arrays["x"], dtype)
-    return compiled_once(jax.jit(lambda x: x @ x), ("product",), x)
-
-
-def build_copy(case: Case, arrays: Arrays) -> Built:
-    """A copy too large for any cache, of which the machine's rate is taken."""
-    del case
-    step, held = (
-        jax.jit(lambda x: -x, donate_argnums=0),
-        [jnp.array(arrays["x"])],
-    )  # memory at hand, as torch has
-
-    def run(n: int) -> np.ndarray:
-        for _ in range(n):
-            held[0] = jax.block_until_ready(step(held[0]))
-        return np.array(held[0])[:8] if n == 1 else np.zeros(0)
-
-    return Built(lambda: {"copy": run(1)}, [(run, 1.0)])
-
-
 def _lstm(case: Case, arrays: Arrays) -> Built:
     projection = case.width if case.width != case.cells else None
     dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
     layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype)
     lengths = jnp.full(case.batch, case.steps, jnp.int32)
-    cotangent = jnp.asarray(arrays["cotangent"])
+    cotangent = jnp.asarray(_time_last(arrays["cotangent"]))
 
     def loss(weights: Any, x: Array) -> Array:
         for i in range(case.layers):
             x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
         return jnp.sum(x.astype(jnp.float32) * cotangent)
 
-    return lstm_gradients(loss, case, arrays)
+    built = lstm_gradients(loss, case, arrays | {"x": _time_last(arrays["x"])})
+
+    def check() -> dict[str, np.ndarray]:
+        found = built.check()
+        return found | {"d:x": np.moveaxis(found["d:x"], 2, 0)}
+
+    return built._replace(check=check)
+
+
+def _time_last(a: np.ndarray) -> np.ndarray:
+    """Peers read ``[T, D, B, ...]``, this library ``[D, B, T, ...]``."""
+    return np.ascontiguousarray(np.moveaxis(a, 0, 2))
 
 
 def lstm_gradients(loss: Any, case: Case, arrays: Arrays) -> Built:
@@ -127,7 +97,8 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
     def loss(hidden: Array, table: Array, bias: Array) -> Array:
         if case.negatives is None:
             return full_nll(hidden, table, bias, targets, weight)[0]
-        return sampled_nll(hidden, table, bias, targets, weight, jax.random.key(0), case.negatives)[0]
+        draw = log_uniform_negatives(jax.random.key(0), len(table), case.negatives)
+        return sampled_nll(hidden, table, bias, targets, weight, draw)[0]
 
     return softmax_gradients(loss, arrays)
 
@@ -237,14 +208,16 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 def _official(case: Case, arrays: Arrays) -> Built:
     """bilm-tf's recipe but for dropout; what is checked is the full softmax of the first two rows."""
     model = model_of(case)
-    optimizer = make_optimizer(_settings(case), 1)
-    window = Window(arrays["words"], arrays["weight"], arrays["chars"])
+    assert case.negatives is not None
+    optimizer = Rowwise(make_optimizer(_settings(case), 1), bilm_rows(model, case.negatives))
+    window = Window(*(_time_last(arrays[name]) for name in ("words", "weight", "chars")))
     carry = {"state": zero_state(model.config, case.batch)}
     state = TrainState.create(weights_of(arrays), optimizer, carry=carry)
-    built = training(bilm_window_loss(model, case.negatives), state, _repeated(window), optimizer)
+    task = bilm_window_loss(model, case.negatives, rowwise=True)
+    built = training(task, state, _repeated(window), optimizer)
 
     def check() -> dict[str, np.ndarray]:
-        rows = jax.tree.map(lambda a: a[:, :, :2], window)
+        rows = jax.tree.map(lambda a: a[:, :2], window)
         carry = {"state": zero_state(model.config, 2)}
         loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
         return {"loss": np.array(loss)}

@@ -7,11 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
@@ -22,6 +24,8 @@ from experiments import cli
 from experiments.pretrain import PretrainConfig, pretrain
 
 SAMPLES = "memory.jsonl"
+BLOCKS = 12  # of `slope`
+_STUDENT = 2.228  # 97.5 % of Student's t with BLOCKS - 2 degrees of freedom
 _WARM_UP = 0.25  # of the time: programs are compiled and pools filled
 
 
@@ -53,17 +57,17 @@ def soak(config: SoakConfig) -> dict[str, Any]:
         [look[name] for look in looks] for name in ("seconds", "rss_bytes", "open_files")
     )
     late = next((i for i, t in enumerate(seconds) if t >= _WARM_UP * seconds[-1]), 0) if looks else 0
-    if len(looks) - late < 2 * report.BLOCKS:
+    if len(looks) - late < 2 * BLOCKS:
         raise InputError(f"{len(looks)} looks are too few; lower --every, or raise --minutes or --epochs")
     hours, megabytes = [t / 3600 for t in seconds], [m / 2**20 for m in memory]
-    slope, error = report.slope(hours[late:], megabytes[late:])
-    report.plot_soak(hours, megabytes, files, late, (slope, error), path / "memory.png")
+    rise, error = slope(hours[late:], megabytes[late:])
+    plot_soak(hours, megabytes, files, late, (rise, error), path / "memory.png")
     spread = max(files[late:]) - min(files[late:])
     cli.say(
-        f"memory: {slope:+.2f} ± {error:.2f} MiB an hour (95 %), at {megabytes[-1]:,.0f} MiB; open files: "
+        f"memory: {rise:+.2f} ± {error:.2f} MiB an hour (95 %), at {megabytes[-1]:,.0f} MiB; open files: "
         f"{min(files[late:]):.0f} to {max(files[late:]):.0f}; written to {path / 'memory.png'}"
     )
-    return {"slope": slope, "error": error, "files": spread}
+    return {"slope": rise, "error": error, "files": spread}
 
 
 @contextlib.contextmanager
@@ -97,6 +101,61 @@ def _look() -> dict[str, float]:
         "rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
         "open_files": len(os.listdir("/proc/self/fd")) - 1,  # but for the one that lists them
     }
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """The slope of a line through a slowly varying measurement, and half its 95 % interval.
+
+    Neighbouring measurements are alike, so the line goes through the means of `BLOCKS`
+    stretches of them, which hardly are.
+
+    Args:
+        x, y: at least `BLOCKS` each.
+
+    Example:
+        >>> slope(range(24), [3.0 * x for x in range(24)])
+        (3.0, 0.0)
+    """
+    u, v = (
+        np.array([np.mean(part) for part in np.array_split(np.asarray(a, float), BLOCKS)]) for a in (x, y)
+    )
+    u, v = u - u.mean(), v - v.mean()
+    rise = float(u @ v / (u @ u))
+    error = np.sqrt(np.sum((v - rise * u) ** 2) / (BLOCKS - 2) / (u @ u))
+    return rise, float(_STUDENT * error)
+
+
+def plot_soak(
+    hours: Sequence[float],
+    megabytes: Sequence[float],
+    files: Sequence[float],
+    late: int,
+    fitted: tuple[float, float],
+    path: Path,
+) -> None:
+    """Memory and open files over time, as a PNG.
+
+    Args:
+        hours: of each look.
+        megabytes: of memory then.
+        files: open then.
+        late: the first look that the line is fitted to.
+        fitted: what `slope` gave.
+        path: of the PNG.
+    """
+    with plt.rc_context(report.STYLE):
+        figure, (above, below) = plt.subplots(2, sharex=True, figsize=(5.2, 4.2), height_ratios=(2, 1))
+        above.plot(hours, megabytes, linewidth=1)
+        x = np.asarray(hours[late:])
+        middle = np.mean(megabytes[late:])
+        told = f"{fitted[0]:+.2f} ± {fitted[1]:.2f} MiB/h"
+        above.plot(x, middle + fitted[0] * (x - x.mean()), color=report.COLOURS[1], label=told)
+        above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(megabytes)))
+        above.legend(frameon=False, loc="lower right")
+        below.plot(hours, files, linewidth=1, color=report.COLOURS[2])
+        below.set(xlabel="hours", ylabel="open files", ylim=(0, 1.3 * max(files)))
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def main() -> int:

@@ -81,7 +81,7 @@ EMBED = {
     ),
     "a mix from a model": (
         ["--pretrained", "model", "--layers", "mix", "--mix-from", "model"],
-        "results.json: holds no lambdas",
+        "is no run of experiments.downstream",
     ),
     "a million tokens": (["--pretrained", "model", "--long", "refuse"], "in.txt:3: has 1,000,000 tokens"),
 }

@@ -20,10 +20,10 @@ PART = 500  # tokens, of 96 bytes each
 # Real processes, because HDF5 tells of what it could not write when the interpreter ends, too.
 EMBED = f"""
 import resource, sys
-from elmo_jax import dump
+from elmo_jax import lines
 from experiments import embed
 limit, *sys.argv = sys.argv[1:]
-dump.PART_TOKENS = {PART}
+lines.PART_TOKENS = {PART}
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 sys.exit(embed.main())
 """
@@ -58,7 +58,7 @@ def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path
         joined(path)
 
     monkeypatch.setattr(module.shutil, "rmtree", before_they_go)
-    monkeypatch.setattr(module, "PART_TOKENS", PART)
+    monkeypatch.setattr("elmo_jax.lines.PART_TOKENS", PART)
     monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
     assert embed.main() == 0
     assert kept == written  # none was written again

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elmo_jax import report
 from experiments import soak
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -14,10 +13,10 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def test_the_slope_is_of_a_line_through_means(rng):
     x, noise = np.arange(240.0), rng.normal(size=240)
-    means = [[np.mean(part) for part in np.array_split(a, report.BLOCKS)] for a in (x, 2 * x + noise)]
+    means = [[np.mean(part) for part in np.array_split(a, soak.BLOCKS)] for a in (x, 2 * x + noise)]
     line = stats.linregress(*means)
-    got = report.slope(x, 2 * x + noise)
-    np.testing.assert_allclose(got, (line.slope, line.stderr * stats.t.ppf(0.975, report.BLOCKS - 2)), 1e-3)
+    got = soak.slope(x, 2 * x + noise)
+    np.testing.assert_allclose(got, (line.slope, line.stderr * stats.t.ppf(0.975, soak.BLOCKS - 2)), 1e-3)
     assert abs(got[0] - 2) < got[1] < 0.01
 
 
@@ -28,7 +27,7 @@ def test_nineteen_of_twenty_intervals_hold_the_slope_of_a_walk_back_to_the_mean(
         y = np.zeros(1200)
         for i, step in enumerate(rng.normal(size=1199)):
             y[i + 1] = 0.9 * y[i] + step
-        slope, error = report.slope(range(1200), y)
+        slope, error = soak.slope(range(1200), y)
         hits += abs(slope) < error
     assert 0.91 < hits / 400 < 0.99
 

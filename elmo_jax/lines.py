@@ -1,0 +1,46 @@
+"""A text file's lines as tokens, one at a time or in groups, whatever its size."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from elmo_jax.errors import InputError
+
+PART_TOKENS = 50_000  # of a group: a few seconds' work
+
+
+def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers from 0 and their tokens, one line in memory at a time.
+
+    Raises:
+        InputError: the file is missing or not UTF-8, with the line.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file, and is read more than once; save it as one first")
+    try:
+        with path.open("rb") as file:
+            for i, line in enumerate(file):
+                try:
+                    text, bad = line.decode("utf-8-sig" if i == 0 else "utf-8"), line.find(b"\0")
+                except UnicodeDecodeError as error:
+                    text, bad = "", error.start
+                if bad >= 0:
+                    raise InputError(
+                        f"{path}:{i + 1}: byte 0x{line[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
+                    )
+                yield i, split(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def blocks(lines: Iterable[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
+    """Lines in groups of about `PART_TOKENS` tokens: the same however often it is asked."""
+    block: list[tuple[int, list[str]]] = []
+    tokens = 0
+    for i, line in lines:
+        block.append((i, line))
+        tokens += len(line) + 1
+        if tokens >= PART_TOKENS:
+            yield block
+            block, tokens = [], 0
+    if block:
+        yield block
