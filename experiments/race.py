@@ -166,10 +166,10 @@ def _compare(case: Case, lanes: list[Lane], folder: Path) -> None:
     standing = [lane for lane in lanes if lane.why is None]
     if not standing or standing[0].peer != OURS:
         return
-    with np.load(folder / f"{OURS}.npz") as file:
+    with np.load(folder / f"{OURS}.npz", allow_pickle=False) as file:
         ours = dict(file)
     for lane in standing[1:]:
-        with np.load(folder / f"{lane.peer}.npz") as file:
+        with np.load(folder / f"{lane.peer}.npz", allow_pickle=False) as file:
             apart = {name: difference(file[name], ours[name]) for name in ours if name in file}
         missing = [name for name in ours if name not in apart]
         name = max(apart, key=lambda n: apart[n], default="nothing")

@@ -130,7 +130,7 @@ def main(folder: Path, peer: str, least: float) -> None:
     case = Case(**settings)
     module, name = _MAKERS[peer]
     make = getattr(importlib.import_module(module), name)
-    with np.load(folder / "inputs.npz") as file:
+    with np.load(folder / "inputs.npz", allow_pickle=False) as file:
         arrays = dict(file)
     if "jax" in sys.modules and case.precision == "tf32":
         sys.modules["jax"].config.update("jax_default_matmul_precision", "tensorfloat32")

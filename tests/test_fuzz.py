@@ -93,11 +93,11 @@ def test_any_bytes_are_hdf5_or_an_error(official, tmp_path_factory, name, data, 
 @FUZZ
 @given(text=st.text(st.characters(), max_size=200) | st.text("a1_é\u0301<>&#;\\ \n\t\0", max_size=60))
 def test_any_text_is_tokens_that_are_tokens(text):
-    for tokens in (tokenize(text), tokenize(clean(text))):
-        assert all(token and not any(c.isspace() for c in token) for token in tokens)
-        assert all(len(token) == 1 or token.replace("_", "a").isalnum() for token in tokens)
-    # Nothing but space is lost, and tokens are read as themselves.
-    assert "".join(tokenize(text)) == "".join(text.lower().split())
+    tokens = tokenize(text)
+    assert all(token and not any(c.isspace() for c in token) for token in tokens)
+    assert all(len(token) == 1 or token.replace("_", "a").isalnum() for token in tokens)
+    # Nothing but space and what `clean` mends is lost, and tokens are read as themselves.
+    assert "".join(tokens) == "".join(clean(text).lower().split())
     assert tokenize(" ".join(tokenize(text))) == tokenize(text)
 
 
@@ -108,17 +108,11 @@ def test_nothing_that_is_loaded_can_run_code():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                assert not names & {
-                    "pickle",
-                    "dill",
-                    "cloudpickle",
-                    "joblib",
-                    "shelve",
-                    "marshal",
-                    "subprocess",
-                }
+                assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+                assert "subprocess" not in names or path.name == "race.py"  # the benchmark's peers
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                assert "shell" not in {keyword.arg for keyword in node.keywords}
                 assert called not in {"eval", "exec", "compile", "os.system", "os.popen", "__import__"}
                 if called in {"np.load", "numpy.load"}:
                     assert "allow_pickle=False" in ast.unparse(node)

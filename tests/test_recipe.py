@@ -138,7 +138,7 @@ def test_a_window_of_one_sentence_is_the_sentence():
 def test_arithmetic_is_counted_through_the_recurrence():
     steps, rows, inputs, cells, width = 7, 3, 4, 6, 5
     lstm = LSTM(cells, projection=width)
-    x, lengths = jnp.ones((steps, 2, rows, inputs)), jnp.full(rows, steps)
+    x, lengths = jnp.ones((2, rows, steps, inputs)), jnp.full(rows, steps)
     params = lstm.init(jax.random.key(0), x, lengths)
     forward = lambda params, x: lstm.apply(params, x, lengths)[0].sum()  # noqa: E731
     once = 2 * steps * 2 * rows * (inputs * 4 * cells + width * 4 * cells + cells * width)
