@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
-from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
+from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch, train_step
 from experiments import cli
 
 TIMED = 4  # dispatches
+_ENOUGH = 10.0  # seconds of timing
 PORTION = 1 << 19  # tokens of a corpus that they are taken from, at least
 
 
@@ -33,8 +34,10 @@ def estimate(
     key = jax.random.key(seed)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
     dispatches = list(itertools.islice(stream.dispatches(0, stream.steps_per_epoch), TIMED))
-    flops = _flops(state, loss_fn, dispatches, key)
+    shapes = jax.eval_shape(lambda: state)
     ran, words, seconds = _time(state, loss_fn, optimizer, dispatches, key)
+    flops = _flops(shapes, loss_fn, optimizer, ran, key)
+    count = sum(part.count for part in ran)
     cli.say(
         f"memory: {held / 1e6:,.0f} MB of parameters and optimiser, {cli.peak_memory() / 1e6:,.0f} MB at the "
         "peak"
@@ -43,46 +46,51 @@ def estimate(
         f"arithmetic: {flops / words / 1e6:,.2f} million FLOPs a token in matrix products, padding counted"
     )
     cli.say(
-        f"speed: {words / seconds:,.0f} tokens/s, {seconds / ran * 1e3:,.1f} ms a step, "
+        f"speed: {words / seconds:,.0f} tokens/s, {seconds / count * 1e3:,.1f} ms a step, "
         f"{flops / seconds / 1e9:,.1f} GFLOP/s"
     )
     cli.say(
-        f"the run: {steps:,.0f} steps in {steps * seconds / ran / 3600:.2f} hours, without its evaluations"
+        f"the run: {steps:,.0f} steps in {steps * seconds / count / 3600:.2f} hours, without its evaluations"
     )
 
 
 def _time(
     state: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
-) -> tuple[int, float, float]:
-    """Steps, words and seconds of these dispatches, each compiled before."""
+) -> tuple[list[Dispatch], float, float]:
+    """What was run of these dispatches, each compiled before, in how many words and seconds."""
     run = make_dispatch(loss_fn, optimizer)
     compiled: set[tuple[int, ...]] = set()
-    ran, words, seconds = 0, 0.0, 0.0
+    ran: list[Dispatch] = []
+    words, seconds = 0.0, 0.0
     for batches, count in dispatches:
         shape = batches.words.shape
         if shape not in compiled:
-            state, _ = run(state, batches, count, key)
+            state, _ = run(state, batches, 1, key)
             compiled.add(shape)
         jax.block_until_ready(state)
+        # One step first, which says how many there is time for.
+        steps = min(count, 1 + int(_ENOUGH * sum(part.count for part in ran) / seconds)) if ran else 1
         began = time.perf_counter()
-        state, sums = jax.block_until_ready(run(state, batches, count, key))
+        state, sums = jax.block_until_ready(run(state, batches, steps, key))
         seconds += time.perf_counter() - began
-        ran, words = ran + count, words + float(np.sum(sums["words"]))
+        ran.append(Dispatch(batches, steps))
+        words += float(np.sum(sums["words"]))
+        if seconds > _ENOUGH:
+            break
     return ran, words, seconds
 
 
-def _flops(state: TrainState, loss_fn: LossFn, dispatches: list[Dispatch], key: jax.Array) -> float:
-    """Of the loss and its gradient over all these steps."""
-    given = {**state.frozen, **state.carry}
+def _flops(
+    shapes: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
+) -> float:
+    """Of the matrix products of all these steps; only the shapes of the state are read."""
     total, of_shape = 0.0, {}
     for batches, count in dispatches:
         batch = jax.tree.map(lambda leaf: leaf[0], batches)
         shape = batch.words.shape
         if shape not in of_shape:
-            gradient = jax.value_and_grad(
-                lambda params, batch=batch: loss_fn({**given, **params}, batch, key), has_aux=True
-            )
-            of_shape[shape] = matmul_flops(jax.make_jaxpr(gradient)(state.params).jaxpr)
+            step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)
+            of_shape[shape] = matmul_flops(step.jaxpr)
         total += count * of_shape[shape]
     return total
 

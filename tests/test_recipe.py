@@ -22,7 +22,7 @@ from experiments import pretrain
 from experiments.estimate import matmul_flops
 
 MODEL = ["--filters", "1", "3", "2", "4", "--character-features", "3", "--embedding", "6", "--cells", "8"]
-SMALL = [*MODEL, "--batch-size", "4", "--unroll", "5"]
+SMALL = [*MODEL, "--batch-size", "4", "--unroll", "5", "--negatives", "5"]
 
 
 @pytest.fixture
