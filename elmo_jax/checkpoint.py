@@ -25,8 +25,9 @@ from elmo_jax.steps import Steps, check_kinds
 METRICS, RESULTS = "metrics.jsonl", "results.json"
 _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
-_FREE = {"output", "epochs", "save_every", "files"}  # may change, or are compared on their own
-_ORDER = {"seed", "steps_per_dispatch"}  # of the batches alone, once training has begun
+# These may change, or are compared on their own.
+_FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
+_ORDER = {"seed"}  # of the batches alone, once training has begun
 
 
 @dataclass
@@ -103,13 +104,13 @@ class Run:
 
         Args:
             path: the folder; a new one, unless `resume` or `overwrite`.
-            config: written to ``config.json``; to resume, all but "output", "epochs" and
-                "save_every" must be what it was.
+            config: written to ``config.json``; to resume, all but "output", "epochs",
+                "save_every" and "steps_per_dispatch" must be what it was.
             monitor: the record's figure that is lowest at the best epoch.
             resume: go on with a run that is there; begin one if none is.
             overwrite: remove a run that is there.
-            allow_change: to resume between two epochs, "seed" and "steps_per_dispatch" may
-                change too: they give the order of the batches that come.
+            allow_change: to resume between two epochs, "seed" may change too: it gives the
+                order of the batches that come.
             files: names and texts to write beside, which must be the same to resume.
 
         Raises:

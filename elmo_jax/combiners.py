@@ -15,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.errors import InputError
+
 _EPSILON = 1e-6  # of the layer norm
 
 
@@ -22,8 +24,8 @@ _EPSILON = 1e-6  # of the layer norm
 class CombinerConfig:
     """Which combiner, and what it may be told."""
 
-    combiner: Literal["trainable", "frozen", "function"] = "trainable"
-    """trainable or frozen weights a layer, or a learned function of all layers."""
+    combiner: str = "trainable"
+    """trainable or frozen weights a layer, or a learned function of all layers; or one of your own."""
     normalize: Literal["none", "softmax"] = "none"
     """trainable: weights as they are, or softmax-normalised and scaled as in the paper."""
     layer_norm: bool = False
@@ -160,5 +162,11 @@ COMBINERS: dict[str, Any] = {"trainable": ScalarMix, "frozen": FrozenMix, "funct
 
 
 def make_combiner(config: CombinerConfig) -> Any:
-    """The combiner that `config` names."""
+    """The combiner that `config` names.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if config.combiner not in COMBINERS:
+        raise InputError(f"--combiner {config.combiner} is none of {', '.join(COMBINERS)}; give one of them")
     return COMBINERS[config.combiner](config)

@@ -19,6 +19,7 @@ from elmo_jax.text import BOS, EOS, PAD, UNK
 
 DIRECTIONS = 2  # forward, then backward
 _ROUND = 4  # bounds are multiples of it, the longest too
+_GROUP = 8  # batches of one shape in a row, so that a dispatch can hold several
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
 
 
@@ -185,7 +186,7 @@ class BatchStream:
     """Documents as batches; the batch of a step is a function of (seed, step) alone.
 
     An epoch holds every document once. Documents of like length share a batch, batches of
-    one shape follow each other by up to K, and the order of everything else is drawn anew
+    one shape follow each other by up to eight, and the order of everything else is drawn anew
     each epoch.
 
     Args:
@@ -194,7 +195,7 @@ class BatchStream:
         seed: of the order; None keeps the documents by length, for evaluation.
         bounds: of the buckets; by `bucket_bounds` if None. Documents longer than the last
             get one more bucket.
-        steps_per_dispatch: K.
+        steps_per_dispatch: K; it does not change the order.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))
@@ -216,7 +217,7 @@ class BatchStream:
         if steps.max() > bounds[-1]:
             bounds = (*bounds, -(-int(steps.max()) // _ROUND) * _ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed
-        self.bounds, self.steps_per_dispatch = bounds, steps_per_dispatch
+        self.bounds, self.steps_per_dispatch = bounds, min(steps_per_dispatch, _GROUP)
         bucket = np.searchsorted(np.array(bounds), steps)
         by_length = np.argsort(steps, kind="stable")
         self._buckets = [by_length[bucket[by_length] == i] for i in range(len(bounds))]
@@ -235,7 +236,7 @@ class BatchStream:
         return np.concatenate([rows for _, batches in self._epoch(epoch) for rows in batches])
 
     def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
-        """An epoch's dispatches in order, each a bound and its batches' documents."""
+        """An epoch's groups in order, each a bound and its batches' documents."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         groups = []
         for bound, rows in zip(self.bounds, self._buckets, strict=True):
@@ -243,8 +244,7 @@ class BatchStream:
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             if rng is not None:  # the part-filled batch must not always be the bucket's last
                 batches = [batches[i] for i in rng.permutation(len(batches))]
-            k = self.steps_per_dispatch
-            groups += [(bound, batches[i : i + k]) for i in range(0, len(batches), k)]
+            groups += [(bound, batches[i : i + _GROUP]) for i in range(0, len(batches), _GROUP)]
         return groups if rng is None else [groups[i] for i in rng.permutation(len(groups))]
 
     def rows(self, step: int) -> np.ndarray:
@@ -263,7 +263,8 @@ class BatchStream:
                 if position <= step:
                     continue
                 wanted = batches[skip : skip + last - step]
-                yield self._stack(wanted, bound)
+                for i in range(0, len(wanted), self.steps_per_dispatch):
+                    yield self._stack(wanted[i : i + self.steps_per_dispatch], bound)
                 step += len(wanted)
                 if step >= last:
                     return

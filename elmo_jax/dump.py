@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import h5py
-import jax
 import numpy as np
 
 from elmo_jax.combiners import Mix
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import create
-from elmo_jax.integrity import write_atomically
+from elmo_jax.integrity import tree_digest, write_atomically
 from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import tokenize
 
@@ -114,7 +113,7 @@ class Dump:
             raise InputError(f"{self.target}: is the text itself; give another file to write")
         settings: dict[str, Any] = {"config": asdict(self.config), "dtype": self.elmo.model.config.dtype}
         settings["mix"] = None if self.mix is None else asdict(self.mix)
-        settings |= {"text": self._text_digest(), "model": self._model_digest()}
+        settings |= {"text": self._text_digest(), "model": tree_digest(self.elmo.params)}
         mark = self.parts / "settings.json"
         if self.target.exists() and not overwrite:
             raise InputError(f"{self.target}: is there already; replace it with --overwrite")
@@ -136,12 +135,6 @@ class Dump:
     def _text_digest(self) -> str:
         with self.source.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _model_digest(self) -> str:
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(self.elmo.params):
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
 
     def _check_room(self) -> None:
         done = sum(path.stat().st_size for path in self.parts.iterdir())

@@ -14,7 +14,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import msgspec
+import numpy as np
 
 from elmo_jax.errors import InputError
 
@@ -38,6 +40,14 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     move(part, path)
+
+
+def tree_digest(tree: Any) -> str:
+    """The sha256 of a pytree's arrays, in order."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        hashed.update(np.asarray(leaf).tobytes())
+    return hashed.hexdigest()
 
 
 def move(part: Path, path: Path) -> None:

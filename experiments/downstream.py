@@ -17,6 +17,7 @@ from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_l
 from elmo_jax.combiners import CombinerConfig
 from elmo_jax.data import Batch, BatchStream
 from elmo_jax.fit import fit
+from elmo_jax.integrity import tree_digest
 from elmo_jax.metrics import classification
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
@@ -53,7 +54,7 @@ class DownstreamConfig:
     resume: bool = False
     """Go on with the run in that folder."""
     allow_config_change: bool = False
-    """To go on between two epochs with another --seed or --steps-per-dispatch."""
+    """To go on between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -75,7 +76,9 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     source = open_source(config.source, config.combiner, config.seed)
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
-    run = cli.create_run(config, output, monitor="val_loss", texts=source.data.digest)
+    run = cli.create_run(
+        config, output, monitor="val_loss", texts=source.data.digest, model=tree_digest(source.params)
+    )
     train = BatchStream(
         source.data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch
     )

@@ -14,7 +14,7 @@ from elmo_jax.combiners import CombinerConfig, Mix
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, structure
+from elmo_jax.integrity import read_config, structure, tree_digest
 from elmo_jax.progress import Meter
 from elmo_jax.steps import check_kinds
 from experiments import cli
@@ -86,6 +86,8 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
     if len(weights) != elmo.shape(0)[0]:
         told = f"has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers"
         raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
+    if config.get("model") != tree_digest(elmo.params):
+        raise InputError(f"{path}: is of another language model than the one given; give the one it names")
     if source.finetune:
         params = Run.open(path).restore_best(("params",))["params"].get("bilm", {})
         check_kinds(params, elmo.params, str(path))

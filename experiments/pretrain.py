@@ -58,7 +58,7 @@ class PretrainConfig:
     resume: bool = False
     """Go on with the run in that folder."""
     allow_config_change: bool = False
-    """To go on between two epochs with another --seed or --steps-per-dispatch."""
+    """To go on between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 

@@ -109,6 +109,8 @@ def _data_of(path: Path, vocabulary: Vocabulary | None, config: SourceConfig, se
     cli.check(settings)
     spelled = config.features == "elmo" and saved["model"].get("input") == "characters"
     data = load_dataset(settings, vocabulary, spelled)
+    if data.digest != saved.get("texts"):
+        raise InputError(f"{path}: was made from other texts than its data set holds now; make it anew")
     if config.labels == 1:
         return data
     few = {name: getattr(data, name).share(config.labels, seed) for name in ("train", "validation")}

@@ -82,6 +82,13 @@ def test_a_step_has_its_batch_wherever_the_stream_begins(documents):
         assert list(steps(stream, first, last)) == whole[first:]
 
 
+def test_order_does_not_depend_on_how_steps_share_a_dispatch(documents):
+    streams = [BatchStream(documents, 2, 3, (12, 32), steps_per_dispatch=k) for k in (1, 3, 8, 20)]
+    n = streams[0].steps_per_epoch
+    first, *others = ([*steps(stream, 0, 2 * n)] for stream in streams)
+    assert n > 8 and all(other == first for other in others)
+
+
 def test_order_depends_on_seed_and_epoch(documents):
     stream = BatchStream(documents, 4, seed=3, bounds=(12, 32))
     n = stream.steps_per_epoch

@@ -14,6 +14,7 @@ from elmo_jax.combiners import CombinerConfig, Mix, make_combiner
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import tree_digest
 from elmo_jax.tasks import init_params
 from experiments import embed, evaluate
 from experiments.sources import SourceConfig
@@ -211,6 +212,7 @@ def downstream_run(path, elmo, lambdas, results=True, **source):
     """A run as experiments.downstream leaves it, its language model changed if it was finetuned."""
     combiner = CombinerConfig(normalize="softmax", layer_norm=True)
     config = {"source": asdict(SourceConfig(**source)), "combiner": asdict(combiner)}
+    config["model"] = tree_digest(elmo.params)
     run = Run.create(path, config, monitor="val_loss", overwrite=True)
     params = {"combiner": {"weights": np.ones(3, np.float32)}}
     if source.get("finetune"):
@@ -250,7 +252,7 @@ def test_a_mix_of_another_model_is_named(elmo, tmp_path):
     path = downstream_run(tmp_path / "down", elmo, [1, 1, 1], finetune=True)
     wider = BiLM(replace(elmo.model.config, cells=6), len(elmo.vocabulary))
     other = Elmo(wider, init_params(wider, jax.random.key(0)), elmo.vocabulary)
-    with pytest.raises(InputError, match="is asked for"):
+    with pytest.raises(InputError, match="is of another language model"):
         embed.mixed(other, path)
     elmo.save_pretrained(tmp_path / "export")
     with pytest.raises(InputError, match=r"is no run of experiments\.downstream"):
