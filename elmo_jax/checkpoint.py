@@ -22,7 +22,7 @@ from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, 
 from elmo_jax.processes import agree, led
 from elmo_jax.steps import Steps, check_kinds
 
-METRICS, RESULTS = "metrics.jsonl", "results.json"
+METRICS, RESULTS, EVENTS = "metrics.jsonl", "results.json", "tensorboard"
 _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
 # These may change, or are compared on their own.
@@ -204,7 +204,8 @@ class Run:
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else that may lie in the folder."""
-        shutil.rmtree(self.path / _STEPS, ignore_errors=True)
+        for folder in (_STEPS, EVENTS):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         for name in (RESULTS, METRICS, CONFIG):  # the last, since it makes the folder a run
             (self.path / name).unlink(missing_ok=True)
 

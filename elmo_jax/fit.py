@@ -73,6 +73,7 @@ def fit(
     epochs: int,
     seed: int,
     on_epoch: Callable[[TrainState, Mapping[str, Any]], dict[str, Any]],
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     save_every: int | None = None,
     after_dispatch: Callable[[int], None] = lambda step: None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -91,6 +92,7 @@ def fit(
         seed: of the steps' randomness.
         on_epoch: evaluates; gets the state and the epoch's sums and returns what its record
             is to hold, the run's `monitor` among it.
+        on_record: gets every new epoch's whole record, once it is logged.
         save_every: steps between saves within an epoch; None saves at its end alone.
         after_dispatch: called with the step after every dispatch.
 
@@ -144,6 +146,7 @@ def fit(
             settle()
             position.seconds = time.perf_counter() - began
             _end_epoch(state, position, run, per_epoch, on_epoch)
+            on_record(position.records[-1])
             _show(meter, position, per_epoch)
             _leave(agree(max(caught, default=0)), run, position.step)
     run.wait()

@@ -24,8 +24,10 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "axes.prop_cycle": cycler(color=COLOURS),
+    "text.parse_math": False,  # a class may be named $^$
 }
 CENTRED: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+MANY = 25  # classes of a confusion matrix above which its cells hold no legible number
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
@@ -182,28 +184,32 @@ def plot_layers(
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:
-    """A confusion matrix as a PNG: counts, shaded by their share of the true class."""
+    """A confusion matrix as a PNG: counts, shaded by their share of the true class.
+
+    Of more than `MANY` classes the shades alone, and names of at most `MANY`, evenly spaced.
+    """
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = 1.6 + 0.8 * len(classes)
+    side = min(1.6 + 0.8 * len(classes), 12)  # inches; its square is memory
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(figsize=(side, side))
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), count in np.ndenumerate(matrix):
+        size = min(8, 12 * side / len(classes))  # points, so that a cell's numbers fit into it
+        for (i, j), count in np.ndenumerate(matrix) if len(classes) <= MANY else ():
             colour = "white" if share[i, j] > 0.5 else "black"
-            axes.text(
-                j, i, f"{count:,}\n{share[i, j]:.1%}", ha="center", va="center", color=colour, fontsize=8
-            )
-        ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=30, ha="right")
-        axes.set_yticks(ticks, classes)
+            said = f"{count:,}\n{share[i, j]:.1%}"
+            axes.text(j, i, said, ha="center", va="center", color=colour, fontsize=size)
+        ticks = range(0, len(classes), -(-len(classes) // MANY))
+        names = [classes[i] for i in ticks]
+        axes.set_xticks(ticks, names, rotation=30, ha="right")
+        axes.set_yticks(ticks, names)
         axes.set(xlabel="predicted", ylabel="true", title=title)
         figure.savefig(path)
         plt.close(figure)
 
 
 def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """A confusion matrix as text, a row a true class.
+    """A confusion matrix as text, a row a true class; of more than `MANY` classes, where it is.
 
     Example:
         >>> print(confusion_table([[3, 1], [0, 4]], ["World", "Sports"]))
@@ -211,6 +217,8 @@ def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> 
         World                  3       1
         Sports                 0       4
     """
+    if len(classes) > MANY:
+        return f"{len(classes)} classes: the confusion matrix is in results.json"
     corner = "true \\ predicted"
     first = max(len(corner), *map(len, classes))
     width = max(*map(len, classes), *(len(f"{n:,}") for row in counts for n in row))

@@ -11,7 +11,7 @@ import resource
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +21,13 @@ import tyro
 from tqdm import tqdm
 
 from elmo_jax.characters import CHARACTERS
-from elmo_jax.checkpoint import RESULTS, Run
+from elmo_jax.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
+from elmo_jax.processes import first
 from elmo_jax.text import Vocabulary
 
 C = TypeVar("C")
@@ -253,21 +254,24 @@ def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def tensorboard(run: Run, wanted: bool) -> Callable[[int, Mapping[str, Any]], None]:
-    """What to call with an epoch and its record; it does nothing if not wanted."""
-    if not wanted:
-        return lambda epoch, record: None
+@contextlib.contextmanager
+def tensorboard(run: Run, wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What to call with an epoch's record; it does nothing if not wanted, or not the first process."""
+    if not (wanted and first()):
+        yield lambda record: None
+        return
     from tensorboardX import SummaryWriter  # a second to import, for those who ask for it
 
-    writer = SummaryWriter(str(run.path / "tensorboard"))
-
-    def write(epoch: int, record: Mapping[str, Any]) -> None:
+    def write(record: Mapping[str, Any]) -> None:
         for name, value in record.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, epoch)
+            values = {f"{name}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {}
+            for tag, number in (values or {name: value}).items():
+                if isinstance(number, int | float):
+                    writer.add_scalar(tag, number, record["epoch"])
         writer.flush()
 
-    return write
+    with SummaryWriter(str(run.path / EVENTS)) as writer:
+        yield write
 
 
 def load_elmo(pretrained: str | None, bilm: tuple[str, str] | None, precision: Dtype | None) -> Elmo:

@@ -91,8 +91,8 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     lambdas = source.combiner.lambdas(params["combiner"])
     results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
     results |= cli.speed(records, train)
+    cli.write_results(run.path, results)  # before the pictures, whose failure must lose no measurement
     _show(results, records, source.data.classes, run.path)
-    cli.write_results(run.path, results)
     return results
 
 
@@ -109,7 +109,6 @@ def _train(
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     held_out = BatchStream(source.data.validation, 2 * config.batch_size, bounds=train.bounds)
     sums_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
-    log = cli.tensorboard(run, config.tensorboard)
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
         held = evaluate(sums_fn, {**state.frozen, **state.params}, held_out)
@@ -127,19 +126,20 @@ def _train(
             + (f", lambdas {record['lambdas']}" if record["lambdas"] else "")
             + f", {sums['seconds']:.0f} s"
         )
-        log(epoch, record)
         return record
 
-    _, records = fit(
-        TrainState.create(params, optimizer, frozen),
-        loss_fn,
-        optimizer,
-        train,
-        run,
-        epochs=config.epochs,
-        seed=config.seed,
-        on_epoch=on_epoch,
-    )
+    with cli.tensorboard(run, config.tensorboard) as on_record:
+        _, records = fit(
+            TrainState.create(params, optimizer, frozen),
+            loss_fn,
+            optimizer,
+            train,
+            run,
+            epochs=config.epochs,
+            seed=config.seed,
+            on_epoch=on_epoch,
+            on_record=on_record,
+        )
     return records, {**frozen, **run.restore_best(("params",))["params"]}
 
 

@@ -129,7 +129,6 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     about = {"texts": data.digest} | ({} if config.corpus.corpus is None else {"data": None})
     run = cli.create_run(config, config.output, monitor="perplexity", files=files, **about)
     sums_fn = jax.jit(bilm_sums(model))
-    log = cli.tensorboard(run, config.tensorboard)
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
         record = perplexities(evaluate(sums_fn, state.params, held_out))
@@ -141,20 +140,21 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
             f"{record['perplexity_backward']:.1f}), {record['tokens_per_second']:,.0f} tokens/s, "
             f"{sums['seconds']:.0f} s"
         )
-        log(epoch, record)
         return record
 
-    _, records = fit(
-        state,
-        loss_fn,
-        optimizer,
-        train,
-        run,
-        epochs=config.epochs,
-        seed=config.seed,
-        on_epoch=on_epoch,
-        save_every=config.save_every,
-    )
+    with cli.tensorboard(run, config.tensorboard) as on_record:
+        _, records = fit(
+            state,
+            loss_fn,
+            optimizer,
+            train,
+            run,
+            epochs=config.epochs,
+            seed=config.seed,
+            on_epoch=on_epoch,
+            on_record=on_record,
+            save_every=config.save_every,
+        )
     report.plot_curves(records, {"loss": "training"}, run.path / "loss.png", "training loss (nats a token)")
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
     report.plot_curves(records, lines, run.path / "perplexity.png", "held-out perplexity", log=True)

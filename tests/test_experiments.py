@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from elmo_jax import report
 from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
 from experiments import compare, downstream, pretrain, results, vectors
@@ -210,6 +212,20 @@ def test_wrong_flags_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, caps
     assert call(pretrain.main, monkeypatch, *args) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err
+
+
+def test_a_picture_that_fails_loses_no_measurement(pretrained, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise InputError("no picture")
+
+    monkeypatch.setattr(report, "plot_confusion", fail)
+    run = tmp_path / "down"
+    flags = ["--hidden", "4", "--epochs", "1", "--classifier-layers", "1", "--tensorboard"]
+    assert call(downstream.main, monkeypatch, "--pretrained", pretrained, "--output", run, *flags) == 2
+    assert "no picture" in capsys.readouterr().err
+    assert json.loads((run / "results.json").read_text())["test"]["accuracy"] >= 0
+    events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
+    assert all(tag in events for tag in (b"loss", b"val_loss", b"train_accuracy", b"lambdas/2"))
 
 
 def test_an_unknown_run_is_named(tmp_path, monkeypatch, capsys):

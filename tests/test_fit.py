@@ -80,6 +80,14 @@ def test_it_learns_and_leaves_the_frozen_alone(whole):
     same(state.frozen, {"scale": jnp.ones(())})
 
 
+def test_a_hook_gets_every_new_epochs_whole_record(documents, tmp_path):
+    got = []
+    _, records = run_fit(documents, tmp_path / "run", epochs=1, on_record=got.append)
+    assert got == records == lines(tmp_path / "run") and {"loss", "figure", "seconds"} <= got[0].keys()
+    _, records = run_fit(documents, tmp_path / "run", resume=True, on_record=got.append)
+    assert got == records and len(got) == EPOCHS
+
+
 def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(32,))
     batches = [jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 10)]
