@@ -26,7 +26,7 @@ from elmo_jax.characters import spelling_table
 from elmo_jax.data import Documents
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import write_atomically
-from elmo_jax.text import UNK, Vocabulary
+from elmo_jax.text import UNK, Vocabulary, decode
 
 _VERSION = 1  # of the store's layout
 _MOST_UNKNOWN = 1 << 20  # unknown words that keep their spelling; the others are read as <UNK>
@@ -261,15 +261,10 @@ def _sentences(shard: Path, on_bytes: OnBytes) -> Generator[list[str], None, Non
                     if number % _TELL == 0:
                         on_bytes(raw.tell() - told)
                         told = raw.tell()
-                    words = line.decode().split()
-                    if b"\0" in line:
-                        raise InputError(f"{shard}:{number}: byte 0x00 is no text; remove it")
+                    words = decode(line, shard, number).split()
                     if words:
                         yield words
             finally:
                 on_bytes(raw.tell() - told)
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise InputError(f"{shard}:{number}: byte 0x{bad:02x} is not UTF-8; convert the file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{shard}:{number}: cannot be read ({error}); check the file") from None

@@ -109,6 +109,10 @@ def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spell
 
 def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]:
     """Training rows, test rows, and the classes' names if the data set has any."""
+    if config.data_dir is not None and config.dataset != "ag_news":
+        raise InputError(
+            "--data-dir is where --dataset ag_news lies; add that, or name the folder by --dataset"
+        )
     if config.dataset == "sample":
         parts = (
             (Row(i, CLASSES[text.label], text.text) for i, text in enumerate(part, 1))
@@ -124,10 +128,13 @@ def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]
         listed = folder / "classes.txt"
         names = tuple(read_text(listed).split("\n")) if listed.is_file() else None
         names = None if names is None else tuple(name.strip() for name in names if name.strip())
+        if names == ():
+            raise InputError(f"{listed}: is empty; write a class's name on each line, or remove the file")
         if names and len(set(names)) < len(names):
             raise InputError(f"{listed}: names a class twice; each line must be another")
-    train, test = (read_rows(_find(folder, name), config.text) for name in ("train.csv", "test.csv"))
-    return train, test, names
+    paths = [_find(folder, name) for name in ("train.csv", "test.csv")]
+    train = read_rows(paths[0], config.text)
+    return train, read_rows(paths[1], config.text, train.header), names
 
 
 def _ag_news() -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from elmo_jax.errors import InputError
+from elmo_jax.text import decode
 
 PART_TOKENS = 50_000  # of a group: a few seconds' work
 
@@ -19,15 +20,7 @@ def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[
     try:
         with path.open("rb") as file:
             for i, line in enumerate(file):
-                try:
-                    text, bad = line.decode("utf-8-sig" if i == 0 else "utf-8"), line.find(b"\0")
-                except UnicodeDecodeError as error:
-                    text, bad = "", error.start
-                if bad >= 0:
-                    raise InputError(
-                        f"{path}:{i + 1}: byte 0x{line[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
-                    )
-                yield i, split(text)
+                yield i, split(decode(line, path, i + 1))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 

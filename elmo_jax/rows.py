@@ -26,8 +26,7 @@ from elmo_jax.text import decode, tokenize
 
 TextColumns = Literal["title+description", "description"]
 
-_LABEL_HEADERS = {"label", "labels", "class", "class index", "category", "target", "topic", "y"}
-_CACHE_VERSION = 1  # of cleaning and tokenising; a change makes old caches unused
+_CACHE_VERSION = 2  # of reading, cleaning and tokenising; a change makes old caches unused
 
 
 class Row(NamedTuple):
@@ -49,6 +48,7 @@ class Rows:
         offsets: ``[N + 1]`` int64; row n is ``codes[offsets[n]:offsets[n + 1]]``.
         labels: ``[N]`` as written in the file.
         lines: ``[N]`` int64, where each row began.
+        header: the cells of the row that names the columns; none if the file has no such row.
     """
 
     path: str
@@ -57,6 +57,7 @@ class Rows:
     offsets: np.ndarray
     labels: list[str]
     lines: np.ndarray
+    header: tuple[str, ...] = ()
 
     def truncated(self, longest: int) -> "Rows":
         """The same rows, each cut to its first `longest` tokens."""
@@ -72,19 +73,21 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("elmo_jax")) / "tokens"
 
 
-def read_rows(path: Path, text: TextColumns) -> Rows:
+def read_rows(path: Path, text: TextColumns, header: tuple[str, ...] | None = None) -> Rows:
     """A CSV file of ``label,text...`` (gzip if it ends in .gz), from the cache if its content is there.
 
     Args:
         path: the file; a first row that names the columns is left out.
         text: which columns make the text: all behind the label, or the last alone.
+        header: the cells of such a row, if they are known, ``()`` for none. If None, it is a
+            first row whose label is no number and no other row's.
 
     Returns:
         Its rows, cleaned and tokenised.
 
     Raises:
-        InputError: it is missing, not UTF-8, not CSV, empty, or a row has too few columns
-            or no tokens; with the line.
+        InputError: it is missing, not UTF-8, not CSV, empty, or a row has no tokens or
+            another number of columns than the first; with the line.
     """
     try:
         data = path.read_bytes()
@@ -96,17 +99,22 @@ def read_rows(path: Path, text: TextColumns) -> Rows:
                 raise InputError(f"{path}: unpacks to over a hundred times its size; check the file")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the file") from None
-    key = hashlib.sha256(f"{_CACHE_VERSION} {text} ".encode() + data).hexdigest()[:32]
+    key = hashlib.sha256(f"{_CACHE_VERSION} {text} {header} ".encode() + data).hexdigest()[:32]
     cache = cache_folder() / f"{key}.npz"
     cached = _load_cache(cache, path)
     if cached is None:
-        cached = tokenise_rows(_csv_rows(data, path, text), str(path))
+        rows = _csv_rows(data, path)
+        if header is None:
+            header = _header(rows)
+        elif _cells(rows[0]) != header:
+            header = ()
+        cached = replace(tokenise_rows(_texts(rows[bool(header) :], path, text), str(path)), header=header)
         _save_cache(cached, cache)
     return cached
 
 
-def _csv_rows(data: bytes, path: Path, text: TextColumns) -> Iterator[Row]:
-    """Every row below the header."""
+def _csv_rows(data: bytes, path: Path) -> list[tuple[int, list[str]]]:
+    """Every row that is not blank, header and all, and the line it began at; all of one width."""
     csv.field_size_limit(sys.maxsize)  # a text may be long; it is cut later, and said so
     reader = csv.reader(io.StringIO(decode(data, path), newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
@@ -118,25 +126,37 @@ def _csv_rows(data: bytes, path: Path, text: TextColumns) -> Iterator[Row]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{start}: not a row of CSV ({error}); check its quotes") from None
-    if rows and _is_header([cells for _, cells in rows]):
-        del rows[0]
     if not rows:
         raise InputError(f"{path}: holds no rows; each must be label,text")
+    width = len(rows[0][1])
+    if width < 2:
+        raise InputError(f"{path}:{rows[0][0]}: has 1 column, not label,text; check its commas and quotes")
     for line, cells in rows:
-        if len(cells) < 2:
-            raise InputError(f"{path}:{line}: has 1 column, not label,text; check its commas and quotes")
+        # One more is a comma that should be quoted: which cell is the text cannot be known.
+        if len(cells) != width:
+            has = f"has {len(cells)} column{'s'[: len(cells) > 1]}, not {width}"
+            raise InputError(f"{path}:{line}: {has} as the first row; check its commas and quotes")
+    return rows
+
+
+def _header(rows: list[tuple[int, list[str]]]) -> tuple[str, ...]:
+    """The cells of the first row if it names columns, its label being no number and no other row's."""
+    label, *others = (cells[0].strip() for _, cells in rows)
+    return _cells(rows[0]) if label and not _is_integer(label) and label not in others else ()
+
+
+def _cells(row: tuple[int, list[str]]) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in row[1])
+
+
+def _texts(rows: list[tuple[int, list[str]]], path: Path, text: TextColumns) -> Iterator[Row]:
+    if not rows:
+        raise InputError(f"{path}: holds no rows below its header; each must be label,text")
+    for line, cells in rows:
         if not cells[0].strip():
             raise InputError(f"{path}:{line}: the label is empty; mend or remove the row")
         used = cells[1:] if text == "title+description" else cells[-1:]
         yield Row(line, cells[0].strip(), " ".join(used))
-
-
-def _is_header(rows: list[list[str]]) -> bool:
-    """Whether the first row names columns: by its own words, or as the only label no number."""
-    first, others = rows[0][0].strip(), [cells[0].strip() for cells in rows[1:]]
-    if first.lower() in _LABEL_HEADERS:
-        return first not in others
-    return bool(others) and not _is_integer(first) and all(map(_is_integer, others))
 
 
 def _is_integer(text: str) -> bool:
@@ -166,15 +186,25 @@ def tokenise_rows(rows: Iterable[Row], path: str) -> Rows:
 
 def _save_cache(rows: Rows, cache: Path) -> None:
     """Write beside and rename, so that a reader never sees half a file; no cache, no harm."""
-    text = {"types": "\n".join(rows.types), "labels": "\x00".join(rows.labels)}
+    text = {
+        "types": "\n".join(rows.types),
+        "labels": "\x00".join(rows.labels),
+        "header": "\x00".join(rows.header),
+    }
     arrays: Any = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
+    part = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own, since others may be reading the same file.
         with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
             np.savez_compressed(file, codes=rows.codes, offsets=rows.offsets, lines=rows.lines, **arrays)
-        Path(file.name).replace(cache)
+        part.replace(cache)
     except OSError as error:
         warnings.warn(f"{cache.parent}: tokens are not cached ({error.strerror})", stacklevel=2)
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def _load_cache(cache: Path, path: Path) -> Rows | None:
@@ -183,6 +213,8 @@ def _load_cache(cache: Path, path: Path) -> Rows | None:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             types = arrays["types"].tobytes().decode().split("\n")
             labels = arrays["labels"].tobytes().decode().split("\x00")
-            return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"])
+            cells = arrays["header"].tobytes().decode()
+            header = tuple(cells.split("\x00")) if cells else ()
+            return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"], header)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

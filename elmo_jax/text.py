@@ -67,14 +67,23 @@ def read_text(path: Path) -> str:
     return decode(data, path)
 
 
-def decode(data: bytes, path: Path) -> str:
-    """UTF-8 bytes without NUL as text; the path is for the message alone."""
+def decode(data: bytes, path: Path, line: int = 1) -> str:
+    """UTF-8 bytes without NUL as text, less the byte-order mark that a file may begin with.
+
+    Args:
+        data: a file's bytes, or those of some lines.
+        path: of the file, for the message alone.
+        line: which line of the file the bytes begin at, from 1.
+
+    Raises:
+        InputError: a byte is none of such text, with its line.
+    """
     try:
-        text, bad = data.decode("utf-8-sig"), data.find(b"\0")
+        text, bad = data.decode("utf-8-sig" if line == 1 else "utf-8"), data.find(b"\0")
     except UnicodeDecodeError as error:
-        text, bad = "", error.start
+        text, data, bad = "", bytes(error.object), error.start  # counted without the mark
     if bad >= 0:
-        line = data.count(b"\n", 0, bad) + 1
+        line += data.count(b"\n", 0, bad)
         raise InputError(
             f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
         )

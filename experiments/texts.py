@@ -72,6 +72,8 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: i
             raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
         made = load_dataset(data, spelled=spelled)
         return Texts(made.train, made.validation, made.vocabulary, made.digest)
+    if data.dataset != DataConfig.dataset or data.data_dir is not None:
+        raise InputError("--corpus stands in place of --dataset and --data-dir; give one or the other")
     if config.valid_corpus is None:
         raise InputError("--corpus needs --valid-corpus, texts to measure perplexity on; give it")
     find_shards(config.valid_corpus)  # before the hours that the other may take

@@ -50,6 +50,10 @@ FLAGS = {
     "--dataset=/dev/null": "/dev/null: no such folder",
     "--dataset=a\0b": "--dataset holds a NUL character",
     "--dataset=ag_news --data-dir=/nowhere": "/nowhere: no such folder",
+    "--data-dir=/nowhere": "--data-dir is where --dataset ag_news lies",
+    "--dataset=/nowhere --data-dir=/nowhere": "--data-dir is where --dataset ag_news lies",
+    "--dataset=ag_news --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
+    "--data-dir=/nowhere --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
     "--output=/dev/null": "/dev/null: is a file",
     "--output=/dev/null/below": "cannot be written",
     f"--output={'long' * 100}": "File name too long",
@@ -74,12 +78,14 @@ CSVS = {
     "NUL": (GOOD + b"a,\0\n", "train.csv:21: byte 0x00 is not UTF-8"),
     "one column": (GOOD + b"alone\n", "train.csv:21: has 1 column"),
     "a line of 50 MB": (GOOD + b"x" * 50_000_000, "train.csv:21: has 1 column"),
-    "a label of 50 MB": (b"y" * 50_000_000 + b",a\n" + GOOD, "train.csv: cannot be split"),
+    "a label of 50 MB": (GOOD + b"y" * 50_000_000 + b",a\n", "train.csv: cannot be split"),
     "an open quote": (GOOD + b'a,"open\n', "train.csv:21: not a row of CSV"),
     "no tokens": (GOOD + b"a, \n", "train.csv:21: the text has no tokens"),
     "no label": (GOOD + b",text\n", "train.csv:21: the label is empty"),
     "one class has one row": (GOOD + b"c,text\n", "train.csv: cannot be split"),
-    "a header alone": (b"label,text\n", "train.csv: holds no rows"),
+    "a header alone": (b"label,text\n", "train.csv: holds no rows below its header"),
+    "a header with no label": (b",text\n" + GOOD, "train.csv:1: the label is empty"),
+    "a comma without quotes": (GOOD + b"a,one,two\n", "train.csv:21: has 3 columns, not 2"),
     "5000 digits": ((b"1" * 5000 + b",a\n2,b\n") * 5, "test.csv:1: label 'a' is not one of"),
     "tabs for commas": (GOOD.replace(b",", b"\t"), "train.csv:1: has 1 column"),
 }
@@ -96,6 +102,7 @@ def test_csv_files(name, tmp_path, refused):
 
 
 TESTS = {
+    "a header that train.csv lacks": (b"label,text\na,word\n", "test.csv:1: label 'label' is not one of"),
     "unknown label": (b"zz,word\n", "test.csv:1: label 'zz' is not one of 'a', 'b'"),
     "unknown label of a million tokens": (b"zz," + b"w " * 1_000_000, "test.csv:1: label 'zz' is not one of"),
     "a folder": (None, "test.csv: no such file"),
@@ -114,7 +121,11 @@ def test_files_beside_csv(tmp_path, refused):
     (tmp_path / "train.csv").write_bytes(GOOD)
     (tmp_path / "test.csv").write_bytes(GOOD)
     args = ["--dataset", tmp_path]
-    for names, said in ((b"a\nb\na\n", "names a class twice"), (b"a\nc\n", "label 'b' is not one of")):
+    for names, said in (
+        (b"a\nb\na\n", "names a class twice"),
+        (b" \n", "classes.txt: is empty"),
+        (b"a\nc\n", "label 'b' is not one of"),
+    ):
         (tmp_path / "classes.txt").write_bytes(names)
         refused(pretrain.main, args, said)
     for packed, said in (

@@ -114,6 +114,17 @@ def test_words_are_counted_once(shards, tmp_path, monkeypatch):
     assert corpus.count_words(shards, folder=folder)["another"] == 1
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path, pack):
+    name = str(tmp_path / ("c.gz" if pack is gzip.compress else "c.txt"))
+    Path(name).write_bytes(pack("\ufeffthe bank\n\ufeffriver\n".encode()))
+    # Elsewhere than at the start the character is text.
+    assert corpus.count_words(name, keep=False) == {"the": 1, "bank": 1, "\ufeffriver": 1}
+    Path(name).write_bytes(pack("\ufeffthe ".encode() + b"caf\xe9\n"))
+    with pytest.raises(InputError, match=":1: byte 0xe9 is not UTF-8"):
+        corpus.count_words(name, keep=False)
+
+
 def test_progress_is_told_within_a_shard(tmp_path):
     (tmp_path / "c.txt").write_text("the bank\n" * 5000)
     seen = []

@@ -1,4 +1,6 @@
+import errno
 import gzip
+import os
 
 import numpy as np
 import pytest
@@ -42,6 +44,10 @@ def test_ag_news_columns_and_text(tmp_path):
         (["label,text"] + [f"{'ab'[i % 2]},w{i}" for i in range(10)], ("a", "b")),
         (["Class Index,Title"] + [f"{i % 2},w{i}" for i in range(10)], ("0", "1")),
         (["which,what"] + [f"{i % 2},w{i}" for i in range(10)], ("0", "1")),
+        (["sentiment,review"] + [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)], ("neg", "pos")),
+        (["label,text"] + [f"{'a'},w{i}" for i in range(10)], ("a",)),
+        ([f"{'a'},w{i}" for i in range(10)], ("a",)),
+        (["label,text"] + [f"{('label', 'other')[i % 2]},w{i}" for i in range(9)], ("label", "other")),
         ([f"{'ab'[i % 2]},w{i}" for i in range(10)], ("a", "b")),
         ([f"{(2, 10)[i % 2]},w{i}" for i in range(10)], ("2", "10")),
     ],
@@ -58,6 +64,18 @@ def test_classes_file_names_and_orders(tmp_path, labels, names):
     data = load_dataset(write(tmp_path / "d", train, train, classes=names))
     assert data.classes == tuple(names.split())
     assert data.test.labels.tolist() == [0, 1] * 5
+
+
+def test_a_header_of_train_alone(tmp_path):
+    rows = [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)]
+    for _ in range(2):  # from the file, and from the cache
+        data = load_dataset(write(tmp_path / "d", ["sentiment,review", *rows], ["pos,one", "neg,two"]))
+        assert data.classes == ("neg", "pos") and data.test.labels.tolist() == [1, 0]
+        assert words(data, data.test).count("<UNK>") == 2
+        again = load_dataset(
+            write(tmp_path / "d", ["sentiment,review", *rows], ["sentiment,review", "pos,one"])
+        )
+        assert again.test.labels.tolist() == [1]
 
 
 def test_gzip_is_read(tmp_path):
@@ -96,7 +114,7 @@ def test_split_is_stratified_seeded_and_keeps_test_out_of_the_vocabulary(tmp_pat
 
 def test_long_texts_are_cut_and_counted_once(tmp_path):
     long = "w " * 100_000
-    config = write(tmp_path / "d", [*TEXTS, f'1,"{long}"'], [f'1,"{long}"'])
+    config = write(tmp_path / "d", [*TEXTS, f'1,t,"{long}"'], [f'1,t,"{long}"'])
     with pytest.warns(UserWarning, match="2 texts were longer than 400 tokens") as caught:
         data = load_dataset(config)
     assert len(caught) == 1
@@ -121,6 +139,28 @@ def test_a_broken_cache_is_made_again(tmp_path):
     assert load_dataset(config).train.ids.tolist() == first.train.ids.tolist()
 
 
+def test_a_failed_write_leaves_no_part_in_the_cache(tmp_path, monkeypatch):
+    def fills_the_disk(file, **_):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = write(tmp_path / "d")
+    monkeypatch.setattr(np, "savez_compressed", fills_the_disk)
+    with pytest.warns(UserWarning, match="tokens are not cached .No space left"):
+        load_dataset(config)
+    assert list(rows_module.cache_folder().iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["title+description", "description"])
+@pytest.mark.parametrize(
+    ("row", "n"), [("1,alone", "2 columns"), ("1,a,b,c", "4 columns"), ("1", "1 column")]
+)
+def test_every_row_is_as_wide_as_the_first(tmp_path, text, row, n):
+    folder = write(tmp_path / "d", [*TEXTS, row]).dataset
+    with pytest.raises(InputError, match=rf"train\.csv:21: has {n}, not 3 as the first row; check"):
+        load_dataset(DataConfig(dataset=folder, text=text))
+
+
 @pytest.mark.parametrize(
     ("train", "test", "said"),
     [
@@ -130,6 +170,12 @@ def test_a_broken_cache_is_made_again(tmp_path):
         (['1,"a\nb"', '2,"open'], None, r"train\.csv:3: not a row of CSV"),
         (None, ["1,ok", "7,odd"], r"test\.csv:2: label '7' is not one of '1', '2'"),
         (["1,a"], ["1,a"], r"train\.csv: cannot be split"),
+        (["label,text", "a,word"], ["a,word"], r"train\.csv: cannot be split"),
+        (["a,word"], ["a,word"], r"train\.csv: holds no rows below its header"),
+        (["a,word", "b,word"], ["b,word"], r"train\.csv: cannot be split"),
+        (["label,text", *"aa"], ["a,word"], r"train\.csv:2: has 1 column"),
+        (["label,text", *TEXTS], None, r"train\.csv:2: has 3 columns, not 2"),
+        (["label,a,text", *TEXTS], ["label,a,text"], r"test\.csv: holds no rows below its header"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, train, test, said):

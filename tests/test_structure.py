@@ -34,7 +34,7 @@ ALLOWED = {
     "elmo": {"bilm", "errors", "exported", "inference", "pretrained", "recurrence", "text"},
     "corpus": {"characters", "data", "errors", "integrity", "text"},
     "contiguous": {"data", "text"},
-    "lines": {"errors"},
+    "lines": {"errors", "text"},
     "dump": {"combiners", "elmo", "errors", "hdf5", "integrity", "lines", "text"},
     "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "fit", "tasks", "text", "train"},
     "page": {"errors"},
