@@ -6,7 +6,6 @@ epoch under way and the *records* of those that ended, one JSON line each.
 """
 
 import json
-import math
 import reprlib
 import shutil
 from collections.abc import Mapping
@@ -264,7 +263,8 @@ class Run:
             what = "no saved step is whole; restore a copy" if self.steps.saved() else "holds no saved step"
             raise InputError(f"{self.path}: {what}; let the training run reach one")
         figures = self._figures(self._position(whole[0]))
-        best = min(whole, key=lambda step: (figures.get(step, math.inf), -step))
+        measured = [step for step in whole if step in figures]  # on equal figures, the earliest
+        best = min(measured, key=lambda step: (figures[step], step), default=whole[0])
         saved = self.steps.kinds(best)
         missing = set(names) - saved.keys()
         if missing:

@@ -3,6 +3,7 @@
 Axes: N texts, L layers, F features.
 """
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -157,19 +158,20 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
         params = init_params(model, jax.random.key(seed))
-        optimizer = make_optimizer(OptimizerConfig(), self.epochs * stream.steps_per_epoch)
+        optimizer = make_optimizer(OptimizerConfig(), int(self.epochs) * stream.steps_per_epoch)
         negatives = int(self.negatives) if self.negatives < len(vocabulary) else None
         with tempfile.TemporaryDirectory() as folder:
-            state, _ = fit(
-                TrainState.create(params, optimizer),
-                bilm_loss(model, negatives),
-                optimizer,
-                stream,
-                Run.create(Path(folder) / "run", {}, monitor="loss"),
-                epochs=int(self.epochs),
-                seed=seed,
-                on_epoch=lambda state, sums: {},
-            )
+            with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:
+                state, _ = fit(
+                    TrainState.create(params, optimizer),
+                    bilm_loss(model, negatives),
+                    optimizer,
+                    stream,
+                    run,
+                    epochs=int(self.epochs),
+                    seed=seed,
+                    on_epoch=lambda state, sums: {},
+                )
         return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary)
 
 

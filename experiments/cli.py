@@ -129,6 +129,8 @@ def _reason(error: Exception) -> str:
     """An error that a user can mend in one line; any other is raised again, a defect."""
     if isinstance(error, InputError):
         return " ".join(str(error).split())
+    if isinstance(error, BrokenPipeError):
+        return "what reads this command's output has gone; go on with --resume"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'}: {error.strerror}; mend that and go on with --resume"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

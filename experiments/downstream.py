@@ -107,7 +107,7 @@ def _train(
         params, frozen = params | frozen, {}
     cli.say(f"model: {cli.count(params):,} trained parameters, {cli.count(frozen):,} frozen")
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
-    held_out = BatchStream(source.data.validation, 2 * config.batch_size, bounds=train.bounds)
+    held_out = BatchStream(source.data.validation, config.batch_size, bounds=train.bounds)
     sums_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _measure(
     arrays: dict[str, np.ndarray] = {}
     for part in PARTS:
         documents = getattr(source.data, part)
-        stream = BatchStream(documents, 2 * config.batch_size, bounds=train.bounds)
+        stream = BatchStream(documents, config.batch_size, bounds=train.bounds)
         classes = predict(predicted, params, stream)
         counts = np.zeros((model.classes, model.classes))
         np.add.at(counts, (documents.labels, classes), 1)

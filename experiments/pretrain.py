@@ -13,6 +13,7 @@ from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.data import BatchStream, Stream
 from elmo_jax.datasets import DataConfig
 from elmo_jax.embedders import CharCNNConfig
+from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.metrics import perplexities
@@ -115,7 +116,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     model = BiLM(config.model, len(data.vocabulary))
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
-    held_out = BatchStream(data.held_out, 2 * config.batch_size, bounds=bounds)
+    held_out = BatchStream(data.held_out, config.batch_size, bounds=bounds)
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     cli.describe((data.train, data.held_out), data.vocabulary, train)
@@ -180,6 +181,11 @@ def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> t
     params = init_params(model, jax.random.key(config.seed))
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
+    if config.optimizer.optimizer == "lazy_adam" and not sampled:
+        raise InputError(
+            "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the vocabulary's "
+            f"{len(data.vocabulary):,} words; else give --optimizer adam"
+        )
     negatives = config.negatives if sampled else None
     rowwise = negatives is not None and config.optimizer.optimizer != "adam"
     if negatives is not None and rowwise:

@@ -35,6 +35,7 @@ FLAGS = {
     "--batch-size=1000000000": "--batch-size must be at most 65536",
     "--embedding=1000000000": "--embedding must be at most 65536",
     "--layers=1000000000": "--layers must be at most 64",
+    "--optimizer=lazy_adam --softmax=full": "--optimizer lazy_adam needs the sampled softmax",
     "--steps-per-dispatch=1000000000": "--steps-per-dispatch must be at most",
     "--max-length=0": "--max-length must be at least 1",
     "--negatives=0": "--negatives must be at least 1",
