@@ -72,9 +72,11 @@ def whole(documents, tmp_path):
     return run_fit(documents, tmp_path / "whole")
 
 
-def test_it_learns_and_leaves_the_frozen_alone(whole):
+def test_it_learns_and_leaves_the_frozen_alone(whole, documents):
     state, records = whole
-    assert records[-1]["figure"] < 0.7 * records[0]["train"] / 40
+    batch = documents.batch(np.arange(len(documents)), (len(documents), 32))
+    untrained = {"table": jnp.zeros(50), "scale": jnp.ones(())}
+    assert records[-1]["figure"] < 0.9 * float(loss_fn(untrained, batch, jax.random.key(0))[0])
     assert [r["epoch"] for r in records] == [1, 2]
     assert int(state.step) == records[-1]["step"]
     same(state.frozen, {"scale": jnp.ones(())})
@@ -172,7 +174,7 @@ def test_a_finished_run_can_be_resumed_and_stays(documents, tmp_path, whole):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp_path):
     def sick(params, batch, key):
         loss, sums = loss_fn(params, batch, key)
-        return loss + jnp.where(jnp.abs(params["table"]).max() > 0.2, jnp.nan, 0.0), sums
+        return loss + jnp.where(jnp.abs(params["table"]).max() > 0.1, jnp.nan, 0.0), sums
 
     said = r"5 steps in a row, up to step (\d+) \(learning rate 0\.0\d+, documents (\d+, )+\d+\); lower"
     with pytest.raises(InputError, match=said):
