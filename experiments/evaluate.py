@@ -18,7 +18,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets
 from elmo_jax.integrity import move, write_atomically
 from elmo_jax.lines import blocks, read_lines
-from elmo_jax.text import tokenize
+from elmo_jax.text import UNK, tokenize
 from experiments import cli
 
 _WORST = 5  # sentences to show
@@ -57,6 +57,7 @@ class _Totals:
     top: int
     sentences: int = 0
     tokens: int = 0
+    unknown: int = 0
     nll: np.ndarray = field(default_factory=lambda: np.zeros(2))  # by direction
     words: list[tuple[float, str, str, int]] = field(default_factory=list)  # heaps, the least extreme first
     lines: list[tuple[float, str, int, float, float]] = field(default_factory=list)
@@ -105,6 +106,8 @@ def evaluate(config: EvaluateConfig) -> None:
             for block in blocks((i, line) for i, line in lines if line):
                 each = elmo.surprisal([line for _, line in block])
                 for (i, line), surprisal in zip(block, each, strict=True):
+                    if elmo.vocabulary is not None:  # surprisal would have asked for one
+                        totals.unknown += int(np.sum(elmo.vocabulary.ids(line) == UNK))
                     file.write(json.dumps(totals.add(name, i + 1, line, surprisal)) + "\n")
         if not totals.sentences:
             raise InputError(f"{', '.join(names)}: no sentence to evaluate; give a text with some")
@@ -143,7 +146,11 @@ def _scores(output: str | None) -> Iterator[TextIO]:
 
 
 def _show(totals: _Totals) -> None:
-    cli.say(f"{totals.sentences:,} sentences, {totals.tokens:,} tokens")
+    share = totals.unknown / max(totals.tokens, 1)
+    cli.say(
+        f"{totals.sentences:,} sentences, {totals.tokens:,} tokens, {totals.unknown:,} of them ({share:.1%}) "
+        "outside the vocabulary, read as one unknown word"
+    )
     mean, forward, backward = totals.perplexities().values()
     cli.say(f"perplexity {mean:.2f} (forward {forward:.2f}, backward {backward:.2f}), full softmax")
     cli.say("\nleast likely sentences (log p forward, backward):")
@@ -157,7 +164,7 @@ def _show(totals: _Totals) -> None:
 def _write(folder: Path, config: EvaluateConfig, totals: _Totals) -> None:
     try:
         write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        record = {"event": "evaluate", **totals.perplexities()}
+        record = {"event": "evaluate", "unknown": totals.unknown, **totals.perplexities()}
         write_atomically(folder / "metrics.jsonl", json.dumps(record) + "\n")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from None

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from elmo_jax.checkpoint import RESULTS
 from elmo_jax.classifier import Features, static_features
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
@@ -85,7 +86,7 @@ def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
 def _word_vectors(config: SourceConfig, seed: int) -> Source:
     """A table of word vectors."""
     path = Path(config.vectors or f"runs/{config.features}")
-    if not (path / VECTORS).is_file():
+    if not ((path / VECTORS).is_file() and (path / RESULTS).is_file()):  # the second is written last
         raise InputError(
             f"{path}: holds no word vectors; make them with "
             f"python -m experiments.vectors --method {config.features} --output {path}"

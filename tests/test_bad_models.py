@@ -131,6 +131,7 @@ def counted(tmp_path):
     run.mkdir()
     (run / VOCABULARY).write_text("<S>\n</S>\n<UNK>\nbank\n")
     WordVectors(["<UNK>", "bank"], np.eye(2)).save(run / "vectors.npz")
+    (run / "results.json").write_text("{}")
     files = {VOCABULARY: digest(run / VOCABULARY)}
     write_config(run, {"monitor": "loss", "method": "svd", "data": {}}, files)
     return run

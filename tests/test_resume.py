@@ -104,6 +104,15 @@ def test_readmes_combiner_runs_and_another_model_or_text_is_refused(
     assert (tmp_path / "down" / "results.json").exists()
 
 
+def test_readmes_loop_trains():
+    block = re.search(r"```python\n(import jax\n.*?train_step\n.*?)```", README, re.DOTALL)
+    assert block is not None
+    small = block.group(1).replace("BiLMConfig()", "BiLMConfig(embedding=4, cells=4)")
+    names = {}
+    exec(small.replace("dispatches(0, stream.steps_per_epoch)", "dispatches(0, 2)"), names)
+    assert names["state"].step == 2 and float(names["sums"]["tokens"]) > 0
+
+
 def test_readmes_commands_write_to_folders_of_their_own():
     lines = re.findall(r"python -m experiments\.(\w+)([^&\n#]*)", README.split("## Your own texts")[0])
     outputs = []
