@@ -199,7 +199,7 @@ def test_commands(elmo, text, tmp_path, capsys, monkeypatch):
     total = sum(a.sum(1) for a in each) / sum(a.shape[1] for a in each)
     assert f"perplexity {np.exp(total.mean()):.2f} (forward {np.exp(total[0]):.2f}" in said
     unknown = sum(word not in elmo.vocabulary.tokens for line in LINES for word in line.split())
-    assert 0 < unknown and f"{unknown} of them (" in said
+    assert unknown > 0 and f"{unknown} of them (" in said
     lines = [json.loads(line) for line in (scores / "scores.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [1, 3, 4, 5]
     np.testing.assert_allclose(lines[0]["log_p_forward"], -each[0][0].sum(), rtol=1e-5)
