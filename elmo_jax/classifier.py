@@ -31,7 +31,7 @@ class ClassifierConfig:
     classifier_layers: int = 2
     """Bidirectional LSTM layers."""
     pooling: Literal["mean", "max", "mean+max", "attention", "mean+max+attention"] = "mean+max"
-    """How the states of a document's tokens become one vector."""
+    """How the states of a document's tokens become one vector; the best on AG News's validation."""
     classifier_dropout: float = 0.2
     """Share of each layer's input set to 0 in training."""
     variational: bool = False
