@@ -43,14 +43,20 @@ class Clips(NamedTuple):
 def batched_product(x: Array, w: Array) -> Array:
     """``[D, ..., I] x [D, I, O] -> [D, ..., O]`` in w's dtype, summed in float32 at least."""
     sums = np.promote_types(w.dtype, np.float32)
-    return jnp.einsum("d...i,dio->d...o", x.astype(w.dtype), w, preferred_element_type=sums)
+    y = jnp.einsum("dni,dio->dno", _rows(x).astype(w.dtype), w, preferred_element_type=sums)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
-    """``[D, B, T, I] x [D, B, T, O] -> [D, I, O]``: the product summed over all steps and rows."""
+    """``[D, ..., I] x [D, ..., O] -> [D, I, O]``: the product summed over all steps and rows."""
     sums = np.promote_types(dtype, np.float32)
-    x, g = x.astype(dtype), g.astype(dtype)
-    return jnp.einsum("dbti,dbto->dio", x, g, preferred_element_type=sums).astype(dtype)
+    x, g = _rows(x).astype(dtype), _rows(g).astype(dtype)
+    return jnp.einsum("dni,dno->dio", x, g, preferred_element_type=sums).astype(dtype)
+
+
+def _rows(x: Array) -> Array:
+    """``[D, ..., I]`` to ``[D, N, I]``: XLA:CPU copies what has more axes than a product needs."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _clip(x: Array, bound: float | None) -> Array:
