@@ -74,7 +74,7 @@ def whole(documents, tmp_path):
 
 def test_it_learns_and_leaves_the_frozen_alone(whole, documents):
     state, records = whole
-    batch = documents.batch(np.arange(len(documents)), (len(documents), 32))
+    batch = documents.batch(np.arange(len(documents)), 32)
     untrained = {"table": jnp.zeros(50), "scale": jnp.ones(())}
     assert records[-1]["figure"] < 0.9 * float(loss_fn(untrained, batch, jax.random.key(0))[0])
     assert [r["epoch"] for r in records] == [1, 2]
