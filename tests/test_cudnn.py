@@ -1,14 +1,12 @@
 """cuDNN's kernel: the layer it makes is the plain scan's, and who may ask for it.
 
-Where there is no CUDA its two calls are played by JAX's own reference of them, which runs
-anywhere; all else is what runs on CUDA.
+Where there is no CUDA its calls are played, see tests/cuda.py; all else is what runs there.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import rnn
 
 from elmo_jax import cudnn
 from elmo_jax.bilm import BiLM, BiLMConfig
@@ -22,44 +20,6 @@ from elmo_jax.tasks import bilm_loss, init_params
 D, B, T, I, H = 2, 3, 5, 4, 6  # noqa: E741
 LENGTHS = jnp.array([5, 2, 0], jnp.int32)
 needs_cuda = pytest.mark.skipif(not cudnn.on_cuda(), reason="there is no CUDA device here")
-
-
-class Forward:
-    """Plays `rnn_fwd_p`: y, h_n, c_n and what the backward call is to be given back."""
-
-    calls: list
-
-    def __init__(self):
-        self.calls = []
-
-    def bind(self, *arrays, input_size, hidden_size, num_layers, dropout, bidirectional, cudnn_allow_tf32):
-        x, h, c, packed, lengths = arrays
-        self.calls.append((bidirectional, cudnn_allow_tf32))
-        sizes = input_size, hidden_size, num_layers
-        parts = rnn.unpack_lstm_weights(packed, *sizes, bidirectional)
-        assert {a.dtype for a in arrays[:4]} == {jnp.dtype("float32")}
-        return *rnn.lstm_ref(x, h, c, *parts, lengths, *sizes, dropout, bidirectional), jnp.zeros(1)
-
-
-class Backward(Forward):
-    """Plays `rnn_bwd_p`: the gradients of x, h_0, c_0 and the weights."""
-
-    def bind(self, dy, dh, dc, x, h, c, packed, y, reserve, lengths, **sizes):
-        forward = Forward()
-        run = lambda *args: forward.bind(*args, lengths, **sizes)[:3]  # noqa: E731
-        self.calls += forward.calls
-        return jax.vjp(run, x, h, c, packed)[1]((dy, dh, dc))
-
-
-@pytest.fixture
-def played(monkeypatch):
-    """CUDA, as far as the choice of a kernel goes, and its calls played; returns the forward ones."""
-    forward = Forward()
-    monkeypatch.setattr(cudnn, "on_cuda", lambda: True)
-    monkeypatch.setattr(rnn, "rnn_fwd_p", forward)
-    monkeypatch.setattr(rnn, "rnn_bwd_p", Backward())
-    with jax.numpy_rank_promotion("allow"):  # in JAX's reference
-        yield forward.calls
 
 
 def layer_and_inputs():
@@ -146,7 +106,7 @@ def test_no_cuda_no_cudnn():
 
 @needs_cuda
 @pytest.mark.parametrize(("asked", "rtol"), [("float32", 1e-4), ("tensorfloat32", 2e-2)])
-def test_on_cuda_it_is_the_plain_scan(asked, rtol):
+def test_on_real_cuda_it_is_the_plain_scan(asked, rtol):
     """LENGTHS hold an empty row, a short and a full one."""
     with jax.default_matmul_precision(asked):
         assert LSTM(H).choose() == "cudnn"
