@@ -59,7 +59,9 @@ def test_bounds_are_the_best_there_are(lengths, most, price):
 @pytest.mark.parametrize("spelled", [False, True])
 def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
     spellings = rng.integers(1, 9, (50, 3)).astype(np.int32) if spelled else None
-    documents = replace(documents, spellings=spellings, classes=40, longest=20)
+    documents = replace(
+        documents, spellings=spellings, classes=40, longest=20, labels=documents.labels + np.int32(1)
+    )
     rows = np.full((3, 5), -1)
     rows[0], rows[1, :2] = rng.integers(0, len(documents), 5), (7, 3)
     made = documents.batch(rows, 24)
