@@ -18,7 +18,7 @@ from jax import Array
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
-from elmo_jax.lstm import LSTM, reverse_valid
+from elmo_jax.lstm import LSTM, Kernel, reverse_valid
 from elmo_jax.metrics import token_mask
 from elmo_jax.recurrence import Clips, State
 from elmo_jax.softmax import Negatives, full_nll, sampled_nll
@@ -53,6 +53,14 @@ class BiLMConfig:
     """Of the products; sums, states and parameters stay float32."""
 
 
+def lstm_layer(config: BiLMConfig, kernel: Kernel) -> LSTM:
+    """One of the model's LSTM layers, all of which are alike."""
+    c = config
+    projection = c.embedding if c.project_cells or c.cells != c.embedding else None
+    clips = Clips(c.cell_clip, c.projection_clip if projection else None)
+    return LSTM(c.cells, projection, clips, c.dtype, kernel)
+
+
 class BiLM(nn.Module):
     """ELMo's language model (Peters et al. 2018).
 
@@ -60,6 +68,7 @@ class BiLM(nn.Module):
         config: its sizes.
         vocabulary: V, padding and special tokens included; 0 leaves the softmax out, as
             the official format does.
+        kernel: of the LSTM layers; no part of a model that is saved.
 
     Example:
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
@@ -71,6 +80,7 @@ class BiLM(nn.Module):
 
     config: BiLMConfig
     vocabulary: int
+    kernel: Kernel = "auto"
 
     def setup(self):
         c = self.config
@@ -79,9 +89,7 @@ class BiLM(nn.Module):
             self.embedder = WordEmbedder(self.vocabulary, c.embedding, c.dtype)
         else:
             self.embedder = CharCNN(c.characters, c.embedding, c.dtype)
-        projection = c.embedding if c.project_cells or c.cells != c.embedding else None
-        clips = Clips(c.cell_clip, c.projection_clip if projection else None)
-        self.lstm = [LSTM(c.cells, projection, clips, c.dtype) for _ in range(c.layers)]
+        self.lstm = [lstm_layer(c, self.kernel) for _ in range(c.layers)]
         self.drop = nn.Dropout(c.dropout)
         self.tied = by_word and c.tie
         if self.vocabulary and not self.tied:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.data import Batch
-from elmo_jax.lstm import LSTM, reverse_valid
+from elmo_jax.lstm import LSTM, Kernel, reverse_valid
 from elmo_jax.metrics import confusion_matrix, token_mask
 from elmo_jax.text import UNK
 
@@ -48,6 +48,7 @@ class BiLSTMClassifier(nn.Module):
     Attributes:
         config: its sizes.
         classes: C.
+        kernel: of the LSTM layers.
 
     Example:
         >>> model = BiLSTMClassifier(ClassifierConfig(hidden=4), classes=3)
@@ -59,6 +60,7 @@ class BiLSTMClassifier(nn.Module):
 
     config: ClassifierConfig
     classes: int
+    kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array, train: bool = False) -> Array:
@@ -71,7 +73,7 @@ class BiLSTMClassifier(nn.Module):
         for i in range(c.classifier_layers):
             x = drop_steps(x)
             both = jnp.stack([x, reverse_valid(x, lengths)])  # [D, B, T, F]
-            h, _ = LSTM(c.hidden, name=f"lstm_{i}")(both, lengths)
+            h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(both, lengths)
             forward, backward = h
             x = jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)  # [B, T, 2H]
         scores = nn.Dense(1, name="attention")(x) if "attention" in c.pooling else None

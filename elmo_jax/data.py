@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 from flax import struct
 
@@ -111,12 +110,19 @@ class Documents:
         drawn = [rows[: max(1, round(share * len(rows)))] for rows in of_class]
         return self.take(np.sort(np.concatenate(drawn)))
 
-    def batch(self, rows: np.ndarray, shape: tuple[int, int]) -> Batch:
-        """These documents as one batch of that shape [B, T]."""
-        sentences = [self.ids[self.offsets[n] :][: self.lengths[n]] for n in rows]
-        batch = Batch.of(sentences, self.labels[rows], shape)
-        words, chars = self.read(batch.words)
-        return replace(batch, words=words, chars=chars)
+    def batch(self, rows: np.ndarray, steps: int) -> Batch:
+        """Documents by number ``[..., B]``, -1 for filler rows, as a batch of leaves ``[..., B, T]``."""
+        real = rows >= 0
+        lengths = np.where(real, self.lengths[rows] + 2, 0).astype(np.int32)  # [..., B]
+        t, n = np.arange(steps), lengths[..., None]
+        inner = (t > 0) & (t < n - 1)  # [..., B, T]
+        ids = np.full(inner.shape, PAD, np.int32)
+        ids[inner] = self.ids[(self.offsets[rows][..., None] + t - 1)[inner]]
+        ids[..., 0] = np.where(real, BOS, PAD)
+        ids[(t == n - 1) & (n > 0)] = EOS
+        words, chars = self.read(ids)
+        labels = np.where(real, self.labels[rows], 0).astype(np.int32)
+        return Batch(words, lengths, labels, real.astype(np.float32), chars)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Token ids ``[...]`` as classes, int32, and as characters ``[..., C]`` or None."""
@@ -270,7 +276,8 @@ class BatchStream:
                     return
 
     def _stack(self, batches: list[np.ndarray], bound: int) -> Dispatch:
-        shape = (self.batch_size, bound)
-        made = [self.documents.batch(rows, shape) for rows in batches]
-        made += [made[0]] * (self.steps_per_dispatch - len(made))  # never run, see Dispatch
-        return Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), len(batches))
+        rows = np.full((self.steps_per_dispatch, self.batch_size), -1)  # [K, B]
+        for k, batch in enumerate(batches):
+            rows[k, : len(batch)] = batch
+        rows[len(batches) :] = rows[0]  # never run, see Dispatch
+        return Dispatch(self.documents.batch(rows, bound), len(batches))

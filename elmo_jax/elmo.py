@@ -17,6 +17,7 @@ from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.errors import InputError
 from elmo_jax.exported import load_folder, save_folder
 from elmo_jax.inference import BATCH_TOKENS, Reader
+from elmo_jax.lstm import Kernel
 from elmo_jax.pretrained import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.recurrence import State
 from elmo_jax.text import Vocabulary
@@ -54,18 +55,19 @@ class Elmo:
         return _rebuild, (self.model.config, self.model.vocabulary, params, self.vocabulary)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None) -> "Elmo":
+    def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto") -> "Elmo":
         """Load a run of ``experiments.pretrain`` (its best epoch), or what `save_pretrained` wrote.
 
         Args:
             path: the folder.
             dtype: of the products, "float32" or "bfloat16"; None is what it was trained with.
+            kernel: of the LSTM layers, see `LSTM.choose`.
 
         Raises:
             InputError: it is neither, or its files do not fit each other.
         """
-        model, params, vocabulary = load_folder(Path(path))
-        return cls(_computing(model.config, dtype, model.vocabulary), params, vocabulary)
+        model, params, vocabulary = load_folder(Path(path), kernel)
+        return cls(_computing(model, dtype), params, vocabulary)
 
     @classmethod
     def from_bilm(cls, options: str | Path, weights: str | Path, dtype: Dtype | None = None) -> "Elmo":
@@ -88,7 +90,7 @@ class Elmo:
         if beside.exists():
             vocabulary, softmax = read_softmax(beside, config.embedding)
             flat |= softmax
-        model = _computing(config, dtype, len(vocabulary or ()))
+        model = _computing(BiLM(config, len(vocabulary or ())), dtype)
         return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:
@@ -203,11 +205,11 @@ class Elmo:
         return jax.tree.map(lambda new, old: new.at[:, :have].set(old), fresh, self._carried)
 
 
-def _computing(config: BiLMConfig, dtype: Dtype | None, classes: int) -> BiLM:
+def _computing(model: BiLM, dtype: Dtype | None) -> BiLM:
     """The model with its products in that dtype."""
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    return BiLM(config if dtype is None else replace(config, dtype=dtype), classes)
+    return model if dtype is None else replace(model, config=replace(model.config, dtype=dtype))
 
 
 def _rebuild(config: BiLMConfig, classes: int, params: Any, vocabulary: Vocabulary | None) -> Elmo:

@@ -23,6 +23,7 @@ from elmo_jax.integrity import (
     write_atomically,
     write_config,
 )
+from elmo_jax.lstm import Kernel
 from elmo_jax.steps import check_kinds
 from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
@@ -31,18 +32,20 @@ VOCABULARY = "vocab.txt"
 _WEIGHTS = "model.safetensors"
 
 
-def load_folder(path: Path) -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
+def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
     """The model of a run of ``experiments.pretrain``, at its best epoch, or of `save_folder`.
 
     Args:
         path: the folder.
+        kernel: of the model's LSTM layers.
 
     Returns:
         The model, its parameters and its vocabulary; None if it reads characters and has
         no softmax.
 
     Raises:
-        InputError: it is neither, its files are damaged, or they do not fit each other.
+        InputError: it is neither, its files are damaged, they do not fit each other, or the
+            kernel does not run such layers.
     """
     config = read_config(path)
     if "model" not in config:
@@ -51,7 +54,7 @@ def load_folder(path: Path) -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
     settings = _model_config(config["model"], f"{path}: model")
     without = settings.input == "characters" and VOCABULARY not in config["files"]
     vocabulary = None if without else Vocabulary.load(path / VOCABULARY)
-    model = BiLM(settings, len(vocabulary or ()))
+    model = BiLM(settings, len(vocabulary or ()), kernel)
     if _WEIGHTS in config["files"]:
         arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
     else:

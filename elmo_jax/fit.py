@@ -114,7 +114,7 @@ def fit(
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     meeting, dispatches = MEETING if several() else 1, 0
-    ahead: deque[tuple[Dispatch, dict[str, Array]]] = deque()  # empty between epochs
+    ahead: deque[tuple[int, dict[str, Array]]] = deque()  # empty between epochs
 
     def settle(leave: int = 0) -> None:
         while len(ahead) > leave:
@@ -127,9 +127,14 @@ def fit(
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            for dispatch in stream.dispatches(position.step, end):
-                state, sums = dispatch_fn(state, dispatch.batches, dispatch.count, key)
-                ahead.append((dispatch, sums))
+            coming = map(_placed, stream.dispatches(position.step, end))
+            following = next(coming, None)
+            while following is not None:
+                state, sums = dispatch_fn(state, following.batches, following.count, key)
+                for value in sums.values():
+                    value.copy_to_host_async()  # as soon as it is known
+                ahead.append((following.count, sums))
+                following = next(coming, None)  # made and under way while the device works
                 settle(leave=1)  # one behind, so that the device never waits
                 _show(meter, position, per_epoch)
                 after_dispatch(position.step)
@@ -151,6 +156,11 @@ def fit(
             _leave(agree(max(caught, default=0)), run, position.step)
     run.wait()
     return state, position.records
+
+
+def _placed(dispatch: Dispatch) -> Dispatch:
+    """Its batches on their way to the device, which nobody waits for."""
+    return Dispatch(jax.device_put(dispatch.batches), dispatch.count)
 
 
 def _leave(stop: int, run: Run, step: int) -> None:
@@ -187,10 +197,10 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
     return tree | ({"carry": state.carry} if state.carry else {})
 
 
-def _add(position: Position, dispatch: Dispatch, sums: dict[str, Array]) -> None:
+def _add(position: Position, count: int, sums: dict[str, Array]) -> None:
     """Add a dispatch's sums, step by step, so that how steps were shared out does not show."""
     arrays = {name: np.asarray(value, np.float64) for name, value in sums.items()}
-    for i in range(dispatch.count):
+    for i in range(count):
         if position.skipped >= PATIENCE:
             return  # and leave the position where it went wrong
         position.skipped = 0 if arrays["steps"][i] else position.skipped + 1

@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.cudnn import obstacle, run_cudnn
+from elmo_jax.errors import InputError
 from elmo_jax.recurrence import Clips, State, Weights, batched_product, fast_recurrence, lstm_step
 
-Kernel = Literal["fast", "plain"]
+Kernel = Literal["auto", "fast", "plain", "cudnn"]
 
 # Glorot's fans, with the direction axis left out of them.
 _glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
@@ -58,7 +61,7 @@ class LSTM(nn.Module):
         projection: P, or None for h of H without a projection.
         clips: bounds of the cell and of the projection.
         dtype: of the products; states and sums are float32 at least.
-        kernel: "fast" (`fast_recurrence`) or "plain" (`nn.scan` over `lstm_step`).
+        kernel: what runs the steps, see `choose`; parameters are the same for all.
 
     Example:
         >>> layer = LSTM(cells=4)
@@ -72,7 +75,23 @@ class LSTM(nn.Module):
     projection: int | None = None
     clips: Clips = Clips()
     dtype: str = "float32"
-    kernel: Kernel = "fast"
+    kernel: Kernel = "auto"
+
+    def choose(self) -> Kernel:
+        """The kernel that runs here.
+
+        "fast" is `fast_recurrence`, "plain" is `nn.scan` over `lstm_step`, "cudnn" is
+        `run_cudnn`. "auto" is cuDNN on CUDA where it knows such layers, else "fast".
+
+        Raises:
+            InputError: cuDNN is asked for, and cannot run the layer.
+        """
+        if self.kernel in ("fast", "plain"):
+            return self.kernel
+        against = obstacle(self.projection, self.clips, self.dtype)
+        if self.kernel == "cudnn" and against:
+            raise InputError(f"--kernel cudnn: {against}; give --kernel auto")
+        return "fast" if against else "cudnn"
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array, state: State | None = None) -> tuple[Array, State]:
@@ -80,13 +99,17 @@ class LSTM(nn.Module):
 
         Args:
             x: ``[D, B, T, I]``.
-            lengths: ``[B]`` int32. Steps beyond them are computed and mean nothing; they
+            lengths: ``[B]`` int32. What is returned of steps beyond them means nothing; they
                 reach neither the real steps nor the returned state.
             state: the first state, c ``[D, B, H]`` and h ``[D, B, P]``; zeros if None.
 
         Returns:
             h ``[D, B, T, P]``, and the state after each row's last real step.
+
+        Raises:
+            InputError: see `choose`.
         """
+        kernel = self.choose()
         d, b, _, inputs = x.shape
         hidden, out = self.cells, self.projection or self.cells
         w_x = self.param("input_kernel", _glorot, (d, inputs, 4 * hidden))
@@ -97,11 +120,14 @@ class LSTM(nn.Module):
             w_p = self.param("projection_kernel", _glorot, (d, hidden, out)).astype(self.dtype)
         w = Weights(w_h.astype(self.dtype), bias, w_p)
 
-        gates = batched_product(x, w_x.astype(self.dtype))  # [D, B, T, 4H]
         if state is None:
-            state = State(jnp.zeros((d, b, hidden), gates.dtype), jnp.zeros((d, b, out), gates.dtype))
+            sums = np.promote_types(w.recurrent.dtype, np.float32)
+            state = State(jnp.zeros((d, b, hidden), sums), jnp.zeros((d, b, out), sums))
+        if kernel == "cudnn":
+            return run_cudnn(x, lengths, state, w_x, w)
 
-        if self.kernel == "fast":
+        gates = batched_product(x, w_x.astype(self.dtype))  # [D, B, T, 4H]
+        if kernel == "fast":
             states: Any = fast_recurrence(state, gates, w, self.clips)
         else:
 

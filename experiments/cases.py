@@ -10,13 +10,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 Part = Literal[
-    "product", "copy", "lstm", "softmax", "optimiser", "step", "recipe", "official", "embed", "sgns"
-]
+    "product", "copy", "lstm", "softmax", "optimiser", "step", "recipe", "fit", "official", "embed", "sgns",
+    "pretrain",
+]  # fmt: skip
 Precision = Literal["float32", "tf32", "bfloat16"]
+TIED = ("recipe", "fit")  # parts whose softmax has the token vectors' table
 DIRECTIONS = 2
 FLOAT = 4  # bytes
 OURS = "elmo_jax"
-CUDNN = "cudnn"
+CUDNN, SCAN, REPLAY = (
+    "cudnn",
+    "scan",
+    "replay",
+)  # jax.experimental.rnn; ours without it; fit's dispatches bare
+AG_NEWS = "ag-news"
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Case:
         filters: width and number of the char-CNN's filters; none reads words.
         characters: width of a character's vector.
         highway: layers of the char-CNN.
-        sentences: of a text to embed, or its length in thousands of words for SGNS.
+        sentences: of a text to embed, documents of `fit`, or a text's thousands of words for SGNS.
         together: whether sentences are embedded in batches rather than one by one.
     """
 
@@ -103,7 +110,7 @@ def parameters(case: Case) -> int:
     projection = case.cells * case.width if case.cells != case.width else 0
     lstm = 4 * case.cells * (2 * case.width + 1) + projection
     tables = case.vocabulary * (2 * case.width + 1)  # token vectors and softmax
-    if case.part == "recipe":
+    if case.part in TIED:
         tables -= case.vocabulary * case.width  # one table for both
     if case.filters:
         wide = sum(number for _, number in case.filters)
@@ -139,8 +146,8 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
         return [Phase(0.0, 7.0 * FLOAT * parameters(case))]
     if case.part == "embed":
         return [Phase(counts["types"] * spelling_flops(case)), Phase(n * lstm_flops(case))]
-    if case.part == "sgns":
-        return []  # bound by the latency of rows here and there, of which no rate tells
+    if case.part in ("sgns", "pretrain"):
+        return []  # the latency of rows here and there, or of much beside products, of which no rate tells
     moved = 5.0 if case.part == "official" else 7.0
     update = counts.get("steps", 1) * moved * FLOAT * parameters(case)
     spelled = counts.get("types", 0) * spelling_flops(case)
@@ -162,20 +169,29 @@ class Goal(NamedTuple):
     Attributes:
         case: the work in which this library is measured.
         peer: whom it is compared with, None for the floor.
-        figure: "speed" (at least) or "memory" (at most).
+        figure: "speed", or "products" (the share of the machine's product rate that useful products
+            reach), at least; "memory", "host" (the share of `fit`'s time outside compiled code) or
+            "seconds", at most.
         bound: of the ratio.
     """
 
     case: str
     peer: str | None
     bound: float
-    figure: Literal["speed", "memory"] = "speed"
+    figure: Literal["speed", "products", "memory", "host", "seconds"] = "speed"
 
 
 _RELEASED = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 _PLAIN = (OURS, "flax", "torch")
 _SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _RELEASED}
 _ORIGINAL: Any = {**_SMALL, "cells": 4096, "width": 512, "highway": 2}
+
+# How a case's name ends, by precision.
+PRECISIONS: tuple[tuple[str, Precision], ...] = (
+    ("", "float32"),
+    ("-tf32", "tf32"),
+    ("-bfloat16", "bfloat16"),
+)
 
 MACHINE = (Case("product", "product", steps=2048), Case("copy", "copy", steps=8192))
 
@@ -194,6 +210,7 @@ CASES = (
     Case("softmax-8192", "softmax", negatives=8192),
     Case("optimiser", "optimiser", _PLAIN),
     Case("recipe", "recipe", negatives=2048),
+    Case("fit", "fit", (OURS, REPLAY), negatives=2048, sentences=4096),
     Case("small", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_SMALL),
     Case("original", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_ORIGINAL),
     Case("embed", "embed", sentences=64, **_SMALL),
@@ -213,19 +230,49 @@ GOALS = (
     Goal("recipe", "torch", 8.0),
     Goal("step", "torch", 0.5, "memory"),
     Goal("embed", "torch", 3.0),
+    Goal("fit", REPLAY, 0.02, "host"),
+)
+
+
+CUDA_MACHINE = (
+    *(Case(f"product{end}", "product", steps=8192, precision=kind) for end, kind in PRECISIONS),
+    MACHINE[1],
+)
+
+CUDA_GOALS = (
+    *(Goal(f"step{end}", "torch", 2.0) for end, _ in PRECISIONS),
+    Goal("step-b1024-bfloat16", None, 0.4, "products"),
+    Goal("fit", REPLAY, 0.02, "host"),
+    Goal(AG_NEWS, None, 60.0, "seconds"),
 )
 
 
 def cuda_cases(cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """The same on a GPU: training also in TF32 and bf16, and beside cuDNN where it can do the work."""
+    """The same on a GPU: training at B 1024, in TF32 and bf16, and beside cuDNN and the scan alone.
+
+    There this library has cuDNN itself, but for bf16, which `jax.experimental.rnn` has not.
+    """
+    large = Case("step-b1024", "step", (OURS, "torch"), batch=1024)
     more: list[Case] = []
-    for case in cases:
+    for case in (*cases, large):
         if case.part not in ("step", "lstm"):
             more.append(case)
             continue
-        peers = tuple(dict.fromkeys((*case.peers, CUDNN)))
-        for precision in ("float32", "tf32", "bfloat16"):
-            name = case.name if precision == "float32" else f"{case.name}-{precision}"
-            kept = tuple(p for p in peers if p != CUDNN) if precision == "bfloat16" else peers
-            more.append(replace(case, name=name, precision=precision, peers=kept))
+        for end, precision in PRECISIONS:
+            beside = () if precision == "bfloat16" or case is large else (CUDNN, SCAN)
+            more.append(
+                replace(case, name=f"{case.name}{end}", precision=precision, peers=(*case.peers, *beside))
+            )
     return tuple(more)
+
+
+def needed(machine: tuple[Case, ...], cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Those of the machine's rates that the cases are to be measured against."""
+    kinds = {case.precision for case in cases}
+    return tuple(case for case in machine if case.part == "copy" or case.precision in kinds)
+
+
+def rates_of(rates: dict[str, float], precision: Precision) -> Rates | None:
+    """The machine's rates in a precision, from those of its cases by name, if they were measured."""
+    product = next(f"product{end}" for end, kind in PRECISIONS if kind == precision)
+    return Rates(rates[product], rates["copy"]) if {product, "copy"} <= rates.keys() else None

@@ -213,7 +213,7 @@ def create_run(
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A command's flags but for those about the call alone, as ``config.json`` holds them."""
-    about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard"}
+    about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard", "kernel"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     return json.loads(json.dumps(settings))
 

@@ -18,6 +18,7 @@ from elmo_jax.combiners import CombinerConfig
 from elmo_jax.data import Batch, BatchStream
 from elmo_jax.fit import fit
 from elmo_jax.integrity import tree_digest
+from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.metrics import classification
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
@@ -47,6 +48,8 @@ class DownstreamConfig:
     """Of parameters, order and dropout."""
     steps_per_dispatch: int = 8
     """Steps run by one call of the device."""
+    kernel: Kernel = "auto"
+    """What runs the LSTM layers, the language model's too; see experiments.pretrain."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too."""
     output: str | None = None
@@ -73,7 +76,8 @@ PRESETS = {
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
-    source = open_source(config.source, config.combiner, config.seed)
+    LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # before there is a folder
+    source = open_source(config.source, config.combiner, config.seed, config.kernel)
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(
@@ -84,7 +88,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     )
     data = source.data
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
-    model = BiLSTMClassifier(config.classifier, len(source.data.classes))
+    model = BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel)
     records, params = _train(config, source, model, train, run)
     run.close()
     results = _measure(config, source, model, params, train, run.path)

@@ -8,17 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.characters import spelling_table
 from elmo_jax.contiguous import ContiguousStream
-from elmo_jax.data import DIRECTIONS, BatchStream, Documents, bucket_bounds
+from elmo_jax.data import DIRECTIONS, BatchStream, Documents
 from elmo_jax.embedders import CharCNNConfig
+from elmo_jax.lstm import Kernel
 from elmo_jax.softmax import log_uniform_negatives
 from elmo_jax.tasks import init_params
 from elmo_jax.text import SPECIAL
-from experiments.cases import Case
+from experiments.cases import TIED, Case
+from experiments.worker import is_weight
 
 Arrays = dict[str, np.ndarray]
 _FIRST = len(SPECIAL)  # word id
@@ -26,7 +28,7 @@ _DOCUMENTS = 78_000  # of the recipe, as many and as long as AG News's
 _K = 8  # steps a dispatch by default
 
 
-def model_of(case: Case, dropout: float = 0.0) -> BiLM:
+def model_of(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> BiLM:
     """The language model of a case, the softmax left out where none is needed."""
     config = BiLMConfig(
         input="characters" if case.filters else "words",
@@ -40,10 +42,10 @@ def model_of(case: Case, dropout: float = 0.0) -> BiLM:
         cell_clip=case.clip,
         projection_clip=case.clip,
         dropout=dropout,
-        tie=case.part == "recipe",
+        tie=case.part in TIED,
         dtype="bfloat16" if case.precision == "bfloat16" else "float32",
     )
-    return BiLM(config, 0 if case.part == "embed" else case.vocabulary)
+    return BiLM(config, 0 if case.part == "embed" else case.vocabulary, kernel)
 
 
 def make_inputs(case: Case, seed: int) -> tuple[Arrays, dict[str, Any]]:
@@ -66,6 +68,7 @@ def make_inputs(case: Case, seed: int) -> tuple[Arrays, dict[str, Any]]:
         "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
+        "fit": _fit,
         "official": _official,
         "embed": _embed,
         "sgns": _sgns,
@@ -83,6 +86,11 @@ def make_weights(case: Case, rng: np.random.Generator) -> Arrays:
         scale = float(np.prod(leaf.shape[-2:-1])) ** -0.5 if kernel and "table" not in name else 0.1
         out[name] = np.float32(scale) * rng.standard_normal(leaf.shape, np.float32)
     return out
+
+
+def weights_of(arrays: Arrays) -> dict[str, Any]:
+    """The parameters among the arrays, as a model takes them, on the device."""
+    return jax.device_put(unflatten_dict({n: a for n, a in arrays.items() if is_weight(n)}, sep="/"))
 
 
 def _words(case: Case, rng: np.random.Generator, shape: tuple[int, ...] | int) -> np.ndarray:
@@ -136,12 +144,7 @@ def _step(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]
 
 def _recipe(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
     """A dispatch of every bucket, and in how many steps of an epoch that bucket is run."""
-    log_normal = np.exp(np.log(44) + 0.39 * rng.standard_normal(_DOCUMENTS))  # AG News's median and spread
-    lengths = np.clip(log_normal, 4, 309).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    documents = Documents(_words(case, rng, offsets[-1]), offsets, np.zeros(_DOCUMENTS, np.int32))
-    bounds = bucket_bounds(lengths + 2)
-    stream = BatchStream(documents, case.batch, 0, bounds, steps_per_dispatch=_K)
+    stream = BatchStream(_news(case, rng, _DOCUMENTS), case.batch, 0, steps_per_dispatch=_K)
     steps = dict.fromkeys(stream.bounds, 0)
     data: Arrays = {}
     for dispatch in stream.dispatches(0, stream.steps_per_epoch):
@@ -150,9 +153,32 @@ def _recipe(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any
         data |= {f"words:{bound}": dispatch.batches.words, f"lengths:{bound}": dispatch.batches.lengths}
     data["bounds"] = np.array(list(steps))
     data["steps"] = np.array(list(steps.values()))
-    tokens = stream.tokens_per_epoch
-    counts = {"tokens": tokens, "positions": tokens + _DOCUMENTS, "steps": stream.steps_per_epoch}
-    return make_weights(case, rng) | data, counts
+    return make_weights(case, rng) | data, _epoch(stream)
+
+
+def _news(case: Case, rng: np.random.Generator, count: int) -> Documents:
+    """Documents as long as AG News's, of log-uniform words."""
+    log_normal = np.exp(np.log(44) + 0.39 * rng.standard_normal(count))  # AG News's median and spread
+    offsets = np.concatenate([[0], np.cumsum(np.clip(log_normal, 4, 309).astype(np.int64))])
+    return Documents(_words(case, rng, offsets[-1]), offsets, np.zeros(count, np.int32))
+
+
+def _epoch(stream: BatchStream) -> dict[str, Any]:
+    """What is counted of an epoch."""
+    tokens, documents = stream.tokens_per_epoch, len(stream.documents)
+    return {"tokens": tokens, "positions": tokens + documents, "steps": stream.steps_per_epoch}
+
+
+def stream_of(case: Case, arrays: Arrays) -> BatchStream:
+    """The batches of `fit`."""
+    documents = Documents(arrays["ids"], arrays["offsets"], np.zeros(case.sentences, np.int32))
+    return BatchStream(documents, case.batch, seed=0, steps_per_dispatch=_K)
+
+
+def _fit(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+    documents = _news(case, rng, case.sentences)
+    data = {"ids": documents.ids, "offsets": documents.offsets}
+    return make_weights(case, rng) | data, _epoch(stream_of(case, data))
 
 
 def _letters(rng: np.random.Generator, count: int) -> list[str]:

@@ -13,10 +13,11 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.cudnn import pack_weights
 from elmo_jax.lstm import reverse_valid
 from experiments.cases import DIRECTIONS, Case
-from experiments.inputs import Arrays
-from experiments.ours import lstm_gradients, optimiser_steps, softmax_gradients, weights_of
+from experiments.inputs import Arrays, weights_of
+from experiments.ours import lstm_gradients, optimiser_steps, softmax_gradients
 from experiments.worker import RATE, Built
 
 # One direction's layers: weights, x [T, B, I] -> h [T, B, H].
@@ -84,21 +85,6 @@ def flax_stack(case: Case) -> Stack:
     return run
 
 
-def cudnn_weights(case: Case, weights: Any) -> Array:
-    """One direction's parameters in cuDNN's order: i, f, g, o; all matrices, then all biases."""
-
-    def gates(w: Array) -> Array:
-        i, j, f, o = jnp.split(w, 4, axis=-1)
-        return jnp.concatenate([i, f, j, o], axis=-1)
-
-    matrices, biases = [], []
-    for layer in (weights[f"lstm_{i}"] for i in range(case.layers)):
-        matrices += [gates(layer[kind]).T.reshape(-1) for kind in ("input_kernel", "recurrent_kernel")]
-        forget = jnp.repeat(jnp.array([0.0, 0.0, 1.0, 0.0]), case.cells)
-        biases += [gates(layer["bias"] + forget), jnp.zeros(4 * case.cells)]
-    return jnp.concatenate(matrices + biases)
-
-
 def cudnn_stack(case: Case) -> Stack:
     """cuDNN's LSTM through JAX; float32, its products in TF32 if the case says so."""
     from jax.experimental import rnn
@@ -108,9 +94,11 @@ def cudnn_stack(case: Case) -> Stack:
     def run(weights: Any, x: Array) -> Array:
         steps, rows, width = x.shape
         zero = jnp.zeros((case.layers, rows, case.cells))
+        kinds = ("input_kernel", "recurrent_kernel", "bias")
+        packed = pack_weights([tuple(weights[f"lstm_{i}"][k] for k in kinds) for i in range(case.layers)])
         lengths = jnp.full(rows, steps, jnp.int32)
         sizes = (width, case.cells, case.layers, 0.0, False, precision)
-        out: Any = rnn.lstm(x.swapaxes(0, 1), zero, zero, cudnn_weights(case, weights), lengths, *sizes)
+        out: Any = rnn.lstm(x.swapaxes(0, 1), zero, zero, packed, lengths, *sizes)
         return out[0].swapaxes(0, 1)
 
     return run

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from jax import Array
 
 from elmo_jax.bilm import zero_state
 from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
 from elmo_jax.elmo import Elmo
-from elmo_jax.lstm import LSTM
+from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
@@ -25,11 +24,17 @@ from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
 from experiments.cases import Case
-from experiments.inputs import Arrays, model_of
+from experiments.host import build_fit
+from experiments.inputs import Arrays, model_of, weights_of
 from experiments.rates import build_copy, build_product, compiled_once
-from experiments.worker import RATE, Built, is_weight, pair_loss, sentences_of
+from experiments.worker import RATE, Built, pair_loss, sentences_of
 
 _K = 8  # steps a dispatch, as by default
+
+
+def build_scan(case: Case, arrays: Arrays) -> Built:
+    """This library's side of a case, its own scan in place of cuDNN."""
+    return {"lstm": _lstm, "step": _step}[case.part](case, arrays, "fast")
 
 
 def build(case: Case, arrays: Arrays) -> Built:
@@ -42,6 +47,7 @@ def build(case: Case, arrays: Arrays) -> Built:
         "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
+        "fit": build_fit,
         "official": _official,
         "embed": _embed,
         "sgns": _sgns,
@@ -49,15 +55,10 @@ def build(case: Case, arrays: Arrays) -> Built:
     return make(case, arrays)
 
 
-def weights_of(arrays: Arrays) -> dict[str, Any]:
-    """The parameters among the arrays, as a model takes them, on the device."""
-    return jax.device_put(unflatten_dict({n: a for n, a in arrays.items() if is_weight(n)}, sep="/"))
-
-
-def _lstm(case: Case, arrays: Arrays) -> Built:
+def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
     projection = case.width if case.width != case.cells else None
     dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
-    layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype)
+    layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype, kernel)
     lengths = jnp.full(case.batch, case.steps, jnp.int32)
     cotangent = jnp.asarray(_time_last(arrays["cotangent"]))
 
@@ -173,11 +174,12 @@ def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
     return Batch(words, lengths, None, (lengths > 0).astype(np.float32))
 
 
-def _step(case: Case, arrays: Arrays) -> Built:
+def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
     optimizer = make_optimizer(_settings(case), 1)
     state = TrainState.create(weights_of(arrays), optimizer)
     batch = _batch(arrays["words"], arrays["lengths"])
-    return training(bilm_loss(model_of(case), case.negatives), state, _repeated(batch), optimizer)
+    task = bilm_loss(model_of(case, kernel=kernel), case.negatives)
+    return training(task, state, _repeated(batch), optimizer)
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
@@ -193,8 +195,8 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 
         def run(n: int, batches: Any = batches) -> None:
             for start in range(0, n, _K):
-                held[0], sums = dispatch(held[0], batches, min(_K, n - start), key)
-                jax.block_until_ready((held[0], sums))
+                held[0], _ = dispatch(held[0], batches, min(_K, n - start), key)
+            jax.block_until_ready(held)
 
         runs.append((run, float(steps)))
 

@@ -9,13 +9,14 @@ import jax
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
-from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.bilm import BiLM, BiLMConfig, lstm_layer, zero_state
 from elmo_jax.data import BatchStream, Stream
 from elmo_jax.datasets import DataConfig
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
+from elmo_jax.lstm import Kernel
 from elmo_jax.metrics import perplexities
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_window_loss, init_params
@@ -50,6 +51,9 @@ class PretrainConfig:
     """Steps between saves within an epoch."""
     steps_per_dispatch: int = 8
     """Steps run by one call of the device."""
+    kernel: Kernel = "auto"
+    """What runs the LSTM layers: on CUDA cuDNN where it can, else the fast scan; or one of them, or the
+    plain scan. It is no part of the run: --resume may name another."""
     dry_run: bool = False
     """Say what the run would cost, and write nothing; a corpus is read in part."""
     tensorboard: bool = False
@@ -111,9 +115,10 @@ PRESETS = {
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
+    kernel = lstm_layer(config.model, config.kernel).choose()  # before all that takes long
     portion = _portion(config) if config.dry_run else None
     data = load_texts(config.data, config.corpus, config.model.input == "characters", portion)
-    model = BiLM(config.model, len(data.vocabulary))
+    model = BiLM(config.model, len(data.vocabulary), config.kernel)
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
     held_out = BatchStream(data.held_out, config.batch_size, bounds=bounds)
@@ -121,7 +126,10 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     cli.describe((data.train, data.held_out), data.vocabulary, train)
     state, optimizer, loss_fn = _begin(config, model, data, train)
-    cli.say(f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}")
+    cli.say(
+        f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}, "
+        f"{kernel} LSTM"
+    )
     if config.dry_run:
         steps = config.epochs * train.steps_per_epoch / data.share
         estimate(state, loss_fn, optimizer, train, steps, config.seed)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cases import OURS, Case, Phase, Rates, floor_seconds
+from experiments.cases import OURS, Case, Goal, Phase, Rates, floor_seconds
 
 TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}  # of losses and gradients, relative
 _LOOSE = {"sgns": 0.1}  # negatives are drawn apart, and gensim's threads race
@@ -48,7 +48,7 @@ class Lane:
             self.why = f"{package} is not installed (pip install 'elmo_jax[benchmark]')"
             return
         # On a GPU peers share its memory, so none may take all of it.
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".9"}
         env["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [env.get("PYTHONPATH")])])
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -206,7 +206,8 @@ def results_of(
     Returns:
         The case, its floor and, by peer, seconds of each round, their median and spread
         (half the range over the median), ``tokens_per_second``, ``times`` (how many times
-        as fast this library is) and more, or ``not_timed``.
+        as fast this library is), ``of_products`` (its useful products beside the rate of the
+        machine's) and more, or ``not_timed``.
     """
     least = floor_seconds(work, rates) if rates and work else None
     flops, moved = sum(phase.flops for phase in work), sum(phase.bytes for phase in work)
@@ -227,7 +228,49 @@ def results_of(
         # With the full softmax the recipe's peer has more to do than the floor counts.
         if least and not (case.part == "recipe" and lane.peer != OURS):
             record["of_floor"] = least / middle
+        if rates and flops:
+            record["of_products"] = flops / rates.flops / middle
         if lane.peer != OURS and len(ours) == len(lane.seconds):
             record["times"] = ratio(lane.seconds, ours)
         out["peers"][lane.peer] = record
     return out
+
+
+def judge(goal: Goal, cases: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What became of a goal, or None where it was not measured."""
+    peers = cases.get(goal.case, {}).get("peers", {})
+    value = _figure(goal, peers.get(OURS, {}), peers.get(goal.peer, {}))
+    if value is None:
+        return None
+    low = goal.figure in ("memory", "host", "seconds")
+    met = value <= goal.bound if low else value >= goal.bound
+    said = {
+        "speed": f"{value:.0%} of the floor" if goal.peer is None else f"{value:.2f}x as fast as {goal.peer}",
+        "products": f"{value:.0%} of the machine's product rate",
+        "memory": f"peak memory {value:.2f}x {goal.peer}'s",
+        "host": f"{value:.1%} of fit's time outside compiled code",
+        "seconds": f"trained in {value:.0f} s",
+    }[goal.figure]
+    ratio = goal.figure == "memory" or (goal.figure == "speed" and goal.peer is not None)
+    bound = (
+        f"{goal.bound:g}x"
+        if ratio
+        else f"{goal.bound:g} s"
+        if goal.figure == "seconds"
+        else f"{goal.bound:.0%}"
+    )
+    least = "at most" if low else "at least"
+    line = f"{goal.case}: {said}, goal {least} {bound}: {'met' if met else 'missed'}"
+    return {**goal._asdict(), "value": value, "met": met, "line": line}
+
+
+def _figure(goal: Goal, ours: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """The number that a goal bounds, of what was measured of this library and the peer."""
+    if goal.figure == "memory":
+        both = "median" in ours and "median" in other
+        return ours["peak_bytes"] / other["peak_bytes"] if both else None
+    if goal.figure == "host":
+        return 1 - other["times"] if "times" in other else None
+    if goal.peer is not None:
+        return other.get("times")
+    return ours.get({"products": "of_products", "seconds": "median"}.get(goal.figure, "of_floor"))

@@ -12,11 +12,16 @@ from experiments.worker import Built
 
 
 def repeat(step: Any, *args: Any) -> Any:
-    """What runs a compiled function n times and waits for all that it returns."""
+    """What runs a compiled function n times, one after the other, and waits for all that it returns."""
+    apart = jax.default_backend() == "cpu"  # which would run them side by side; others keep their order
 
     def run(n: int) -> None:
+        out = None
         for _ in range(n):
-            jax.block_until_ready(step(*args))
+            out = step(*args)
+            if apart:
+                jax.block_until_ready(out)
+        jax.block_until_ready(out)
 
     return run
 
@@ -48,7 +53,8 @@ def build_copy(case: Case, arrays: Arrays) -> Built:
 
     def run(n: int) -> np.ndarray:
         for _ in range(n):
-            held[0] = jax.block_until_ready(step(held[0]))
+            held[0] = step(held[0])
+        jax.block_until_ready(held)
         return np.array(held[0])[:8] if n == 1 else np.zeros(0)
 
     return Built(lambda: {"copy": run(1)}, [(run, 1.0)])

@@ -15,6 +15,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.integrity import check_files, read_config, structure
+from elmo_jax.lstm import Kernel
 from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
@@ -59,22 +60,23 @@ class Source(NamedTuple):
     shape: tuple[int, int]
 
 
-def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
+def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
     """What the flags name.
 
     Raises:
-        InputError: a run is missing or of another kind, or flags contradict each other.
+        InputError: a run is missing or of another kind, flags contradict each other, or the
+            kernel does not run such layers.
     """
     if config.features == "elmo":
-        return _elmo(config, combiner, seed)
+        return _elmo(config, combiner, seed, kernel)
     if config.finetune or config.untrained:
         raise InputError("--finetune and --untrained need --features elmo; leave them out")
     return _word_vectors(config, seed)
 
 
-def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int) -> Source:
+def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
     """The layers of a language model."""
-    elmo = Elmo.from_pretrained(config.pretrained)
+    elmo = Elmo.from_pretrained(config.pretrained, kernel=kernel)
     data = _data_of(Path(config.pretrained), elmo.vocabulary, config, seed)
     params, c = elmo.params, elmo.model.config
     if config.untrained:

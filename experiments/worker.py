@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.cases import CUDNN, OURS, Case
+from experiments.cases import CUDNN, OURS, REPLAY, SCAN, Case
 
+# JAX's products of float32; left alone, a GPU runs them in TF32.
+_PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 RATE = 1e-3  # learning rate of every peer
 # Which function makes a peer's side.
 _MAKERS = {
     OURS: ("experiments.ours", "build"),
+    SCAN: ("experiments.ours", "build_scan"),
+    REPLAY: ("experiments.host", "build_replay"),
     "flax": ("experiments.jax_peers", "build_flax"),
     CUDNN: ("experiments.jax_peers", "build_cudnn"),
     "torch": ("experiments.peers", "build"),
@@ -132,8 +136,8 @@ def main(folder: Path, peer: str, least: float) -> None:
     make = getattr(importlib.import_module(module), name)
     with np.load(folder / "inputs.npz", allow_pickle=False) as file:
         arrays = dict(file)
-    if "jax" in sys.modules and case.precision == "tf32":
-        sys.modules["jax"].config.update("jax_default_matmul_precision", "tensorfloat32")
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_default_matmul_precision", _PRODUCTS[case.precision])
     built = make(case, arrays)
     del arrays  # the peer has taken what it needs
     spent = _count_compilation()

@@ -8,10 +8,13 @@ from pathlib import Path
 # Tests compile much and compute little. Before JAX is imported, and for subprocesses too.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import cuda
 import jax
 import numpy as np
 import pytest
+from jax.experimental import rnn
 
+from elmo_jax import cudnn
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Documents
 from elmo_jax.elmo import Elmo
@@ -44,6 +47,17 @@ def standard_promotion():
     """Optax mixes dtypes on purpose; so does a test that trains."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """CUDA, as far as the choice of a kernel goes, and cuDNN's calls played; returns the forward ones."""
+    forward = cuda.Forward()
+    monkeypatch.setattr(cudnn, "on_cuda", lambda: True)
+    monkeypatch.setattr(rnn, "rnn_fwd_p", forward)
+    monkeypatch.setattr(rnn, "rnn_bwd_p", cuda.Backward())
+    with jax.numpy_rank_promotion("allow"):  # in JAX's reference
+        yield forward.calls
 
 
 @pytest.fixture

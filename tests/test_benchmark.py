@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,27 +98,6 @@ def test_gensim_learns_as_much_in_an_epoch(standard_promotion):
     with jax.numpy_rank_promotion("allow"):
         expected, found = side(ours, case).check()["loss"], side(gensim_peer, case).check()["loss"]
     assert expected < 0.98 * 6 * np.log(2) and abs(found / expected - 1) < 0.1
-
-
-def test_weights_in_the_order_of_cudnn(standard_promotion):
-    """Its reference in JAX, which runs anywhere, gives what Flax's cells give."""
-    from jax.experimental import rnn
-
-    from experiments import jax_peers
-    from experiments.ours import weights_of
-
-    case = tiny("lstm")
-    arrays, _ = make_inputs(case, seed=1)
-    weights = jax_peers._direction(weights_of(arrays), 0)
-    x = jnp.asarray(arrays["x"][:, 0])
-    sizes = (case.width, case.cells, case.layers)
-    with jax.numpy_rank_promotion("allow"):
-        parts = rnn.unpack_lstm_weights(jax_peers.cudnn_weights(case, weights), *sizes, False)
-        zero = jnp.zeros((case.layers, case.batch, case.cells))
-        lengths = jnp.full(case.batch, case.steps, jnp.int32)
-        h, _, _ = rnn.lstm_ref(x.swapaxes(0, 1), zero, zero, *parts, lengths, *sizes, 0.0, False)
-        expected = jax_peers.flax_stack(case)(weights, x)
-    np.testing.assert_allclose(h.swapaxes(0, 1), expected, rtol=1e-5, atol=1e-6)
 
 
 class Silent:

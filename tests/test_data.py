@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -53,6 +54,31 @@ def test_bounds_are_the_best_there_are(lengths, most, price):
         found = bucket_bounds(array, most)
     assert cost(found) == min(map(cost, every))
     assert list(found) == sorted(set(found)) and len(found) <= most
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
+    spellings = rng.integers(1, 9, (50, 3)).astype(np.int32) if spelled else None
+    documents = replace(
+        documents, spellings=spellings, classes=40, longest=20, labels=documents.labels + np.int32(1)
+    )
+    rows = np.full((3, 5), -1)
+    rows[0], rows[1, :2] = rng.integers(0, len(documents), 5), (7, 3)
+    made = documents.batch(rows, 24)
+    for k, each in enumerate(rows):
+        each = each[each >= 0]
+        sentences = [documents.ids[documents.offsets[n] :][: documents.lengths[n]] for n in each]
+        want = Batch.of(sentences, documents.labels[each], (5, 24))
+        for name in ("lengths", "labels", "weight"):
+            got = getattr(made, name)[k]
+            np.testing.assert_array_equal(got, getattr(want, name))
+            assert got.dtype == getattr(want, name).dtype
+        words, chars = documents.read(want.words)
+        np.testing.assert_array_equal(made.words[k], words)
+        assert made.words.dtype == words.dtype == np.int32
+        assert (made.chars is None) == (chars is None)
+        if made.chars is not None:
+            np.testing.assert_array_equal(made.chars[k], chars)
 
 
 @pytest.mark.parametrize("k", [1, 3])

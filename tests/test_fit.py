@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 
 import jax
@@ -74,7 +75,7 @@ def whole(documents, tmp_path):
 
 def test_it_learns_and_leaves_the_frozen_alone(whole, documents):
     state, records = whole
-    batch = documents.batch(np.arange(len(documents)), (len(documents), 32))
+    batch = documents.batch(np.arange(len(documents)), 32)
     untrained = {"table": jnp.zeros(50), "scale": jnp.ones(())}
     assert records[-1]["figure"] < 0.9 * float(loss_fn(untrained, batch, jax.random.key(0))[0])
     assert [r["epoch"] for r in records] == [1, 2]
@@ -88,6 +89,34 @@ def test_a_hook_gets_every_new_epochs_whole_record(documents, tmp_path):
     assert got == records == lines(tmp_path / "run") and {"loss", "figure", "seconds"} <= got[0].keys()
     _, records = run_fit(documents, tmp_path / "run", resume=True, on_record=got.append)
     assert got == records and len(got) == EPOCHS
+
+
+def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tmp_path, monkeypatch):
+    told = []
+    module = sys.modules["elmo_jax.fit"]  # the name is the function's
+    dispatches, add = BatchStream.dispatches, module._add
+
+    def watched(self, first, last):
+        for made in dispatches(self, first, last):
+            told.extend(["made"] * (self.seed is not None))  # evaluation's are in order
+            yield made
+
+    def make(*args):
+        run = make_dispatch(*args)
+
+        def called(state, batches, count, key):
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
+            told.append("called")
+            return run(state, batches, count, key)
+
+        return called
+
+    monkeypatch.setattr(module, "make_dispatch", make)
+    monkeypatch.setattr(module, "_add", lambda *args: (told.append("waited"), add(*args)))
+    monkeypatch.setattr(BatchStream, "dispatches", watched)
+    run_fit(documents, tmp_path / "run", epochs=1)
+    assert told[:7] == ["made", "called", "made", "called", "made", "waited", "called"]
+    assert told.count("made") == told.count("called") == told.count("waited")
 
 
 def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):

@@ -1,0 +1,230 @@
+"""The benchmark's CUDA side where there is no CUDA, what the host costs, and AG News."""
+
+import csv
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from test_benchmark import side, tiny
+
+from experiments import benchmark, host, jax_peers, ours, whole
+from experiments.benchmark import BenchmarkConfig
+from experiments.cases import (
+    CASES,
+    CUDA_GOALS,
+    CUDA_MACHINE,
+    CUDNN,
+    MACHINE,
+    OURS,
+    REPLAY,
+    SCAN,
+    Case,
+    Goal,
+    Rates,
+    cuda_cases,
+    needed,
+    rates_of,
+)
+from experiments.inputs import make_inputs
+from experiments.race import TOLERANCE, difference, judge, results_of
+from experiments.worker import _MAKERS
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture(autouse=True)
+def _peers_mix_ranks():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize(("name", "precision"), [("lstm", "float32"), ("lstm", "tf32"), ("step", "float32")])
+def test_cudnns_lane_computes_what_this_library_does(played, name, precision):
+    case = replace(tiny(name), precision=precision)
+    arrays, _ = make_inputs(case, seed=1)
+    played.clear()  # shapes of weights are found by tracing the model
+    expected = ours.build_scan(case, arrays).check()
+    assert played == []
+    found = jax_peers.build_cudnn(case, arrays).check()
+    assert set(played) == {(False, precision == "tf32")}
+    for key, value in expected.items():
+        assert difference(found[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["lstm", "step"])
+def test_this_library_runs_cudnn_on_cuda_and_its_scan_when_asked(played, name):
+    case = tiny(name)
+    arrays, _ = make_inputs(case, seed=1)
+    played.clear()
+    expected = ours.build_scan(case, arrays).check()["loss"]
+    assert played == []
+    assert difference(ours.build(case, arrays).check()["loss"], expected) < 1e-5
+    assert len(played) >= 4  # two layers in two directions
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_torch_stays_near_in_other_precisions(precision):
+    pytest.importorskip("torch")
+    from experiments import peers
+
+    case = replace(tiny("step"), precision=precision)
+    expected, found = (side(module, case).check()["loss"] for module in (ours, peers))
+    assert difference(found, expected) < TOLERANCE[precision]
+    exact = side(peers, tiny("step")).check()["loss"]
+    assert np.array_equal(found, exact) == (precision == "tf32")  # which a CPU has not
+
+
+def test_training_on_cuda_is_timed_in_each_precision_beside_what_can_do_it():
+    cases = {case.name: case for case in cuda_cases(CASES)}
+    assert cases.keys() > {case.name for case in CASES}
+    for name in ("step", "lstm"):
+        assert {CUDNN, SCAN, "torch", OURS} <= set(cases[name].peers)
+        assert {CUDNN, SCAN, "torch", OURS} <= set(cases[f"{name}-tf32"].peers)
+        assert {CUDNN, SCAN}.isdisjoint(cases[f"{name}-bfloat16"].peers)
+        assert cases[f"{name}-bfloat16"].precision == "bfloat16"
+    assert cases["step-b1024-bfloat16"].batch == 1024 and "step-b1024" not in {c.name for c in CASES}
+    assert {peer for case in cases.values() for peer in case.peers} <= _MAKERS.keys()
+    assert {goal.case for goal in CUDA_GOALS} <= cases.keys() | {whole.CASE.name}
+
+
+def test_a_case_is_measured_against_the_rate_of_its_own_precision():
+    machine = needed(CUDA_MACHINE, (cuda_cases((tiny("step"),))[2],))
+    assert [case.name for case in machine] == ["product-bfloat16", "copy"]
+    rates = {"product": 1.0, "product-bfloat16": 2.0}
+    assert rates_of(rates, "float32") is None
+    assert rates_of(rates | {"copy": 3.0}, "bfloat16") == Rates(2.0, 3.0)
+    assert rates_of(rates | {"copy": 3.0}, "tf32") is None
+
+
+def _found(**peers):
+    return {"x": {"peers": peers}}
+
+
+@pytest.mark.parametrize(
+    ("goal", "found", "value", "said"),
+    [
+        (
+            Goal("x", "torch", 2.0),
+            _found(torch={"times": 2.5}),
+            2.5,
+            "2.50x as fast as torch, goal at least 2x: met",
+        ),
+        (
+            Goal("x", None, 0.4),
+            _found(elmo_jax={"of_floor": 0.3}),
+            0.3,
+            "30% of the floor, goal at least 40%: missed",
+        ),
+        (
+            Goal("x", None, 0.4, "products"),
+            _found(elmo_jax={"of_products": 0.5}),
+            0.5,
+            "50% of the machine's product rate, goal at least 40%: met",
+        ),
+        (
+            Goal("x", REPLAY, 0.02, "host"),
+            _found(replay={"times": 0.97}),
+            0.03,
+            "3.0% of fit's time outside compiled code, goal at most 2%: missed",
+        ),
+        (
+            Goal("x", None, 60, "seconds"),
+            _found(elmo_jax={"median": 50.0}),
+            50,
+            "trained in 50 s, goal at most 60 s: met",
+        ),
+        (
+            Goal("x", "torch", 0.5, "memory"),
+            _found(elmo_jax={"median": 1, "peak_bytes": 1}, torch={"median": 1, "peak_bytes": 4}),
+            0.25,
+            "peak memory 0.25x torch's, goal at most 0.5x: met",
+        ),
+    ],
+)
+def test_goals_are_judged(goal, found, value, said):
+    judged = judge(goal, found)
+    assert judged is not None and judged["value"] == pytest.approx(value) and judged["line"] == f"x: {said}"
+    assert judged["met"] == said.endswith(": met")
+    assert judge(goal, {}) is None and judge(goal, _found(elmo_jax={"not_timed": "?"})) is None
+
+
+def test_from_flags_to_results_as_on_cuda(tmp_path, monkeypatch, capsys):
+    """With the precisions and lanes of CUDA; the one that needs it says so and is not timed."""
+    monkeypatch.setattr(benchmark, "on_cuda", lambda: True)
+    monkeypatch.setattr(
+        benchmark, "CUDA_MACHINE", tuple(replace(c, steps=32, peers=(OURS,)) for c in CUDA_MACHINE)
+    )
+    case = replace(tiny("step"), peers=(OURS,))
+    config = BenchmarkConfig(only=("step-tf32",), rounds=2, least=0.01, output=str(tmp_path))
+    results = benchmark.benchmark(config, (case,), MACHINE)
+    assert results["rates"].keys() == {"product-tf32", "copy"} and results["cases"].keys() == {"step-tf32"}
+    peers = results["cases"]["step-tf32"]["peers"]
+    assert peers[OURS]["of_products"] > 0 and peers[SCAN]["times"] > 0 and peers.keys() == {OURS, SCAN, CUDNN}
+    assert peers[CUDNN]["not_timed"].startswith("ended with code 1")
+    out = capsys.readouterr().out
+    assert "no CUDA here" not in out and f"{CUDNN:<9} not timed" in out
+
+
+def test_an_epoch_of_fit_and_its_dispatches_bare_do_the_same():
+    case = replace(tiny("fit"), sentences=80, steps=8)
+    arrays, counts = make_inputs(case, seed=1)
+    through, bare = host.build_fit(case, arrays), host.build_replay(case, arrays)
+    first = through.check()["loss"]
+    assert difference(first, bare.check()["loss"]) < 1e-6
+    ((run, _),) = through.runs
+    assert counts["steps"] > 20 and run(2) < first and bare.runs[0][0](2) < first
+
+
+def test_what_fails_in_fit_is_told(monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(host, "fit", broken)
+    case = replace(tiny("fit"), sentences=40)
+    with pytest.raises(ValueError, match="broken"):
+        side(_Fit, case).check()
+
+
+class _Fit:
+    build = staticmethod(host.build_fit)
+
+
+def test_useful_products_are_set_beside_the_machines():
+    lane = type("Lane", (), {"peer": OURS, "seconds": [2.0, 2.0], "why": None, "about": {}})()
+    found = results_of(
+        tiny("step"),
+        [lane],
+        {"tokens": 1},
+        benchmark.phases(tiny("step"), {"positions": 20}),
+        Rates(7.0, 1.0),
+    )
+    assert found["peers"][OURS]["of_products"] == pytest.approx(found["flops"] / 7.0 / 2.0)
+
+
+def test_a_whole_training_run_is_timed(tmp_path):
+    for part in ("train", "test"):
+        with (tmp_path / f"{part}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([i % 2 + 1, f"the bank raised rates {i % 7}"] for i in range(40))
+    flags = ["--dataset", str(tmp_path), "--epochs", "2", "--cells", "4", "--embedding", "4", "--layers", "1"]
+    found = whole.pretraining([*flags, "--batch-size", "4", "--min-count", "1"])
+    record = found["peers"][OURS]
+    assert "median" in record, record
+    assert len(record["seconds_by_epoch"]) == 2 and 0 < record["median"] < record["whole_seconds"]
+    (line,) = benchmark.rows(whole.CASE, found)
+    assert f"{record['tokens_per_second']:,.0f}" in line and line.startswith("ag-news")
+    assert benchmark.curves_of("step", [found]) == {}
+
+
+def test_a_training_run_that_ends_badly_says_why():
+    found = whole.pretraining(whole.flags_of("nowhere"))
+    assert found["peers"][OURS]["not_timed"].startswith("ended with code 2: error: ")
+    (line,) = benchmark.rows(whole.CASE, found)
+    assert "not timed" in line and "nowhere" in line
+
+
+def test_ag_news_is_timed_where_its_folder_is_given(refused):
+    assert "sentences" in Case.__doc__ and whole.CASE not in CASES
+    assert whole.flags_of("x")[-2:] == ["--preset", "report"]
+    refused(benchmark.main, ["--quick", "--data-dir", "x"], "--data-dir")
+    refused(benchmark.main, ["--only", "ag-news"], "--only ag-news: no such case")
