@@ -93,14 +93,31 @@ def lstm_step(state: State, gates: Array, w: Weights, clips: Clips = Clips()) ->
 #
 # Beside the hand-written gradient: a sigmoid is a tanh, sigmoid(x) = (1 + tanh(x/2)) / 2, so
 # all four gates are one tanh of the whole row, which XLA:CPU runs four times as fast as four
-# functions of four slices. Whatever the backward pass can work out for all steps at once is
-# taken out of its loop. And the loops write where they read, the gates' tanh over the gates
-# and the gates' gradient over its factor, rather than fill a new array of that size first.
+# functions of four slices. Whatever the backward pass needs of a step is worked out where the
+# step is taken, while it lies in the cache, so that the backward loop only multiplies and no
+# array of all steps is made between the two. And the loops write where they read, the slopes
+# over the gates and the gates' gradient over the slopes.
 
 
 _TIME = 2
 _BIAS = (0.0, 0.0, FORGET_BIAS, 0.0)
 _SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a sigmoid
+
+
+class _Slopes(NamedTuple):
+    """What the backward pass reads of every step, ``[D, B, T, .]``; where c was clipped, 0.
+
+    ``gates``, 4H wide, begins as z's share of the input and ends as the slopes of c (by i, j
+    and f) and of m (by o), m being h before its projection; ``kept`` is the slope of c by the c
+    before, ``shown`` that of m by c. ``m`` and ``inside``, 1 where h was not clipped, are None
+    where there is no projection, or no clip.
+    """
+
+    gates: Array
+    kept: Array
+    shown: Array
+    m: Array | None
+    inside: Array | None
 
 
 def _by_gate(values: tuple[float, ...], cells: int, dtype: DTypeLike) -> Array:
@@ -118,27 +135,51 @@ def _put(x: Array, value: Array, t: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, t, _TIME)
 
 
-def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips) -> tuple[State, Array]:
-    """The states after every step, and the tanh of every step's gates ``[D, B, T, 4H]``."""
+def _inside(x: Array, bound: float | None) -> Array | None:
+    return None if bound is None else (jnp.abs(x) < bound).astype(x.dtype)
+
+
+def _masked(x: Array, mask: Array | None) -> Array:
+    return x if mask is None else x * mask
+
+
+def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips, differentiated: bool):
+    """The states after every step, and their slopes, which mean something if `differentiated`."""
     cells, steps = state.c.shape[-1], gates.shape[_TIME]
     bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
     bias = bias + w.bias[:, None].astype(gates.dtype)
 
-    def body(n: Array, carry: tuple[State, State, Array]):
-        state, states, gates = carry
-        t = jnp.tanh((_at(gates, n) + batched_product(state.h, w.recurrent) + bias) * scale)
+    def body(n: Array, carry: tuple[State, State, _Slopes]):
+        before, states, slopes = carry
+        t = jnp.tanh((_at(slopes.gates, n) + batched_product(before.h, w.recurrent) + bias) * scale)
         i, j, f, o = jnp.split(t, 4, axis=-1)
-        c = _clip(0.5 * ((1 + f) * state.c + (1 + i) * j), clips.cell)
-        h = 0.5 * (1 + o) * jnp.tanh(c)
-        if w.projection is not None:
-            h = batched_product(h, w.projection)
-        state = State(c, _clip(h, clips.projection))
-        states = State(*(_put(every, now, n) for every, now in zip(states, state, strict=True)))
-        return state, states, _put(gates, t, n)
+        i, f, o = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o)
+        c = _clip(f * before.c + i * j, clips.cell)
+        tanh_c = jnp.tanh(c)
+        m = o * tanh_c
+        h = _clip(m if w.projection is None else batched_product(m, w.projection), clips.projection)
+        if differentiated:
+            inside = _inside(c, clips.cell)
+            by_gate = (*(_masked(x, inside) for x in (j, i, before.c)), tanh_c)
+            by_gate = jnp.concatenate(by_gate, -1) * ((1 - t * t) * jnp.square(scale))
+            made = _Slopes(
+                by_gate,
+                _masked(f, inside),
+                o * (1 - tanh_c * tanh_c),
+                None if w.projection is None else m,
+                _inside(h, clips.projection),
+            )
+            slopes = jax.tree.map(lambda every, now: _put(every, now, n), slopes, made)
+        states = State(_put(states.c, c, n), _put(states.h, h, n))
+        return State(c, h), states, slopes
 
     states = jax.tree.map(lambda a: jnp.zeros((*gates.shape[:3], a.shape[-1]), a.dtype), state)
-    _, states, t = jax.lax.fori_loop(0, steps, body, (state, states, gates))
-    return states, t
+    empty = [None] * 4
+    if differentiated:
+        m = None if w.projection is None else states.c
+        empty = [states.c, states.c, m, None if clips.projection is None else states.h]
+    carry = state, states, _Slopes(gates, *empty)  # type: ignore[arg-type]
+    return jax.lax.fori_loop(0, steps, body, carry)[1:]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -157,59 +198,42 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
     Returns:
         The states after every step: c ``[D, B, T, H]``, h ``[D, B, T, P]``.
     """
-    return _fast_scan(state, gates, w, clips)[0]
+    return _fast_scan(state, gates, w, clips, differentiated=False)[0]
 
 
 def _fast_forward(state: State, gates: Array, w: Weights, clips: Clips):
     state, gates, w = jax.tree.map(lambda p: p.value, (state, gates, w))
-    states, t = _fast_scan(state, gates, w, clips)
-    return states, (state, states, t, w)
-
-
-def _before(first: Array, after: Array) -> Array:
-    """What each step began with, of what it left ``[D, B, T, ...]``."""
-    return jnp.concatenate([jnp.expand_dims(first, _TIME), after[:, :, :-1]], axis=_TIME)
+    states, slopes = _fast_scan(state, gates, w, clips, differentiated=True)
+    return states, (state, states.h, slopes, w)
 
 
 def _fast_backward(clips: Clips, residuals, grads: State):
-    first, states, t, w = residuals
-    before = jax.tree.map(_before, first, states)
+    first, h, slopes, w = residuals
     to_h = w.recurrent.swapaxes(1, 2)
     to_m = None if w.projection is None else w.projection.swapaxes(1, 2)
-    i, j, f, o = jnp.split(t, 4, axis=-1)
-    i, f, o, tanh_c = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o), jnp.tanh(states.c)
-    dc_dm = o * (1 - tanh_c * tanh_c)
-    factor = jnp.concatenate([j, i, before.c, tanh_c], -1) * (1 - t * t)
-    factor = factor * jnp.square(_by_gate(_SCALE, tanh_c.shape[-1], t.dtype))[None]  # [D, B, T, 4H]
-    dc_dm, factor, f = jax.lax.optimization_barrier((dc_dm, factor, f))  # or XLA puts them in the loop
-
-    def inside(x: Array, bound: float | None) -> Array | None:
-        return None if bound is None else (jnp.abs(x) < bound).astype(t.dtype)
-
-    c_inside, h_inside = inside(states.c, clips.cell), inside(states.h, clips.projection)
     # No gradient, no addition in the loop.
     grad_c, grad_h = (None if isinstance(g, SymbolicZero) else g for g in grads)
-    steps = t.shape[_TIME]
+    steps = h.shape[_TIME]
 
     def body(k: Array, carry):
         after, dz, dhs = carry
         n = steps - 1 - k
         dh = after.h if grad_h is None else after.h + _at(grad_h, n)
-        dh = dh if h_inside is None else dh * _at(h_inside, n)
+        dh = dh if slopes.inside is None else dh * _at(slopes.inside, n)
         dm = dh if to_m is None else batched_product(dh, to_m)
-        dc = after.c + dm * _at(dc_dm, n)
+        dc = after.c + dm * _at(slopes.shown, n)
         dc = dc if grad_c is None else dc + _at(grad_c, n)
-        dc = dc if c_inside is None else dc * _at(c_inside, n)
         now = jnp.concatenate([dc, dc, dc, dm], axis=-1) * _at(dz, n)
         dhs = None if dhs is None else _put(dhs, dh, n)
-        return State(dc * _at(f, n), batched_product(now, to_h)), _put(dz, now, n), dhs
+        return State(dc * _at(slopes.kept, n), batched_product(now, to_h)), _put(dz, now, n), dhs
 
-    zero = jax.tree.map(jnp.zeros_like, (first, None if to_m is None else states.h))
-    d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], factor, zero[1]))
+    zero = jax.tree.map(jnp.zeros_like, (first, None if to_m is None else h))
+    d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], slopes.gates, zero[1]))
     d_projection = None
-    if w.projection is not None:
-        d_projection = _weight_gradient(o * tanh_c, dh, w.projection.dtype)
-    d_recurrent = _weight_gradient(before.h, dz, w.recurrent.dtype)
+    if slopes.m is not None:
+        d_projection = _weight_gradient(slopes.m, dh, w.recurrent.dtype)
+    before = jnp.concatenate([jnp.expand_dims(first.h, _TIME), h[:, :, :-1]], axis=_TIME)
+    d_recurrent = _weight_gradient(before, dz, w.recurrent.dtype)
     return d_first, dz, Weights(d_recurrent, dz.sum((1, 2)).astype(w.bias.dtype), d_projection)
 
 
