@@ -21,7 +21,7 @@ from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, 
 from elmo_jax.processes import agree, led
 from elmo_jax.steps import Steps, check_kinds
 
-METRICS, RESULTS, EVENTS = "metrics.jsonl", "results.json", "tensorboard"
+METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
 _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
 # These may change, or are compared on their own.
@@ -205,7 +205,7 @@ class Run:
         """Remove what a run wrote, and nothing else that may lie in the folder."""
         for folder in (_STEPS, EVENTS):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for name in (RESULTS, METRICS, CONFIG):  # the last, since it makes the folder a run
+        for name in (RESULTS, METRICS, VOCABULARY, CONFIG):  # the last, since it makes the folder a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:

@@ -71,13 +71,16 @@ class Dataset:
         return hashed.hexdigest()
 
 
-def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spelled: bool = False) -> Dataset:
+def load_dataset(
+    config: DataConfig, vocabulary: Vocabulary | None = None, spelled: bool = False, keep: bool = True
+) -> Dataset:
     """Read, clean, tokenise, split and number a data set.
 
     Args:
         config: what to read and how.
         vocabulary: the numbering; made from the training part if None.
         spelled: whether documents bring character ids, for models that read them.
+        keep: whether tokens may be written to the user's cache.
 
     Returns:
         The data set; the same config gives the same one.
@@ -90,7 +93,7 @@ def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spell
         >>> data.classes, len(data.train), len(data.validation), len(data.test)
         (('World', 'Sports', 'Business', 'Sci/Tech'), 2240, 560, 700)
     """
-    train, test, names = _read_parts(config)
+    train, test, names = _read_parts(config, keep)
     classes, number = _number_classes(train, names)
     train_labels, test_labels = _labels(train, number), _labels(test, number)
     train, test = _truncate((train, test), config.max_length)
@@ -107,7 +110,7 @@ def load_dataset(config: DataConfig, vocabulary: Vocabulary | None = None, spell
     )
 
 
-def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]:
+def _read_parts(config: DataConfig, keep: bool) -> tuple[Rows, Rows, tuple[str, ...] | None]:
     """Training rows, test rows, and the classes' names if the data set has any."""
     if config.data_dir is not None and config.dataset != "ag_news":
         raise InputError(
@@ -133,8 +136,8 @@ def _read_parts(config: DataConfig) -> tuple[Rows, Rows, tuple[str, ...] | None]
         if names and len(set(names)) < len(names):
             raise InputError(f"{listed}: names a class twice; each line must be another")
     paths = [_find(folder, name) for name in ("train.csv", "test.csv")]
-    train = read_rows(paths[0], config.text)
-    return train, read_rows(paths[1], config.text, train.header), names
+    train = read_rows(paths[0], config.text, keep=keep)
+    return train, read_rows(paths[1], config.text, train.header, keep), names
 
 
 def _ag_news() -> Path:

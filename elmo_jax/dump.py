@@ -205,7 +205,8 @@ class Dump:
         # A token's two halves come from different windows, and its mix may need both at once.
         shape = self.elmo.shape(len(line))
         with tempfile.TemporaryFile(dir=self.parts) as file:
-            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))  # a full disk shows here
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, where there is such a call
+                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
             layers = np.memmap(file, np.float32, "r+", shape=shape)
             self.elmo.embed_into(line, layers)
             for start in range(0, len(line), _LONG):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.checkpoint import Run
+from elmo_jax.checkpoint import VOCABULARY, Run
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import (
     CONFIG,
@@ -28,7 +28,6 @@ from elmo_jax.steps import check_kinds
 from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
 
-VOCABULARY = "vocab.txt"
 _WEIGHTS = "model.safetensors"
 
 

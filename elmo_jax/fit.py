@@ -76,6 +76,7 @@ def fit(
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     save_every: int | None = None,
     after_dispatch: Callable[[int], None] = lambda step: None,
+    per: str = "steps",
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train for `epochs` passes of the stream, saving and logging to the run.
 
@@ -95,6 +96,7 @@ def fit(
         on_record: gets every new epoch's whole record, once it is logged.
         save_every: steps between saves within an epoch; None saves at its end alone.
         after_dispatch: called with the step after every dispatch.
+        per: the sum by which the loss is divided where it is told.
 
     Returns:
         The last state and every epoch's record.
@@ -136,7 +138,7 @@ def fit(
                 ahead.append((following.count, sums))
                 following = next(coming, None)  # made and under way while the device works
                 settle(leave=1)  # one behind, so that the device never waits
-                _show(meter, position, per_epoch)
+                _show(meter, position, per_epoch, per)
                 after_dispatch(position.step)
                 due = save_every is not None and position.step - saved >= save_every
                 dispatches += 1
@@ -150,9 +152,9 @@ def fit(
                         _leave(stop, run, position.step)
             settle()
             position.seconds = time.perf_counter() - began
-            _end_epoch(state, position, run, per_epoch, on_epoch)
+            _end_epoch(state, position, run, per_epoch, per, on_epoch)
             on_record(position.records[-1])
-            _show(meter, position, per_epoch)
+            _show(meter, position, per_epoch, per)
             _leave(agree(max(caught, default=0)), run, position.step)
     run.wait()
     return state, position.records
@@ -170,14 +172,19 @@ def _leave(stop: int, run: Run, step: int) -> None:
         raise Interrupted(stop, step)
 
 
-def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, on_epoch) -> None:
+def _mean_loss(position: Position, per: str) -> float:
+    """Of the epoch under way; 0 before its first step."""
+    return float(position.sums.get("loss", 0.0)) / max(float(position.sums.get(per, 0.0)), 1.0)
+
+
+def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, per: str, on_epoch) -> None:
     epoch = position.step // per_epoch
     taken = float(position.sums["steps"])
     skipped = per_epoch - round(taken)
     if skipped:
         warnings.warn(f"{skipped} steps of epoch {epoch} were skipped: not finite", stacklevel=2)
     record = {"event": "epoch", "epoch": epoch, "step": position.step, "skipped": skipped}
-    record |= {"loss": float(position.sums["loss"]) / max(taken, 1)}
+    record |= {"loss": _mean_loss(position, per)}
     sums = {**position.sums, "seconds": position.seconds}
     record |= on_epoch(state, sums) | {"seconds": round(position.seconds, 3)}
     if not np.isfinite(record[run.monitor]):
@@ -222,10 +229,10 @@ def _why(position: Position, state: TrainState, stream: Stream) -> str:
     )
 
 
-def _show(meter: Meter, position: Position, per_epoch: int) -> None:
+def _show(meter: Meter, position: Position, per_epoch: int, per: str) -> None:
     """Say where training stands; a plain line waits for a loss to tell."""
     epoch = min(position.step // per_epoch + 1, meter.total // per_epoch)
-    loss = position.sums.get("loss", 0.0) / max(position.sums.get("steps", 0.0), 1.0)
+    loss = _mean_loss(position, per)
     if not meter.bar.disable:
         meter.bar.set_description(f"epoch {epoch}", refresh=False)
     if loss:

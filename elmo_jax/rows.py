@@ -73,7 +73,9 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("elmo_jax")) / "tokens"
 
 
-def read_rows(path: Path, text: TextColumns, header: tuple[str, ...] | None = None) -> Rows:
+def read_rows(
+    path: Path, text: TextColumns, header: tuple[str, ...] | None = None, keep: bool = True
+) -> Rows:
     """A CSV file of ``label,text...`` (gzip if it ends in .gz), from the cache if its content is there.
 
     Args:
@@ -81,6 +83,7 @@ def read_rows(path: Path, text: TextColumns, header: tuple[str, ...] | None = No
         text: which columns make the text: all behind the label, or the last alone.
         header: the cells of such a row, if they are known, ``()`` for none. If None, it is a
             first row whose label is no number and no other row's.
+        keep: whether the tokens may be written to the cache.
 
     Returns:
         Its rows, cleaned and tokenised.
@@ -109,7 +112,8 @@ def read_rows(path: Path, text: TextColumns, header: tuple[str, ...] | None = No
         elif _cells(rows[0]) != header:
             header = ()
         cached = replace(tokenise_rows(_texts(rows[bool(header) :], path, text), str(path)), header=header)
-        _save_cache(cached, cache)
+        if keep:
+            _save_cache(cached, cache)
     return cached
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import shlex
 import sys
 import warnings
@@ -29,8 +28,13 @@ from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
 from elmo_jax.processes import first
 from elmo_jax.text import Vocabulary
+from experiments.memory import process_peak
 
 C = TypeVar("C")
+# What commands make of a run that has reached its end; the results come last.
+PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vectors.npz", "vectors.txt",
+            *(f"confusion_{part}.png" for part in ("train", "validation", "test")),
+            "memory.jsonl", "memory.png", RESULTS)  # fmt: skip
 
 
 def parse(
@@ -207,7 +211,8 @@ def create_run(
     settings = settings_of(config) | {"output": output, **more}
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
-    (run.path / RESULTS).unlink(missing_ok=True)  # it stands for a run that reached its end
+    for name in reversed(PRODUCTS):
+        (run.path / name).unlink(missing_ok=True)
     return run
 
 
@@ -245,10 +250,10 @@ def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]
     return {"seconds": round(seconds, 1), "tokens_per_second": round(rate, 1)}
 
 
-def peak_memory() -> float:
+def peak_memory() -> int | None:
     """Bytes at the peak: of the device, or of this process where it has no memory of its own."""
     stats = jax.devices()[0].memory_stats() or {}
-    return float(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return stats.get("peak_bytes_in_use") or process_peak()
 
 
 def count(params: Any) -> int:

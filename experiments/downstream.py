@@ -95,8 +95,10 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     lambdas = source.combiner.lambdas(params["combiner"])
     results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
     results |= cli.speed(records, train)
-    cli.write_results(run.path, results)  # before the pictures, whose failure must lose no measurement
-    _show(results, records, source.data.classes, run.path)
+    _tell(results, source.data.classes)  # before the pictures, whose failure must lose no measurement
+    _draw(results, records, source.data.classes, run.path)
+    cli.write_results(run.path, results)
+    cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
     return results
 
 
@@ -190,7 +192,12 @@ def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
     return init(jax.random.key(seed))
 
 
-def _show(
+def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
+    cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
+    cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
+
+
+def _draw(
     results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
 ) -> None:
     report.plot_curves(
@@ -202,9 +209,6 @@ def _show(
         scores = results[part]
         title = f"{part}: accuracy {scores['accuracy']:.4f}"
         report.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
-    cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
-    cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
-    cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {path}")
 
 
 def main() -> int:

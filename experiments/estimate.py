@@ -38,10 +38,9 @@ def estimate(
     ran, words, seconds = _time(state, loss_fn, optimizer, dispatches, key)
     flops = _flops(shapes, loss_fn, optimizer, ran, key)
     count = sum(part.count for part in ran)
-    cli.say(
-        f"memory: {held / 1e6:,.0f} MB of parameters and optimiser, {cli.peak_memory() / 1e6:,.0f} MB at the "
-        "peak"
-    )
+    peak = cli.peak_memory()
+    at_most = "" if peak is None else f", {peak / 1e6:,.0f} MB at the peak"
+    cli.say(f"memory: {held / 1e6:,.0f} MB of parameters and optimiser{at_most}")
     cli.say(
         f"arithmetic: {flops / words / 1e6:,.2f} million FLOPs a token in matrix products, padding counted"
     )

@@ -10,11 +10,11 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
 from elmo_jax.bilm import BiLM, BiLMConfig, lstm_layer, zero_state
+from elmo_jax.checkpoint import VOCABULARY
 from elmo_jax.data import BatchStream, Stream
 from elmo_jax.datasets import DataConfig
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
-from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.lstm import Kernel
 from elmo_jax.metrics import perplexities
@@ -55,7 +55,7 @@ class PretrainConfig:
     """What runs the LSTM layers: on CUDA cuDNN where it can, else the fast scan; or one of them, or the
     plain scan. It is no part of the run: --resume may name another."""
     dry_run: bool = False
-    """Say what the run would cost, and write nothing; a corpus is read in part."""
+    """Say what the run would cost, and write nothing but a download; a corpus is read in part."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too."""
     output: str = "runs/pretrain"

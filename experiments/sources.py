@@ -7,13 +7,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elmo_jax.checkpoint import RESULTS
+from elmo_jax.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.classifier import Features, static_features
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.exported import VOCABULARY
 from elmo_jax.integrity import check_files, read_config, structure
 from elmo_jax.lstm import Kernel
 from elmo_jax.tasks import bilm_features, init_params

@@ -70,7 +70,7 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: i
     if config.corpus is None:
         if config.valid_corpus is not None or config.vocab is not None:
             raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
-        made = load_dataset(data, spelled=spelled)
+        made = load_dataset(data, spelled=spelled, keep=portion is None)
         return Texts(made.train, made.validation, made.vocabulary, made.digest)
     if data.dataset != DataConfig.dataset or data.data_dir is not None:
         raise InputError("--corpus stands in place of --dataset and --data-dir; give one or the other")

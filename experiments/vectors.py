@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.checkpoint import Run
+from elmo_jax.checkpoint import VOCABULARY, Run
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
-from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.svd import SVDConfig, svd_vectors
@@ -85,16 +84,10 @@ def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
     optimizer = sgns_optimizer(config.sgns, config.epochs * stream.steps_per_epoch)
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
-        record = {
-            "loss": float(sums["loss"] / max(sums["pairs"], 1)),
-            "tokens_per_second": round(stream.tokens_per_epoch / sums["seconds"], 1),
-        }
-        epoch = int(state.step) // stream.steps_per_epoch
-        cli.say(
-            f"epoch {epoch}: loss {record['loss']:.4f} a pair, {record['tokens_per_second']:,.0f} tokens/s, "
-            f"{sums['seconds']:.0f} s"
-        )
-        return record
+        rate = stream.tokens_per_epoch / sums["seconds"]
+        epoch, loss = int(state.step) // stream.steps_per_epoch, sums["loss"] / max(sums["pairs"], 1)
+        cli.say(f"epoch {epoch}: loss {loss:.4f} a pair, {rate:,.0f} tokens/s, {sums['seconds']:.0f} s")
+        return {"tokens_per_second": round(rate, 1)}
 
     state, records = fit(
         TrainState.create(sgns_init(size, config.dimensions, jax.random.key(config.seed)), optimizer),
@@ -105,6 +98,7 @@ def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
         epochs=config.epochs,
         seed=config.seed,
         on_epoch=on_epoch,
+        per="pairs",
     )
     return np.asarray(state.params["centre"]), cli.speed(records, stream)
 

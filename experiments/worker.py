@@ -7,7 +7,6 @@ and threads. What stands here needs NumPy alone, so that a peer's memory is a pe
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cases import CUDNN, OURS, REPLAY, SCAN, Case
+from experiments.memory import process_peak
 
 # JAX's products of float32; left alone, a GPU runs them in TF32.
 _PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
@@ -111,18 +111,14 @@ def _count_compilation() -> list[float]:
 
 
 def _peak_memory() -> int:
-    """Bytes at the peak: of the GPU if the peer uses one, else of this process."""
+    """Bytes at the peak: of the GPU if the peer uses one, else of this process; 0 if not known."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     stats = (jax.devices()[0].memory_stats() if jax is not None else None) or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    # getrusage's peak, for want of better, begins with that of the process that started this one.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return 1024 * (own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return process_peak() or 0
 
 
 def main(folder: Path, peer: str, least: float) -> None:

@@ -1,5 +1,7 @@
 """What a full disk does to files that are being written: one line, and nothing that was whole is lost."""
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -110,3 +112,74 @@ except Exception as error:
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr[:2000]
     assert "weights.hdf5: cannot be written (File too large); make room, or give" in done.stderr
     assert (tmp_path / "weights.hdf5").read_bytes() == before
+
+
+# A run on a small disk of its own, which is gone with the process. What fills it comes while a
+# step is being written, after its room was looked for.
+RUN = """
+import contextlib, io, json, sys, warnings
+from pathlib import Path
+from elmo_jax.checkpoint import Run
+from elmo_jax.steps import Steps
+from experiments import pretrain
+
+data, disk = map(Path, sys.argv[1:])
+path, filler, look = disk / "run", disk / "filler", Steps._make_room
+flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --resume --softmax full".split()
+
+def call(epochs):
+    sys.argv = ["x", "--dataset", str(data), "--output", str(path), "--epochs", str(epochs), *flags]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = pretrain.main()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps = list(Run.open(path).steps.whole())
+    records = [json.loads(line)["epoch"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    parts = [p.name for p in (path / "checkpoints").glob("*.part")]
+    return {"code": code, "said": said.getvalue(), "steps": steps, "records": records, "parts": parts}
+
+def fill(count):
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for _ in range(count):
+            file.write(bytes(4096))
+
+def then_fill(steps, state):
+    look(steps, state)
+    fill(10**9)
+
+outcomes = [call(1)]
+Steps._make_room = then_fill
+outcomes.append(call(3))
+Steps._make_room = look
+fill(3 * 2**20 // 4096)
+outcomes.append(call(3))
+filler.unlink()
+outcomes.append(call(3))
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_small_disk_that_fills_up_in_a_save(tmp_path):
+    disk, rows = tmp_path / "disk", [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
+    disk.mkdir()
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    small = f"mount -t tmpfs -o size=20m none '{disk}' && "
+    try:
+        subprocess.run([*mount, f"{small} true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a disk may not be mounted here")
+    command = [*mount, small + 'exec "$@"', "sh", sys.executable, "-c", RUN, str(tmp_path), str(disk)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, full, refused, after = json.loads(done.stdout)
+    (first,) = whole["steps"]
+    assert whole["code"] == 0 and whole["records"] == [1]
+    for told, reason in ((full, "No space left on device"), (refused, r"\d+ MB are free, \d+ MB needed")):
+        assert told["code"] == 2 and told["said"].count("\n") == 1
+        step = rf"run/checkpoints/{2 * first}: could not be saved \({reason}\); the steps before are kept"
+        assert re.search(step, told["said"]), told["said"]
+        assert (told["steps"], told["records"], told["parts"]) == ([first], [1], [])
+    assert after["code"] == 0 and after["records"] == [1, 2, 3] and after["steps"][0] == 3 * first
