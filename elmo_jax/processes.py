@@ -16,12 +16,13 @@ T = TypeVar("T")
 
 def several() -> bool:
     """Whether there are others beside this process."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
     """Whether this process is the one that writes."""
-    return jax.process_index() == 0
+    # Asked in this order, a process that is alone does not start a device to learn that it is.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def agree(value: int) -> int:

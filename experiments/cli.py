@@ -27,7 +27,7 @@ from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
-from elmo_jax.processes import first
+from elmo_jax.processes import first, led
 from elmo_jax.text import Vocabulary
 
 C = TypeVar("C")
@@ -140,7 +140,7 @@ def _reason(error: Exception) -> str:
 
 # In [0, 1), validation not 0.
 _SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
-_AT_LEAST_0 = {"seed", "split_seed", "highway"}
+_AT_LEAST_0 = {"seed", "split_seed", "highway", "process"}
 _SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
 _DEPTHS = {"layers", "classifier_layers"}  # at most 64
 
@@ -193,9 +193,10 @@ def _check_filters(filters: tuple[tuple[int, int], ...], flag: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe, and clear of a progress bar."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print a line at once, also into a pipe, and clear of a progress bar; the first process alone does."""
+    if first():
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def create_run(
@@ -207,13 +208,14 @@ def create_run(
     settings = settings_of(config) | {"output": output, **more}
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
-    (run.path / RESULTS).unlink(missing_ok=True)  # it stands for a run that reached its end
+    led(lambda: (run.path / RESULTS).unlink(missing_ok=True))  # it stands for a run that reached its end
     return run
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A command's flags but for those about the call alone, as ``config.json`` holds them."""
     about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard"}
+    about_the_call |= {"hosts", "model_parallel"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     return json.loads(json.dumps(settings))
 
