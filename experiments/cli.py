@@ -27,7 +27,7 @@ from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
-from elmo_jax.processes import first, led
+from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
 
 C = TypeVar("C")
@@ -206,6 +206,7 @@ def create_run(
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are two different things; give one")
     settings = settings_of(config) | {"output": output, **more}
+    alike(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
     led(lambda: (run.path / RESULTS).unlink(missing_ok=True))  # it stands for a run that reached its end

@@ -21,7 +21,7 @@ from elmo_jax.fit import fit
 from elmo_jax.integrity import tree_digest
 from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import classification
-from elmo_jax.processes import led
+from elmo_jax.processes import led, together
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
 from experiments.hosts import HostsConfig, join
@@ -80,7 +80,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
     join(config.hosts)
     mesh = make_mesh(config.batch_size)
-    source = open_source(config.source, config.combiner, config.seed)
+    source = together(lambda: open_source(config.source, config.combiner, config.seed))
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(

@@ -20,7 +20,7 @@ from elmo_jax.exported import VOCABULARY
 from elmo_jax.fit import fit
 from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import perplexities
-from elmo_jax.processes import led
+from elmo_jax.processes import led, together
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_tables, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
@@ -122,7 +122,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     join(config.hosts)
     mesh = make_mesh(config.batch_size, config.model_parallel)
     portion = _portion(config) if config.dry_run else None
-    data = load_texts(config.data, config.corpus, config.model.input == "characters", portion)
+    spelled = config.model.input == "characters"
+    data = together(lambda: load_texts(config.data, config.corpus, spelled, portion))
     model = BiLM(config.model, len(data.vocabulary))
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
