@@ -39,10 +39,10 @@ from elmo_jax.tasks import (
     bilm_window_loss,
     init_params,
 )
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_dispatch, make_optimizer, predict
+from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from elmo_jax.train import train_step as take_step
 
-ROWS, WORDS, BOUND, UNROLL = 16, 96, 12, 5
+ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives
 CHUNK = 20  # positions that the full softmax takes at a time
 # Adagrad where parameters are compared: Adam makes much of a gradient that is all rounding.
 CASES = {
@@ -112,33 +112,30 @@ def begun(name, mesh):
     return (classifier if name == "classifier" else language_model)(mesh, **CASES[name])
 
 
-def losses_and_params(name, mesh):
-    """Every loss of four steps, and what they leave."""
+def walk(name, mesh):
+    """Every loss of four steps, what they leave, and the program of a step as it was compiled."""
     state, task, optimizer, stream, _ = begun(name, mesh)
-    dispatch, losses = make_dispatch(task, optimizer, state), []
-    for part in feed(stream, 0, 4, mesh):
-        state, sums = dispatch(state, part.batches, part.count, jax.random.key(3))
-        losses += np.asarray(sums["loss"])[: part.count].tolist()
-    return losses, jax.tree.map(np.asarray, (state.params, state.carry))
-
-
-def gap(name, model):
-    """How far eight devices end from one: in a loss, and in a parameter or what is carried."""
-    (one, want), (many, got) = (losses_and_params(name, mesh) for mesh in (None, make_mesh(ROWS, model)))
-    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), want, got)
-    return max(abs(np.array(one) / many - 1)), max(jax.tree.leaves(moved))
-
-
-def compiled(name, model):
-    """A step on eight devices as the compiler made it."""
-    mesh = make_mesh(ROWS, model)
-    state, task, optimizer, stream, _ = begun(name, mesh)
-    batches, _ = next(feed(stream, 0, 1, mesh))
-    places = jax.tree.map(lambda a: a.sharding, state), everywhere(mesh)
+    places = mesh and (jax.tree.map(lambda a: a.sharding, state), everywhere(mesh))
     step = partial(take_step, key=jax.random.key(3), loss_fn=task, optimizer=optimizer)
-    with on(mesh):
-        made = jax.jit(step, out_shardings=places).lower(state, jax.tree.map(lambda a: a[0], batches))
-        return made.compile().as_text()
+    step, losses = jax.jit(step, out_shardings=places), []
+    for batches, count in feed(stream, 0, 4, mesh):
+        for i in range(count):
+            batch = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), batches)
+            if not losses:
+                with on(mesh):
+                    step = step.lower(state, batch).compile()
+            state, sums = step(state, batch)
+            losses.append(float(sums["loss"]))
+    return np.array(losses), jax.tree.map(np.asarray, (state.params, state.carry)), step.as_text()
+
+
+def compared(one, name, model):
+    """How far eight devices end from one: in a loss, and in a parameter or what is carried."""
+    losses, left, program = walk(name, make_mesh(ROWS, model))
+    gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one[1], left)
+    gap = max(abs(losses / one[0] - 1)), max(jax.tree.leaves(gaps))
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), begun(name, None)[0].params, left[0])
+    return {"gap": gap, "moved": max(jax.tree.leaves(moved)), "program": program}
 
 
 def in_child(path):
@@ -148,8 +145,9 @@ def in_child(path):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     softmax.CHUNK_BYTES = CHUNK * WORDS * 4
     found = {}
+    ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:
-        found[f"{name} {model}"] = {"gap": gap(name, model), "program": compiled(name, model)}
+        found[f"{name} {model}"] = compared(ones[name], name, model)
     found["resumed"] = resumed(path)
     found["refused"] = []
     for batch, model in ((12, 1), (16, 3)):
@@ -157,9 +155,9 @@ def in_child(path):
             make_mesh(batch, model)
         except InputError as error:
             found["refused"].append(str(error))
-    state, *_, stream, model = begun("full", make_mesh(ROWS))
+    params = put(lambda: jnp.zeros(1), make_mesh(ROWS))
     lengths = jax.jit(lambda params, batch: batch.lengths)
-    found["lengths"] = predict(lengths, state.params, stream).tolist()
+    found["lengths"] = predict(lengths, params, BatchStream(texts(), ROWS)).tolist()
     (path / "found.json").write_text(json.dumps(found))
 
 
@@ -188,7 +186,7 @@ def resumed(path):
     return found
 
 
-RUNS = [(name, 1) for name in CASES] + [("full", 2), ("lazy", 2), ("windows", 2)]
+RUNS = [(name, 1) for name in CASES] + [("full", 2), ("lazy", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +202,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("name", "model"), RUNS)
 def test_eight_devices_give_what_one_gives(found, name, model):
     loss, params = found[f"{name} {model}"]["gap"]
-    assert loss < 1e-6 and params < 1e-6
+    assert loss < 1e-6 and params < 1e-6 < 1e-3 < found[f"{name} {model}"]["moved"]
 
 
 def collectives(program):
@@ -232,8 +230,10 @@ def test_devices_exchange_gradients_once_and_else_little(found, name, model):
     assert {kind for kind, *_ in exchanges} <= kinds
     gathered = [shape for kind, shapes, _ in exchanges if kind == "all-gather" for shape in shapes]
     assert all(dtype == "s32" and int(np.prod(dims)) <= 2 * ROWS * BOUND for dtype, dims in gathered)
-    tables = [shapes for _, shapes, _ in exchanges if any(dims[:1] == [WORDS] for _, dims in shapes)]
-    assert len(tables) <= 1
+    tables = [[dims for _, dims in shapes if dims[:1] == [WORDS // model]] for _, shapes, _ in exchanges]
+    # Where a step moves some rows alone, or none, no table; else the gradient of each, in one exchange.
+    dense = name in ("full", "sampled", "characters")
+    assert [bool(dims) for dims in tables].count(True) == dense
 
 
 def test_no_device_reads_the_characters_of_others(found):
