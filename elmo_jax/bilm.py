@@ -19,6 +19,7 @@ from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.lstm import LSTM, Kernel, reverse_valid
+from elmo_jax.mesh import by_rows
 from elmo_jax.metrics import token_mask
 from elmo_jax.recurrence import Clips, State
 from elmo_jax.softmax import Negatives, full_nll, sampled_nll
@@ -189,7 +190,10 @@ class BiLM(nn.Module):
         Returns:
             As `nll` but for ``words``, and the ``state`` after the window, through which no gradient flows.
         """
-        x = self.token_vectors(window.words[:, :, :-1] if self.config.input == "words" else window.chars)
+        if self.config.input == "words":
+            x = self.token_vectors(window.words[:, :, :-1])
+        else:  # rows first: laid end to end, the tokens of a device's rows must be neighbours
+            x = self.token_vectors(window.chars.swapaxes(0, 1)).swapaxes(0, 1)
         _, rows, steps, _ = x.shape
         outputs, after = self.contextualize(x, jnp.full(rows, steps, jnp.int32), state, True)
         h = self.drop(outputs[-1], deterministic=False)
@@ -198,30 +202,29 @@ class BiLM(nn.Module):
 
     def surprisal(self, h: Array, targets: Array) -> Array:
         """-log p of each target with the full softmax, all of the leading shape of h ``[..., P]``."""
-        return self._nll(h, targets, jnp.ones(targets.shape, jnp.float32), None)[1]
+        rows = h.astype(self.config.dtype), targets, jnp.ones(targets.shape, jnp.float32)
+        return _nll(rows, (*self._softmax(), None))[1]
 
     def _sums(self, h: Array, targets: Array, weight: Array, negatives: Negatives | None) -> dict[str, Array]:
-        total, each = self._nll(h, targets, weight, negatives)
+        table, bias = self._softmax()
+        whole = table, bias, negatives
+        total, each = by_rows(_nll, (h.astype(self.config.dtype), targets, weight), whole)
         forward, backward = jnp.sum(each * weight, axis=(1, 2))
         tokens = jnp.sum(weight[0])
         return {"loss": total, "nll_forward": forward, "nll_backward": backward, "tokens": tokens}
 
-    def _nll(
-        self, h: Array, targets: Array, weight: Array, negatives: Negatives | None
-    ) -> tuple[Array, Array]:
-        """The weighted sum, and every target's own value in the shape of the targets."""
-        flat = (
-            h.reshape(-1, h.shape[-1]).astype(self.config.dtype),
-            self.embedder.table if self.tied else self.softmax_table,
-            self.softmax_bias,
-            targets.reshape(-1),
-            weight.reshape(-1),
-        )
-        if negatives is None:
-            total, each = full_nll(*flat)
-        else:
-            total, each = sampled_nll(*flat, negatives)
-        return total, each.reshape(targets.shape)
+    def _softmax(self) -> tuple[Array, Array]:
+        """Its table and bias."""
+        return self.embedder.table if self.tied else self.softmax_table, self.softmax_bias
+
+
+def _nll(rows: tuple[Array, Array, Array], whole: tuple[Array, Array, Negatives | None]):
+    """The weighted sum, and every target's own value in the shape of the targets."""
+    h, targets, weight = rows
+    table, bias, negatives = whole
+    flat = h.reshape(-1, h.shape[-1]), table, bias, targets.reshape(-1), weight.reshape(-1)
+    total, each = full_nll(*flat) if negatives is None else sampled_nll(*flat, negatives)
+    return total, each.reshape(targets.shape)
 
 
 def _in_reading_order(x: Array, lengths: Array) -> Array:

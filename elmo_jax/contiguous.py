@@ -6,13 +6,13 @@ Axes: B batch, U steps a window, D direction, C characters, K steps a dispatch.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from flax import struct
 
-from elmo_jax.data import DIRECTIONS, Dispatch, Documents
+from elmo_jax.data import ALL, DIRECTIONS, Dispatch, Documents
 from elmo_jax.text import BOS, EOS
 
 
@@ -31,6 +31,7 @@ class Window:
     words: Any
     weight: Any
     chars: Any = None
+    ROWS: ClassVar[int] = 1  # the axis of B
 
 
 class ContiguousStream:
@@ -65,37 +66,37 @@ class ContiguousStream:
         self.tokens_per_epoch = self.steps_per_epoch * unroll * batch_size
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
-        """The windows of steps `first` up to but not including `last`, counted from the first epoch."""
+    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
+        """See `elmo_jax.data.Stream.dispatches`."""
         step = first
         while step < last:
             left = self.steps_per_epoch - step % self.steps_per_epoch
             count = min(self.steps_per_dispatch, left, last - step)
-            made = [self.window(step + i) for i in range(count)]
+            made = [self.window(step + i, part) for i in range(count)]
             made += [made[0]] * (self.steps_per_dispatch - count)  # never run, see Dispatch
             yield Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), count)
             step += count
 
     def rows(self, step: int) -> np.ndarray:
         """``[N]`` the documents that a step reads of, counted from the first epoch."""
-        return np.unique(self._places(step)[0])
+        return np.unique(self._places(step, ALL)[0])
 
-    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _places(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """The document and the place in it of every token of a step's window, each ``[B, U + 1]``."""
         epoch, i = divmod(step, self.steps_per_epoch)
         order, begins = self._order(epoch)
-        rows = np.arange(self.batch_size) * self.stretch + i * self.unroll
+        rows = np.arange(self.batch_size)[part] * self.stretch + i * self.unroll
         place = np.arange(self.unroll + 1)[None] + rows[:, None]  # in the stream
         sentence = np.searchsorted(begins, place, "right") - 1
         return order[sentence], place - begins[sentence]
 
-    def window(self, step: int) -> Window:
-        """The window of a step."""
-        document, within = self._places(step)
+    def window(self, step: int, part: slice = ALL) -> Window:
+        """The window of a step, or these rows of it."""
+        document, within = self._places(step, part)
         begin = np.asarray(self.documents.offsets[document])
         n = np.asarray(self.documents.offsets[document + 1]) - begin
         inner = (within > 0) & (within <= n)
-        words = np.empty((DIRECTIONS, self.batch_size, self.unroll + 1), np.int32)
+        words = np.empty((DIRECTIONS, *within.shape), np.int32)
         for d, (at, marks) in enumerate(((within - 1, (BOS, EOS)), (n - within, (EOS, BOS)))):
             words[d] = np.where(within == 0, marks[0], marks[1])
             words[d][inner] = self.documents.ids[(begin + at)[inner]]

@@ -71,23 +71,31 @@ def count_words(
     """
     shards = find_shards(pattern)
     path = _root(folder) / f"{_key(shards, 'counts')}.counts"
-    kept = _read_counts(path)
-    if kept is not None:
-        on_bytes(corpus_bytes(pattern))
-        return kept
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        for words in _sentences(shard, on_bytes):
-            counts.update(words)
-    if keep:
-        lines = "".join(f"{n} {word}\n" for word, n in counts.items())
-        seal = hashlib.sha256(lines.encode()).hexdigest()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, f"{seal}\n{lines}")
-        except OSError as error:
-            warnings.warn(f"{path.parent}: counts of words are not kept ({error.strerror})", stacklevel=2)
+    with contextlib.ExitStack() as held:
+        if keep:  # another process may be counting the same corpus
+            with contextlib.suppress(OSError):  # told below, if it stays so
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(f"{path}.lock"))
+        kept = _read_counts(path)
+        if kept is not None:
+            on_bytes(corpus_bytes(pattern))
+            return kept
+        counts: Counter[str] = Counter()
+        for shard in shards:
+            for words in _sentences(shard, on_bytes):
+                counts.update(words)
+        if keep:
+            _keep_counts(path, counts)
     return dict(counts)
+
+
+def _keep_counts(path: Path, counts: Counter[str]) -> None:
+    lines = "".join(f"{n} {word}\n" for word, n in counts.items())
+    seal = hashlib.sha256(lines.encode()).hexdigest()
+    try:
+        write_atomically(path, f"{seal}\n{lines}")
+    except OSError as error:
+        warnings.warn(f"{path.parent}: counts of words are not kept ({error.strerror})", stacklevel=3)
 
 
 def _read_counts(path: Path) -> dict[str, int] | None:

@@ -9,7 +9,7 @@ Axes: B batch, T time, K steps a dispatch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from flax import struct
@@ -17,6 +17,7 @@ from flax import struct
 from elmo_jax.text import BOS, EOS, PAD, UNK
 
 DIRECTIONS = 2  # forward, then backward
+ALL = slice(None)  # rows of a batch
 _ROUND = 4  # bounds are multiples of it, the longest too
 _GROUP = 8  # batches of one shape in a row, so that a dispatch can hold several
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
@@ -44,6 +45,7 @@ class Batch:
     labels: Any
     weight: Any
     chars: Any = None
+    ROWS: ClassVar[int] = 0  # the axis of B
 
     @classmethod
     def of(
@@ -177,10 +179,14 @@ class Dispatch(NamedTuple):
 class Stream(Protocol):
     """What the loop needs of a stream."""
 
+    batch_size: int
     steps_per_epoch: int
 
-    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
-        """The batches of steps `first` up to but not including `last`, counted from the first epoch."""
+    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
+        """The batches of steps `first` up to but not including `last`, counted from the first epoch.
+
+        Of their rows those of `part` alone, without reading others.
+        """
         ...
 
     def rows(self, step: int) -> np.ndarray:
@@ -258,8 +264,8 @@ class BatchStream:
         epoch, place = divmod(step, self.steps_per_epoch)
         return [rows for _, batches in self._epoch(epoch) for rows in batches][place]
 
-    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
-        """The batches of steps `first` up to but not including `last`, counted from the first epoch."""
+    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
+        """See `Stream.dispatches`."""
         step = first
         while step < last:
             epoch, start = divmod(step, self.steps_per_epoch)
@@ -270,14 +276,14 @@ class BatchStream:
                     continue
                 wanted = batches[skip : skip + last - step]
                 for i in range(0, len(wanted), self.steps_per_dispatch):
-                    yield self._stack(wanted[i : i + self.steps_per_dispatch], bound)
+                    yield self._stack(wanted[i : i + self.steps_per_dispatch], bound, part)
                 step += len(wanted)
                 if step >= last:
                     return
 
-    def _stack(self, batches: list[np.ndarray], bound: int) -> Dispatch:
+    def _stack(self, batches: list[np.ndarray], bound: int, part: slice) -> Dispatch:
         rows = np.full((self.steps_per_dispatch, self.batch_size), -1)  # [K, B]
         for k, batch in enumerate(batches):
             rows[k, : len(batch)] = batch
         rows[len(batches) :] = rows[0]  # never run, see Dispatch
-        return Dispatch(self.documents.batch(rows, bound), len(batches))
+        return Dispatch(self.documents.batch(rows[:, part], bound), len(batches))

@@ -21,6 +21,7 @@ from jax import Array
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import Dispatch, Stream
 from elmo_jax.errors import InputError
+from elmo_jax.mesh import feed, mesh_of
 from elmo_jax.processes import agree, several
 from elmo_jax.progress import Meter
 from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
@@ -112,7 +113,7 @@ def fit(
         tree, position = restored
         state = replace(state, **tree)
     run.log(position.records)
-    dispatch_fn = make_dispatch(loss_fn, optimizer)
+    dispatch_fn = make_dispatch(loss_fn, optimizer, state)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     meeting, dispatches = MEETING if several() else 1, 0
@@ -129,7 +130,7 @@ def fit(
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            coming = map(_placed, stream.dispatches(position.step, end))
+            coming = map(_placed, feed(stream, position.step, end, mesh_of(state)))
             following = next(coming, None)
             while following is not None:
                 state, sums = dispatch_fn(state, following.batches, following.count, key)

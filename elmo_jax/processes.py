@@ -3,6 +3,7 @@
 Nouns: the *first* process is the one that writes; the others follow what it says.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -16,12 +17,13 @@ T = TypeVar("T")
 
 def several() -> bool:
     """Whether there are others beside this process."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
     """Whether this process is the one that writes."""
-    return jax.process_index() == 0
+    # Asked in this order, a process that is alone does not start a device to learn that it is.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def agree(value: int) -> int:
@@ -31,6 +33,17 @@ def agree(value: int) -> int:
     from jax.experimental import multihost_utils  # half a second to import, for few
 
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def alike(text: str) -> None:
+    """Check that every process came with the same text.
+
+    Raises:
+        InputError: one did not; in every process.
+    """
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+    if agree(number) + agree(-number):
+        raise InputError("the processes of this run differ in flags or texts; start all with the same")
 
 
 def together(work: Callable[[], T]) -> T:

@@ -5,9 +5,11 @@ import time
 
 from tqdm import tqdm
 
+from elmo_jax.processes import first
+
 
 class Meter:
-    """A bar with an ETA on a terminal, a plain line every half minute elsewhere.
+    """A bar with an ETA on a terminal, a plain line every half minute elsewhere; of the first process.
 
     Args:
         total: units of work.
@@ -19,13 +21,13 @@ class Meter:
     INTERVAL = 30.0
 
     def __init__(self, total: int, unit: str, done: int = 0, scale: bool = False):
-        self.total, self.unit, self.first, self.done = total, unit, done, done
+        self.total, self.unit, self.begun, self.done = total, unit, done, done
         self.bar = tqdm(
             total=total,
             initial=done,
             unit=unit,
             unit_scale=scale,
-            disable=not sys.stderr.isatty(),
+            disable=not (first() and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
         self.began = self.spoke = time.perf_counter()
@@ -45,7 +47,7 @@ class Meter:
         self.done = done
         if not self.bar.disable:
             self.bar.update(done - self.bar.n)
-        elif done > self.first and time.perf_counter() - self.spoke > self.INTERVAL:
+        elif first() and done > self.begun and time.perf_counter() - self.spoke > self.INTERVAL:
             self.spoke = time.perf_counter()
-            left = (self.total - done) * (self.spoke - self.began) / (done - self.first)
+            left = (self.total - done) * (self.spoke - self.began) / (done - self.begun)
             print(f"{line}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

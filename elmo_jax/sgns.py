@@ -10,7 +10,7 @@ V tokens of the vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from elmo_jax.data import Dispatch, Documents
+from elmo_jax.data import ALL, Dispatch, Documents
 from elmo_jax.rowwise import RowSGD
 from elmo_jax.text import UNK
 
@@ -53,6 +53,7 @@ class Spans:
     left: Any
     right: Any
     negatives: Any
+    ROWS: ClassVar[int] = 0  # the axis of G
 
 
 class SpanStream:
@@ -81,7 +82,7 @@ class SpanStream:
         spans: int = 32,
         steps_per_dispatch: int = 32,
     ):
-        self.documents, self.window, self.seed, self.spans = documents, window, seed, spans
+        self.documents, self.window, self.seed, self.batch_size = documents, window, seed, spans
         self.steps_per_dispatch = steps_per_dispatch
         counts = np.bincount(documents.ids, minlength=size).astype(np.float64)
         share = counts / counts.sum() / config.subsample
@@ -97,7 +98,7 @@ class SpanStream:
     def _epoch(self, epoch: int) -> Spans:
         """The epoch's spans, leaves ``[steps, G, ...]``."""
         rng = np.random.default_rng([self.seed, epoch])
-        w, n = self.window, self.steps_per_epoch * self.spans * SPAN
+        w, n = self.window, self.steps_per_epoch * self.batch_size * SPAN
         text = self.documents.take(rng.permutation(len(self.documents)))
         kept = np.flatnonzero(rng.random(len(text.ids), np.float32) < self._keep[text.ids])[:n]
         owner = np.repeat(np.arange(len(text)), text.lengths)[kept]
@@ -111,7 +112,7 @@ class SpanStream:
         words = np.full(n + 2 * w, UNK, np.int32)
         words[w : w + len(kept)] = text.ids[kept]
         windows = np.lib.stride_tricks.sliding_window_view(words, SPAN + 2 * w)[::SPAN]
-        shape = (self.steps_per_epoch, self.spans)
+        shape = (self.steps_per_epoch, self.batch_size)
         drawn = np.searchsorted(self._noise, rng.random((*shape, SHARED)), side="right")
         return Spans(
             windows.reshape(*shape, -1),
@@ -124,8 +125,8 @@ class SpanStream:
         """None: a span goes from one document into the next."""
         return np.zeros(0, np.int64)
 
-    def dispatches(self, first: int, last: int) -> Iterator[Dispatch]:
-        """The spans of steps `first` up to but not including `last`, counted from the first epoch."""
+    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
+        """See `elmo_jax.data.Stream.dispatches`."""
         step, k = first, self.steps_per_dispatch
         while step < last:
             epoch, start = divmod(step, self.steps_per_epoch)
@@ -135,7 +136,7 @@ class SpanStream:
                 # The last dispatch of an epoch is filled up with steps that are never run.
                 rows = np.minimum(np.arange(begin, begin + k), end - 1)
                 count = min(k, end - begin)
-                yield Dispatch(jax.tree.map(lambda a, rows=rows: a[rows], spans), count)
+                yield Dispatch(jax.tree.map(lambda a, rows=rows: a[rows, part], spans), count)
             step += end - start
 
 

@@ -92,7 +92,7 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
         return (d_table, d_bias), (each, each * w, dh)
 
     parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
-    zeros = jnp.zeros(table.shape, sums), jnp.zeros(bias.shape, sums)
+    zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)
     (d_table, d_bias), (each, weighted, dh) = jax.lax.scan(chunk, zeros, parts)
     dh = dh.reshape(-1, hidden.shape[1])[:n].astype(hidden.dtype)
     gradients = dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype)

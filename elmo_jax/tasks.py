@@ -16,6 +16,7 @@ from elmo_jax.bilm import BiLM
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
+from elmo_jax.mesh import gathered
 from elmo_jax.softmax import Negatives, log_uniform_negatives
 from elmo_jax.text import EOS
 
@@ -75,17 +76,19 @@ def bilm_rows(model: BiLM, negatives: int):
         ``(batch, key) -> {path of a table: its rows}``, the rows ``[R]`` int32 rising, each
         once; the places left over hold V.
     """
-    tables = {"softmax_bias": None, "softmax_table": None}
-    if model.config.input == "words":
-        tables["embedder/table"] = None
-        if model.config.tie:
-            del tables["softmax_table"]
 
     def rows(batch: Batch | Window, key: Array) -> dict[str, Array]:
         used = _used(model, batch, _draw(model, negatives, key))
-        return dict.fromkeys(tables, used)
+        return dict.fromkeys(bilm_tables(model), used)
 
     return rows
+
+
+def bilm_tables(model: BiLM) -> tuple[str, ...]:
+    """The paths of the parameters that have a row a word of the vocabulary."""
+    by_word = model.config.input == "words"
+    table = ("softmax_table",) * (not (by_word and model.config.tie))
+    return ("softmax_bias", *table, *("embedder/table",) * by_word)
 
 
 def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
@@ -94,7 +97,7 @@ def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
 
 def _used(model: BiLM, batch: Batch | Window, draw: Negatives) -> Array:
     """The words of a batch and of a draw, ``[R]``, each once."""
-    words = jnp.concatenate([jnp.ravel(batch.words), draw.classes])
+    words = jnp.concatenate([jnp.ravel(gathered(batch.words)), draw.classes])
     return jnp.unique(words, size=min(model.vocabulary, words.size), fill_value=model.vocabulary)
 
 

@@ -18,6 +18,7 @@ from flax import struct
 from jax import Array
 
 from elmo_jax.data import Batch, BatchStream
+from elmo_jax.mesh import everywhere, feed, fetch, mesh_of, on
 from elmo_jax.rowwise import RowSGD, Rowwise
 
 Params = dict[str, Any]
@@ -131,15 +132,24 @@ def train_step(
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
 
 
-def make_dispatch(loss_fn: LossFn, optimizer: Optimizer):
+def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None):
     """Compile `train_step` over up to K batches in one call, the state donated.
+
+    Args:
+        loss_fn: the task.
+        optimizer: as the state was created with.
+        like: a state on a mesh, for every next one lies as it does; else None.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
         first `count` were filled. Steps are the same however they are shared out to calls.
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    mesh, places = mesh_of(like), None
+    if like is not None and mesh is not None:
+        places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=places)
     def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
         state = replace(state, frozen=frozen)
 
@@ -158,7 +168,8 @@ def make_dispatch(loss_fn: LossFn, optimizer: Optimizer):
 
     def dispatch(state: TrainState, batches: Batch, count: int, key: Array):
         # What is frozen stays the caller's: it is neither donated nor copied.
-        after, sums = run(replace(state, frozen={}), state.frozen, batches, count, key)
+        with on(mesh):
+            after, sums = run(replace(state, frozen={}), state.frozen, batches, count, key)
         return replace(after, frozen=state.frozen), sums
 
     return dispatch
@@ -172,16 +183,17 @@ def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, 
         params: all the task needs.
         stream: of one step a dispatch.
     """
-    waiting: deque[dict[str, Array]] = deque()
+    mesh, waiting = mesh_of(params), deque[dict[str, Array]]()
     total: dict[str, np.ndarray] = {}
 
     def add(sums: dict[str, Array]) -> None:
         for name, value in sums.items():
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+            total[name] = total.get(name, 0.0) + fetch(value).astype(np.float64)
 
-    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+    for dispatch in feed(stream, 0, stream.steps_per_epoch, mesh):
         batch = jax.tree.map(lambda a: a[0], dispatch.batches)
-        waiting.append(sums_fn(params, batch))
+        with on(mesh):
+            waiting.append(sums_fn(params, batch))
         if len(waiting) > 2:  # the device stays busy, and memory flat
             add(waiting.popleft())
     for sums in waiting:
@@ -200,8 +212,10 @@ def predict(rows_fn: RowsFn, params: Params, stream: BatchStream) -> np.ndarray:
     Returns:
         ``[N, ...]``.
     """
-    values = []
-    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+    mesh, values = mesh_of(params), []
+    for dispatch in feed(stream, 0, stream.steps_per_epoch, mesh):
         batch = jax.tree.map(lambda a: a[0], dispatch.batches)
-        values.append(np.asarray(rows_fn(params, batch))[batch.weight > 0])
+        with on(mesh):
+            rows = rows_fn(params, batch)
+        values.append(fetch(rows)[fetch(batch.weight) > 0])
     return np.concatenate(values)[np.argsort(stream.order())]

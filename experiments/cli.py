@@ -26,7 +26,7 @@ from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
-from elmo_jax.processes import first
+from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
 from experiments.memory import process_peak
 
@@ -144,7 +144,7 @@ def _reason(error: Exception) -> str:
 
 # In [0, 1), validation not 0.
 _SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
-_AT_LEAST_0 = {"seed", "split_seed", "highway"}
+_AT_LEAST_0 = {"seed", "split_seed", "highway", "process"}
 _SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
 _DEPTHS = {"layers", "classifier_layers"}  # at most 64
 
@@ -197,9 +197,10 @@ def _check_filters(filters: tuple[tuple[int, int], ...], flag: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe, and clear of a progress bar."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print a line at once, also into a pipe, and clear of a progress bar; the first process alone does."""
+    if first():
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def create_run(
@@ -209,16 +210,22 @@ def create_run(
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are two different things; give one")
     settings = settings_of(config) | {"output": output, **more}
+    alike(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
-    for name in reversed(PRODUCTS):
-        (run.path / name).unlink(missing_ok=True)
+
+    def begin_anew() -> None:
+        for name in reversed(PRODUCTS):
+            (run.path / name).unlink(missing_ok=True)
+
+    led(begin_anew)
     return run
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A command's flags but for those about the call alone, as ``config.json`` holds them."""
-    about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard", "kernel"}
+    about_the_call = {"preset", "resume", "overwrite", "allow_config_change", "tensorboard"}
+    about_the_call |= {"kernel", "hosts", "model_parallel"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in about_the_call}
     return json.loads(json.dumps(settings))
 

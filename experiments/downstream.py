@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
@@ -19,9 +20,12 @@ from elmo_jax.data import Batch, BatchStream
 from elmo_jax.fit import fit
 from elmo_jax.integrity import tree_digest
 from elmo_jax.lstm import LSTM, Kernel
+from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import classification
+from elmo_jax.processes import led, together
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
+from experiments.hosts import HostsConfig, join
 from experiments.sources import Source, SourceConfig, open_source
 
 PARTS = ("train", "validation", "test")
@@ -40,8 +44,9 @@ class DownstreamConfig:
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig(
         learning_rate=2e-3, clip_norm=5.0
     )
+    hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
     batch_size: int = 32
-    """Documents a step."""
+    """Documents a step, of all devices."""
     epochs: int = 3
     """Passes over the training part."""
     seed: int = 0
@@ -76,8 +81,10 @@ PRESETS = {
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
+    join(config.hosts)
     LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # before there is a folder
-    source = open_source(config.source, config.combiner, config.seed, config.kernel)
+    mesh = make_mesh(config.batch_size)
+    source = together(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(
@@ -89,21 +96,31 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     data = source.data
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
     model = BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel)
-    records, params = _train(config, source, model, train, run)
+    records, params = _train(config, source, model, train, run, mesh)
     run.close()
-    results = _measure(config, source, model, params, train, run.path)
+    results, predictions = _measure(config, source, model, params, train)
     lambdas = source.combiner.lambdas(params["combiner"])
     results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
     results |= cli.speed(records, train)
-    _tell(results, source.data.classes)  # before the pictures, whose failure must lose no measurement
-    _draw(results, records, source.data.classes, run.path)
-    cli.write_results(run.path, results)
-    cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
+
+    def conclude() -> None:
+        np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
+        _tell(results, source.data.classes)  # before the pictures, whose failure must lose no measurement
+        _draw(results, records, source.data.classes, run.path)
+        cli.write_results(run.path, results)
+        cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
+
+    led(conclude)
     return results
 
 
 def _train(
-    config: DownstreamConfig, source: Source, model: BiLSTMClassifier, train: BatchStream, run: Run
+    config: DownstreamConfig,
+    source: Source,
+    model: BiLSTMClassifier,
+    train: BatchStream,
+    run: Run,
+    mesh: Mesh | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every epoch's record, and the best epoch's parameters beside the frozen ones."""
     combiner = source.combiner
@@ -136,7 +153,7 @@ def _train(
 
     with cli.tensorboard(run, config.tensorboard) as on_record:
         _, records = fit(
-            TrainState.create(params, optimizer, frozen),
+            put(lambda *given: TrainState.create(given[0], optimizer, given[1]), mesh, params, frozen),
             loss_fn,
             optimizer,
             train,
@@ -146,7 +163,8 @@ def _train(
             on_epoch=on_epoch,
             on_record=on_record,
         )
-    return records, {**frozen, **run.restore_best(("params",))["params"]}
+    best = run.restore_best(("params",))["params"]
+    return records, put(lambda best, frozen: {**frozen, **best}, mesh, best, frozen)
 
 
 def _measure(
@@ -155,9 +173,8 @@ def _measure(
     model: BiLSTMClassifier,
     params: dict[str, Any],
     train: BatchStream,
-    path: Path,
-) -> dict[str, Any]:
-    """Scores of every part; each document's class and prediction are written to a file."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Scores of every part, and each document's class and prediction."""
 
     @jax.jit
     def predicted(params: Any, batch: Batch) -> jax.Array:
@@ -174,8 +191,7 @@ def _measure(
         np.add.at(counts, (documents.labels, classes), 1)
         results[part] = classification(counts)
         arrays |= {part: classes, f"{part}_labels": documents.labels}
-    np.savez_compressed(path / PREDICTIONS, **arrays)  # pyright: ignore[reportArgumentType]
-    return results | {"classes": list(source.data.classes)}
+    return results | {"classes": list(source.data.classes)}, arrays
 
 
 def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
+from elmo_jax.mesh import feed, mesh_of
 from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch, train_step
 from experiments import cli
 
@@ -33,7 +34,7 @@ def estimate(
     """
     key = jax.random.key(seed)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    dispatches = list(itertools.islice(stream.dispatches(0, stream.steps_per_epoch), TIMED))
+    dispatches = list(itertools.islice(feed(stream, 0, stream.steps_per_epoch, mesh_of(state)), TIMED))
     shapes = jax.eval_shape(lambda: state)
     ran, words, seconds = _time(state, loss_fn, optimizer, dispatches, key)
     flops = _flops(shapes, loss_fn, optimizer, ran, key)
@@ -57,7 +58,7 @@ def _time(
     state: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
 ) -> tuple[list[Dispatch], float, float]:
     """What was run of these dispatches, each compiled before, in how many words and seconds."""
-    run = make_dispatch(loss_fn, optimizer)
+    run = make_dispatch(loss_fn, optimizer, state)
     compiled: set[tuple[int, ...]] = set()
     ran: list[Dispatch] = []
     words, seconds = 0.0, 0.0
@@ -85,9 +86,9 @@ def _flops(
     """Of the matrix products of all these steps; only the shapes of the state are read."""
     total, of_shape = 0.0, {}
     for batches, count in dispatches:
-        batch = jax.tree.map(lambda leaf: leaf[0], batches)
-        shape = batch.words.shape
+        shape = batches.words.shape
         if shape not in of_shape:
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
             step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)
             of_shape[shape] = matmul_flops(step.jaxpr)
         total += count * of_shape[shape]

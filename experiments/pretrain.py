@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
@@ -17,12 +19,15 @@ from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.fit import fit
 from elmo_jax.lstm import Kernel
+from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import perplexities
+from elmo_jax.processes import led, together
 from elmo_jax.rowwise import Rowwise
-from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_window_loss, init_params
+from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_tables, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
 from experiments.estimate import PORTION, TIMED, estimate
+from experiments.hosts import HostsConfig, join
 from experiments.texts import CorpusConfig, Texts, load_texts
 
 
@@ -34,6 +39,7 @@ class PretrainConfig:
     model: Annotated[BiLMConfig, OmitArgPrefixes] = BiLMConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig()
     corpus: Annotated[CorpusConfig, OmitArgPrefixes] = CorpusConfig()
+    hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
     preset: Literal["report", "best", "elmo-small", "elmo-medium", "elmo-original"] | None = None
     """Sizes and epochs of the report, the best known, or the sizes and the recipe of a released model;
     other flags win over it."""
@@ -42,7 +48,9 @@ class PretrainConfig:
     negatives: int = 2048
     """Classes of the sampled softmax; if the vocabulary has no more, it is the full one."""
     batch_size: int = 32
-    """Documents a step."""
+    """Documents a step, of all devices."""
+    model_parallel: int = 1
+    """Devices that the vocabulary's tables are split over, where one cannot hold them."""
     epochs: int = 6
     """Passes over the training part."""
     seed: int = 0
@@ -115,9 +123,12 @@ PRESETS = {
 
 def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command; returns every epoch's record."""
+    join(config.hosts)
+    mesh = make_mesh(config.batch_size, config.model_parallel)
     kernel = lstm_layer(config.model, config.kernel).choose()  # before all that takes long
     portion = _portion(config) if config.dry_run else None
-    data = load_texts(config.data, config.corpus, config.model.input == "characters", portion)
+    spelled = config.model.input == "characters"
+    data = together(lambda: load_texts(config.data, config.corpus, spelled, portion))
     model = BiLM(config.model, len(data.vocabulary), config.kernel)
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
@@ -125,7 +136,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     cli.describe((data.train, data.held_out), data.vocabulary, train)
-    state, optimizer, loss_fn = _begin(config, model, data, train)
+    state, optimizer, loss_fn = _begin(config, model, data, train, mesh)
     cli.say(
         f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}, "
         f"{kernel} LSTM"
@@ -164,17 +175,20 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
             on_record=on_record,
             save_every=config.save_every,
         )
-    report.plot_curves(records, {"loss": "training"}, run.path / "loss.png", "training loss (nats a token)")
-    lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
-    report.plot_curves(records, lines, run.path / "perplexity.png", "held-out perplexity", log=True)
-    best = min(records, key=lambda record: record["perplexity"])
-    results = {name: best[name] for name in ("perplexity", "perplexity_forward", "perplexity_backward")}
-    cli.write_results(run.path, results | {"best_epoch": best["epoch"]} | cli.speed(records, train))
-    cli.say(
-        f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {run.path}"
-    )
+    led(lambda: _conclude(records, train, run.path))
     run.close()
     return records
+
+
+def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
+    """Draw the curves and write what the run came to."""
+    report.plot_curves(records, {"loss": "training"}, path / "loss.png", "training loss (nats a token)")
+    lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
+    report.plot_curves(records, lines, path / "perplexity.png", "held-out perplexity", log=True)
+    best = min(records, key=lambda record: record["perplexity"])
+    results = {name: best[name] for name in ("perplexity", "perplexity_forward", "perplexity_backward")}
+    cli.write_results(path, results | {"best_epoch": best["epoch"]} | cli.speed(records, train))
+    cli.say(f"best epoch {best['epoch']}: held-out perplexity {best['perplexity']:.2f}; written to {path}")
 
 
 def _portion(config: PretrainConfig) -> int:
@@ -184,9 +198,16 @@ def _portion(config: PretrainConfig) -> int:
     return max(PORTION, steps * (config.corpus.unroll + 1))
 
 
-def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> tuple[TrainState, Any, LossFn]:
+def _begin(
+    config: PretrainConfig, model: BiLM, data: Texts, train: Stream, mesh: Mesh | None
+) -> tuple[TrainState, Any, LossFn]:
     """The state before the first step, the optimiser, and the task."""
-    params = init_params(model, jax.random.key(config.seed))
+    left = len(data.vocabulary) % config.model_parallel
+    if left:
+        raise InputError(
+            f"--model-parallel {config.model_parallel} does not divide the vocabulary's "
+            f"{len(data.vocabulary):,} words; leave out the rarest {left}, by --max-vocab or in --vocab"
+        )
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
     if config.optimizer.optimizer == "lazy_adam" and not sampled:
@@ -198,11 +219,15 @@ def _begin(config: PretrainConfig, model: BiLM, data: Texts, train: Stream) -> t
     rowwise = negatives is not None and config.optimizer.optimizer != "adam"
     if negatives is not None and rowwise:
         optimizer = Rowwise(optimizer, bilm_rows(model, negatives))
-    if config.corpus.batching == "sentences":
-        return TrainState.create(params, optimizer), optimizer, bilm_loss(model, negatives, rowwise)
-    carry = {"state": zero_state(config.model, config.batch_size)}
-    task = bilm_window_loss(model, negatives, rowwise)
-    return TrainState.create(params, optimizer, carry=carry), optimizer, task
+    windows = config.corpus.batching == "contiguous"
+
+    def begin() -> TrainState:
+        params = init_params(model, jax.random.key(config.seed))
+        carry = {"state": zero_state(config.model, config.batch_size)} if windows else None
+        return TrainState.create(params, optimizer, carry=carry)
+
+    task = (bilm_window_loss if windows else bilm_loss)(model, negatives, rowwise)
+    return put(begin, mesh, tables=bilm_tables(model)), optimizer, task
 
 
 def main() -> int:

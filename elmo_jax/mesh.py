@@ -1,0 +1,169 @@
+"""Several devices: where a state's arrays lie, and how batches reach them.
+
+Nouns: the *mesh* is all devices of all processes as a grid of two axes. The rows of a batch
+are shared out along "data", the rows of a vocabulary's tables along "model", and all else is
+everywhere. What is computed stays a function of whole batches, so that a run goes on with
+another number of devices as if nothing had changed; a program that knows no mesh becomes one
+for many devices by where its arrays lie. On a single device there is no mesh.
+Axes: B batch, D direction, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from elmo_jax.data import Dispatch, Stream
+from elmo_jax.errors import InputError
+from elmo_jax.processes import several
+
+T = TypeVar("T")
+DATA, MODEL = "data", "model"
+
+
+def make_mesh(batch_size: int, model: int = 1) -> Mesh | None:
+    """All devices of all processes; None if there is one alone.
+
+    Args:
+        batch_size: B, to be shared out.
+        model: devices that the rows of a vocabulary's tables are split over.
+
+    Raises:
+        InputError: devices or rows do not come out even.
+
+    Example:
+        >>> make_mesh(batch_size=32) is None or jax.device_count() > 1
+        True
+    """
+    count = jax.device_count()
+    if count % model:
+        raise InputError(f"--model-parallel {model} does not divide {count} devices; give a divisor")
+    data = count // model
+    if batch_size % data:
+        raise InputError(
+            f"--batch-size {batch_size} cannot be shared out evenly to {data} devices; give a multiple"
+        )
+    if count == 1:
+        return None
+    # Of one process after the other, so that the rows of each are neighbours.
+    return Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which a pytree of arrays lies, or None."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding) and DATA in place.mesh.axis_names:
+            return place.mesh  # pyright: ignore[reportReturnType]
+    return None
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Where programs are compiled and called that lie on a mesh; see `by_rows`."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(make: Callable[..., T], mesh: Mesh | None, *given: Any, tables: Sequence[str] = ()) -> T:
+    """What `make` returns, made where it is to lie.
+
+    Args:
+        make: pure; makes a pytree of arrays, perhaps a `TrainState`.
+        mesh: of all devices; None makes it as it is.
+        given: pytrees of arrays, the arguments of `make`, the same in every process.
+        tables: paths of parameters whose first axis is to be split along "model", as is what
+            the optimiser keeps of them. What a state carries, ``[D, B, ...]``, is split
+            along "data".
+    """
+    if mesh is None:
+        return make(*given)
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("/carry/"):
+            return NamedSharding(mesh, PartitionSpec(None, DATA))
+        split = any(name.endswith(f"/{table}") for table in tables)
+        return NamedSharding(mesh, PartitionSpec(MODEL)) if split else everywhere(mesh)
+
+    given = jax.tree.map(np.asarray, given)  # a program can take these to any device
+    places = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, *given))
+    return jax.jit(make, out_shardings=places)(*given)
+
+
+def feed(stream: Stream, first: int, last: int, mesh: Mesh | None) -> Iterator[Dispatch]:
+    """A stream's dispatches on the mesh; each process reads its own rows alone.
+
+    Args:
+        stream: the same in every process.
+        first, last: steps, as in `Stream.dispatches`.
+        mesh: of all devices; None leaves them on the host.
+    """
+    if mesh is None:
+        yield from stream.dispatches(first, last)
+        return
+    size = stream.batch_size
+    held = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
+    parts = [index[0].indices(size) for index in held if index is not None]
+    part = slice(min(begin for begin, _, _ in parts), max(end for _, end, _ in parts))
+    for batches, count in stream.dispatches(first, last, part):
+        axis = 1 + batches.ROWS
+        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+
+        def share(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
+            shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
+            return jax.make_array_from_process_local_data(split, rows, shape)
+
+        yield Dispatch(jax.tree.map(share, batches), count)
+
+
+def gathered(array: Array) -> Array:
+    """Inside a program, an array brought whole to every device, at once and not piecemeal."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return array if mesh.empty else jax.lax.with_sharding_constraint(array, PartitionSpec())
+
+
+def fetch(array: Array) -> np.ndarray:
+    """A whole array on the host of every process."""
+    if several() and not array.is_fully_replicated and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils  # half a second to import, for few
+
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> tuple[Array, Array]:
+    """A sum over rows, taken on every device over its own; and what each row has of its own.
+
+    A program is otherwise shared out to devices by the compiler. It cannot where positions
+    of all rows are laid end to end and taken a chunk at a time: it would bring all of them
+    to all devices. Gradients for `whole` are summed over devices once, behind the last chunk.
+
+    Args:
+        work: ``(rows, whole) -> (sum, each [D, B, ...])``, the sum over all rows.
+        rows: arrays ``[D, B, ...]``.
+        whole: arrays that every row needs.
+
+    Returns:
+        What `work` does of all rows.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get(DATA, 1) == 1:
+        return work(rows, whole)
+
+    def own(rows: Any, whole: Any) -> tuple[Array, Array]:
+        whole = jax.tree.map(lambda a: jax.lax.pcast(a, (DATA,), to="varying"), whole)
+        total, each = work(rows, whole)
+        return jax.lax.psum(total, DATA), each
+
+    split, everywhere = PartitionSpec(None, DATA), PartitionSpec()
+    shared_out = jax.shard_map(
+        own, in_specs=(split, everywhere), out_specs=(everywhere, split), axis_names={DATA}
+    )
+    return shared_out(rows, whole)

@@ -1,0 +1,275 @@
+"""A step on eight devices is a step on one; a run goes on with another number of devices.
+
+The devices are virtual ones of the CPU, in a process of their own.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from test_crash import PROCESSES, finish
+
+from elmo_jax import softmax
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.characters import CHARACTERS
+from elmo_jax.checkpoint import Run
+from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
+from elmo_jax.combiners import CombinerConfig, make_combiner
+from elmo_jax.contiguous import ContiguousStream
+from elmo_jax.data import BatchStream, Documents
+from elmo_jax.embedders import CharCNNConfig
+from elmo_jax.errors import InputError
+from elmo_jax.fit import fit
+from elmo_jax.mesh import DATA, MODEL, everywhere, feed, make_mesh, on, put
+from elmo_jax.rowwise import Rowwise
+from elmo_jax.tasks import (
+    bilm_features,
+    bilm_loss,
+    bilm_rows,
+    bilm_sums,
+    bilm_tables,
+    bilm_window_loss,
+    init_params,
+)
+from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
+from elmo_jax.train import train_step as take_step
+
+ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives
+CHUNK = 20  # positions that the full softmax takes at a time
+# Adagrad where parameters are compared: Adam makes much of a gradient that is all rounding.
+CASES = {
+    "full": {"optimizer": "adagrad"},
+    "sampled": {"optimizer": "adagrad", "negatives": 20, "rowwise": False, "tie": False},
+    "lazy": {"optimizer": "lazy_adam", "negatives": 20, "learning_rate": 2e-3},
+    "windows": {"optimizer": "adagrad", "negatives": 20, "windows": True},
+    "characters": {"optimizer": "adagrad", "windows": True, "input": "characters"},
+    "classifier": {"optimizer": "adagrad"},
+}
+
+
+def texts() -> Documents:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, BOUND - 1, 56)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(4, WORDS, offsets[-1]).astype(np.int32)
+    spellings = rng.integers(0, 261, (WORDS, CHARACTERS)).astype(np.int32)
+    return Documents(ids, offsets, (np.arange(56) % 3).astype(np.int32), spellings)
+
+
+def mesh_on(count):
+    """The first few of the devices; one alone is none."""
+    grid = np.array(jax.devices()[:count]).reshape(count, 1)
+    return None if count == 1 else Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, **more):
+    """The state, the task, the optimiser and the batches of pre-training."""
+    cnn = CharCNNConfig(filters=((1, 4), (2, 4)), highway=1)
+    model = BiLM(BiLMConfig(embedding=4, cells=5, layers=1, characters=cnn, **more), WORDS)
+    settings = OptimizerConfig(optimizer=optimizer, learning_rate=learning_rate, schedule="constant")
+    steps = make_optimizer(settings, 100)
+    rowwise = rowwise and negatives is not None
+    if rowwise:
+        steps = Rowwise(steps, bilm_rows(model, negatives))
+
+    def begin():
+        carry = {"state": zero_state(model.config, ROWS)} if windows else None
+        return TrainState.create(init_params(model, jax.random.key(0)), steps, carry=carry)
+
+    task = (bilm_window_loss if windows else bilm_loss)(model, negatives, rowwise)
+    documents = texts() if more.get("input") == "characters" else replace(texts(), spellings=None)
+    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
+    if windows:
+        stream = ContiguousStream(documents, ROWS, UNROLL, seed=1, steps_per_dispatch=2)
+    return put(begin, mesh, tables=bilm_tables(model)), task, steps, stream, model
+
+
+def classifier(mesh, optimizer):
+    """As `language_model`, of a classifier on a frozen one."""
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), WORDS)
+    combiner, head = make_combiner(CombinerConfig()), BiLSTMClassifier(ClassifierConfig(hidden=4), 3)
+    task = classifier_loss(bilm_features(model), combiner, head)
+    steps = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.05), 100)
+    mixed, mix = combiner.init_with_output(jax.random.key(1), jnp.zeros((2, 1, 1, 8)))
+    weights = head.init(jax.random.key(2), mixed, jnp.ones(1, jnp.int32))["params"]
+    params = {"combiner": mix["params"], "classifier": weights}
+    frozen = {"bilm": init_params(model, jax.random.key(0))}
+    state = put(lambda *given: TrainState.create(given[0], steps, given[1]), mesh, params, frozen)
+    documents = replace(texts(), spellings=None)
+    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
+    return state, task, steps, stream, None
+
+
+def begun(name, mesh):
+    return (classifier if name == "classifier" else language_model)(mesh, **CASES[name])
+
+
+def walk(name, mesh):
+    """Every loss of four steps, what they leave, and the program of a step as it was compiled."""
+    state, task, optimizer, stream, _ = begun(name, mesh)
+    places = mesh and (jax.tree.map(lambda a: a.sharding, state), everywhere(mesh))
+    step = partial(take_step, key=jax.random.key(3), loss_fn=task, optimizer=optimizer)
+    step, losses = jax.jit(step, out_shardings=places), []
+    for batches, count in feed(stream, 0, 4, mesh):
+        for i in range(count):
+            batch = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), batches)
+            if not losses:
+                with on(mesh):
+                    step = step.lower(state, batch).compile()
+            state, sums = step(state, batch)
+            losses.append(float(sums["loss"]))
+    return np.array(losses), jax.tree.map(np.asarray, (state.params, state.carry)), step.as_text()
+
+
+def compared(one, name, model):
+    """How far eight devices end from one: in a loss, and in a parameter or what is carried."""
+    losses, left, program = walk(name, make_mesh(ROWS, model))
+    gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one[1], left)
+    gap = max(abs(losses / one[0] - 1)), max(jax.tree.leaves(gaps))
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), begun(name, None)[0].params, left[0])
+    return {"gap": gap, "moved": max(jax.tree.leaves(moved)), "program": program}
+
+
+def in_child(path):
+    """All that needs eight devices, once."""
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    softmax.CHUNK_BYTES = CHUNK * WORDS * 4
+    found = {}
+    ones = {name: walk(name, None) for name in CASES}
+    for name, model in RUNS:
+        found[f"{name} {model}"] = compared(ones[name], name, model)
+    found["resumed"] = resumed(path)
+    found["refused"] = []
+    for batch, model in ((12, 1), (16, 3)):
+        try:
+            make_mesh(batch, model)
+        except InputError as error:
+            found["refused"].append(str(error))
+    params = put(lambda: jnp.zeros(1), make_mesh(ROWS))
+    lengths = jax.jit(lambda params, batch: batch.lengths)
+    found["lengths"] = predict(lengths, params, BatchStream(texts(), ROWS)).tolist()
+    (path / "found.json").write_text(json.dumps(found))
+
+
+def train(path, count, epochs):
+    """The records of a run on so many devices."""
+    state, task, optimizer, stream, model = begun("lazy", mesh_on(count))
+    sums_fn = jax.jit(bilm_sums(model))
+
+    def on_epoch(state, sums):
+        held = evaluate(sums_fn, state.params, BatchStream(texts(), ROWS, bounds=(BOUND,)))
+        return {"held_out": float(held["nll_forward"] / held["tokens"])}
+
+    run = Run.create(path, {}, monitor="held_out", resume=True)
+    _, records = fit(state, task, optimizer, stream, run, epochs=epochs, seed=5, on_epoch=on_epoch)
+    run.close()
+    return [[record["loss"], record["held_out"]] for record in records]
+
+
+def resumed(path):
+    """A run of one device, and one of eight that went on with another number of them."""
+    found = {"whole": train(path / "whole", 1, 3)}
+    train(path / "8", 8, 1)
+    for count in (4, 2, 1):
+        shutil.copytree(path / "8", path / str(count))
+        found[str(count)] = train(path / str(count), count, 3)
+    return found
+
+
+RUNS = [(name, 1) for name in CASES] + [("full", 2), ("lazy", 2)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mesh")
+    process = PROCESSES.Process(target=in_child, args=(path,))
+    process.start()
+    process.join(600)
+    assert finish(process) == 0
+    return json.loads((path / "found.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "model"), RUNS)
+def test_eight_devices_give_what_one_gives(found, name, model):
+    loss, params = found[f"{name} {model}"]["gap"]
+    assert loss < 1e-6 and params < 1e-6 < 1e-3 < found[f"{name} {model}"]["moved"]
+
+
+def collectives(program):
+    """Of each: its kind, the shapes it brings, and where in the program it stands."""
+    for line in program.splitlines():
+        kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+        match = re.search(rf"= (\S.*?) ({kinds})(?:-start)?(?:\.\d+)?\(", line)
+        if match:
+            shapes = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", match[1])
+            sizes = [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in shapes]
+            yield match[2], sizes, "while/body" in line
+
+
+@pytest.mark.parametrize(("name", "model"), RUNS)
+def test_devices_exchange_gradients_once_and_else_little(found, name, model):
+    program = found[f"{name} {model}"]["program"]
+    assert "/while/body/" in program  # of the recurrence, and of the chunks
+    exchanges = list(collectives(program))
+    in_loops = [shape for _, shapes, inside in exchanges for shape in shapes if inside]
+    if model == 1:
+        assert not in_loops
+    else:  # the maximum, the sum, the target's logit and the gradient of a chunk's positions
+        assert all(int(np.prod(dims)) <= CHUNK * 4 for _, dims in in_loops)
+    kinds = {"all-reduce", "all-gather"}
+    assert {kind for kind, *_ in exchanges} <= kinds
+    gathered = [shape for kind, shapes, _ in exchanges if kind == "all-gather" for shape in shapes]
+    assert all(dtype == "s32" and int(np.prod(dims)) <= 2 * ROWS * BOUND for dtype, dims in gathered)
+    tables = [[dims for _, dims in shapes if dims[:1] == [WORDS // model]] for _, shapes, _ in exchanges]
+    # Where a step moves some rows alone, or none, no table; else the gradient of each, in one exchange.
+    dense = name in ("full", "sampled", "characters")
+    assert [bool(dims) for dims in tables].count(True) == dense
+
+
+def test_no_device_reads_the_characters_of_others(found):
+    mine, all_rows = (2 * rows * UNROLL for rows in (ROWS // 8, ROWS))
+    program = found["characters 1"]["program"]
+    assert f"f32[{mine},8]" in program and f"f32[{all_rows},8]" not in program
+
+
+def test_a_run_goes_on_with_another_number_of_devices(found):
+    want = np.array(found["resumed"].pop("whole"))
+    assert len(want) == 3
+    for records in found["resumed"].values():
+        np.testing.assert_allclose(records, want, rtol=1e-6)
+
+
+def test_what_does_not_come_out_even_is_refused_by_its_flag(found):
+    assert found["refused"] == [
+        "--batch-size 12 cannot be shared out evenly to 8 devices; give a multiple",
+        "--model-parallel 3 does not divide 8 devices; give a divisor",
+    ]
+
+
+def test_predictions_come_back_in_the_order_of_the_documents(found):
+    assert found["lengths"] == (texts().lengths + 2).tolist()
+
+
+def test_a_part_of_the_rows_is_what_the_whole_batch_has_there():
+    for stream in (
+        BatchStream(texts(), ROWS, seed=1, steps_per_dispatch=2),
+        ContiguousStream(texts(), ROWS, UNROLL, seed=1, steps_per_dispatch=2),
+    ):
+        whole = list(stream.dispatches(0, 4))
+        for part in (slice(0, 6), slice(6, 16)):
+            for (all_rows, _), (rows, _) in zip(whole, stream.dispatches(0, 4, part), strict=True):
+                axis = 1 + rows.ROWS
+                want = jax.tree.map(
+                    lambda a, axis=axis, part=part: np.take(a, np.arange(ROWS)[part], axis), all_rows
+                )
+                jax.tree.map(np.testing.assert_array_equal, rows, want)
