@@ -113,7 +113,7 @@ def fit(
         tree, position = restored
         state = replace(state, **tree)
     run.log(position.records)
-    dispatch_fn = make_dispatch(loss_fn, optimizer, state)
+    dispatch_fn, mesh = make_dispatch(loss_fn, optimizer, state), mesh_of(state)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     meeting, dispatches = MEETING if several() else 1, 0
@@ -130,7 +130,8 @@ def fit(
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            coming = map(_placed, feed(stream, position.step, end, mesh_of(state)))
+            coming = feed(stream, position.step, end, mesh)
+            coming = map(_placed, coming) if mesh is None else coming
             following = next(coming, None)
             while following is not None:
                 state, sums = dispatch_fn(state, following.batches, following.count, key)

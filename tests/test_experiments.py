@@ -223,7 +223,7 @@ def test_a_picture_that_fails_loses_no_measurement(pretrained, tmp_path, monkeyp
     flags = ["--hidden", "4", "--epochs", "1", "--classifier-layers", "1", "--tensorboard"]
     assert call(downstream.main, monkeypatch, "--pretrained", pretrained, "--output", run, *flags) == 2
     assert "no picture" in capsys.readouterr().err
-    assert json.loads((run / "results.json").read_text())["test"]["accuracy"] >= 0
+    assert (run / "predictions.npz").is_file() and not (run / "results.json").exists()  # the last of all
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert all(tag in events for tag in (b"loss", b"val_loss", b"train_accuracy", b"lambdas/2"))
 

@@ -109,7 +109,7 @@ def test_nothing_that_is_loaded_can_run_code():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-                assert "subprocess" not in names or path.name == "race.py"  # the benchmark's peers
+                assert "subprocess" not in names or path.name in ("race.py", "whole.py")  # the benchmark's
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert "shell" not in {keyword.arg for keyword in node.keywords}

@@ -229,6 +229,7 @@ def test_devices_exchange_gradients_once_and_else_little(found, name, model):
     kinds = {"all-reduce", "all-gather"}
     assert {kind for kind, *_ in exchanges} <= kinds
     gathered = [shape for kind, shapes, _ in exchanges if kind == "all-gather" for shape in shapes]
+    assert len(gathered) <= 1  # the words of all rows, to number those that are touched
     assert all(dtype == "s32" and int(np.prod(dims)) <= 2 * ROWS * BOUND for dtype, dims in gathered)
     tables = [[dims for _, dims in shapes if dims[:1] == [WORDS // model]] for _, shapes, _ in exchanges]
     # Where a step moves some rows alone, or none, no table; else the gradient of each, in one exchange.

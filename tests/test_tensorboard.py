@@ -51,6 +51,7 @@ def test_every_number_of_a_record_is_an_event(run):
 def test_the_first_process_alone_writes_and_only_if_told(run, monkeypatch):
     with cli.tensorboard(run, wanted=False) as write:
         write(RECORD)
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
     with cli.tensorboard(run, wanted=True) as write:
         write(RECORD)
