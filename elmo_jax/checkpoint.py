@@ -260,8 +260,9 @@ class Run:
         """
         whole = list(self.steps.whole())
         if not whole:
-            what = "no saved step is whole; restore a copy" if self.steps.saved() else "holds no saved step"
-            raise InputError(f"{self.path}: {what}; let the training run reach one")
+            damaged = "no saved step is whole; restore a copy, or train again"
+            none = "holds no saved step; let the training run reach one"
+            raise InputError(f"{self.path}: {damaged if self.steps.saved() else none}")
         figures = self._figures(self._position(whole[0]))
         measured = [step for step in whole if step in figures]  # on equal figures, the earliest
         best = min(measured, key=lambda step: (figures[step], step), default=whole[0])

@@ -164,7 +164,7 @@ class Steps:
                 wrong = damage(self.path / str(step))
                 self._checked[step] = wrong is None
                 if wrong:
-                    warnings.warn(f"{self.path / str(step)}: {wrong}; another step is used", stacklevel=3)
+                    warnings.warn(f"{self.path / str(step)}: {wrong}; this step is not used", stacklevel=3)
             if not self._checked[step]:
                 damaged.append(step)
                 continue

@@ -28,7 +28,8 @@ from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
 from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
-from experiments.memory import process_peak
+from experiments.memory import keep_constant, process_peak
+from experiments.signals import Terminated, terminable
 
 C = TypeVar("C")
 # What commands make of a run that has reached its end; the results come last.
@@ -99,6 +100,7 @@ def run(
     Returns:
         The exit code.
     """
+    keep_constant()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -108,17 +110,18 @@ def run(
     try:
         settings = parse(config, prog, presets)
         check(settings)
-        command(settings)
+        with terminable():
+            command(settings)
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {_reason(error)}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"{stop}; go on with: {_again(config, prog)}", file=sys.stderr)
         return stop.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"stopped at once; what was saved is kept, go on with: {_again(config, prog)}", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(130)  # a return would wait for a save under way
+        os._exit(143 if isinstance(stop, Terminated) else 130)  # a return would wait for a save under way
     return 0
 
 

@@ -74,13 +74,14 @@ def soak(config: SoakConfig) -> dict[str, Any]:
 def _watched(config: SoakConfig, looks: list[dict[str, float]], path: Path) -> Iterator[None]:
     """Look at this process while the body runs, and tell it to stop when its time is up."""
     began, ended = time.monotonic(), threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
 
     def watch() -> None:
         while not ended.wait(config.every):
             looks.append({"seconds": round(time.monotonic() - began, 1)} | _look())
             if path.is_dir():  # or the run has not begun
                 write_atomically(path / SAMPLES, "".join(json.dumps(look) + "\n" for look in looks))
-            training = callable(signal.getsignal(signal.SIGTERM))  # and stops in good order
+            training = signal.getsignal(signal.SIGTERM) != before  # and stops in good order
             if training and time.monotonic() - began > 60 * config.minutes:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -49,6 +49,17 @@ def test_a_second_interrupt_does_not_wait(monkeypatch, capsys):
     assert codes == [130] and "stopped at once; what was saved is kept" in err
 
 
+def test_sigterm_where_nothing_trains_prints_how_to_go_on(monkeypatch, capsys):
+    codes, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "argv", ["prog", "--output", "x"])
+    cli.run(Config, lambda config: signal.raise_signal(signal.SIGTERM), "experiments.x")
+    err = capsys.readouterr().err
+    assert codes == [143] and err.count("\n") == 1
+    assert err.endswith("go on with: python -m experiments.x --output x --resume\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -1,6 +1,9 @@
 """Long runs: how their memory is watched, and what is said of it."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,3 +58,30 @@ def test_too_few_looks_are_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path)])
     assert soak.main() == 2
     assert "0 looks are too few; lower --every" in capsys.readouterr().err
+
+
+HOARD = """
+import sys, threading
+from experiments import memory
+if sys.argv[1] == "kept":
+    assert memory.keep_constant()
+lot = []
+barrier = threading.Barrier(12)
+def work():
+    barrier.wait()
+    lot.append([bytes(60_000) for _ in range(20)])
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(12)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(sum("[heap]" in line or " 00000000 00:00 0" in line for line in open("/proc/self/maps")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heaps")
+def test_threads_share_heaps():
+    """A dozen of threads that allocate at once take a heap each, unless told to share."""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", HOARD, how], check=True, capture_output=True).stdout)
+        for how in ("kept", "not")
+    ]
+    assert counts[0] < counts[1]

@@ -7,6 +7,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.errors import InputError
@@ -57,7 +58,7 @@ def test_whatever_file_of_a_step_is_damaged_the_step_before_is_used_and_says_so(
     for name in files:
         shutil.copytree(tmp_path / "kept" / "checkpoints", run.path / "checkpoints", dirs_exist_ok=True)
         DAMAGES[how](run.path / name)
-        with pytest.warns(UserWarning, match=r"checkpoints/5: .*; another step is used") as said:
+        with pytest.warns(UserWarning, match=r"checkpoints/5: .*; this step is not used") as said:
             best = Run.open(run.path).restore_best()
         assert len(said) == 1 and "\n" not in str(said[0].message)
         np.testing.assert_array_equal(best["params"]["w"], state(3)["params"]["w"])
@@ -69,7 +70,7 @@ def test_a_damaged_step_is_set_aside_and_its_place_taken(run):
     flip(run.path / "checkpoints" / "5" / "position.json")
     run.close()
     run = Run.create(run.path, {}, monitor="loss", resume=True)
-    with pytest.warns(UserWarning, match=r"5: position\.json is not what was saved \(sha256\); another"):
+    with pytest.warns(UserWarning, match=r"5: position\.json is not what was saved \(sha256\); this step"):
         restored, position = run.restore(state(0))
     assert position.step == int(restored["step"]) == 3
     save(run, 5)
@@ -182,3 +183,25 @@ def test_a_saved_state_may_be_large_and_training_goes_on_meanwhile(tmp_path):
     order.append("returned")
     steps.close()
     assert order == ["returned", "written"]
+
+
+def test_on_equal_figures_the_earliest_is_the_best_and_is_kept(run):
+    records = [{"step": i + 1, "loss": loss} for i, loss in enumerate([3.0, 1.0, 1.0, 1.0, 2.0])]
+    for i in range(5):
+        run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
+    run.wait()
+    assert run.steps.saved() == [2, 4, 5]
+    assert int(run.restore_best()["step"]) == 2
+
+
+def test_a_save_neither_counts_bytes_nor_needs_a_database(run, monkeypatch):
+    """Both leak, some 30 and 15 KB a save."""
+    counted = []
+    monkeypatch.setattr(
+        tensorstore, "experimental_collect_matching_metrics", lambda *a: counted.append(a) or []
+    )
+    save(run, 3)
+    names = {p.name for p in (run.path / "checkpoints" / "3" / "state").iterdir()}
+    assert not counted and "params.w" in names and "manifest.ocdbt" not in names
+    restored, _ = run.restore(state(0))
+    np.testing.assert_array_equal(restored["params"]["w"], state(3)["params"]["w"])
