@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 ELMO, STATIC = "ELMo, trainable λ", ("SGNS", "SVD")
 SHARES = (0.01, 0.03, 0.1, 0.3)  # of the labels, beside all of them
-MOST_EPOCHS = 10  # times as many as with all labels; with few labels an epoch is few steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
 
     def few(method: str, share: float) -> list[Stage]:
         base = full[method][0].settings.epochs
-        epochs = round(base * min(1 / share, MOST_EPOCHS))
+        epochs = round(base / share**0.5)  # an epoch of few documents is few steps
         return [
             plan.classifier(method, seed, labels=share, epochs=epochs) for seed in range(len(full[method]))
         ]
