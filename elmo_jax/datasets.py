@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pooch
-from sklearn.model_selection import train_test_split
 
 from elmo_jax.characters import spelling_table
 from elmo_jax.data import Documents
@@ -200,6 +199,8 @@ def _truncate(parts: tuple[Rows, Rows], longest: int) -> list[Rows]:
 
 def _split(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """The rows kept for training and those held out, each sorted."""
+    from sklearn.model_selection import train_test_split  # 80 MB with SciPy, for this alone
+
     try:
         kept, held_out = train_test_split(
             np.arange(len(labels)),

@@ -21,7 +21,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.tasks import bilm_loss, init_params
 from elmo_jax.text import Vocabulary, tokenize
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy.stats import binomtest
 
 Sums = Mapping[str, Any]
 
@@ -76,6 +75,8 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
         >>> mcnemar(labels, labels, np.repeat([1, 0], [6, 6]))
         (6, 0, 0.03125)
     """
+    from scipy.stats import binomtest  # 60 MB, for this alone
+
     only_a, only_b = (int(np.sum((x == labels) & (y != labels))) for x, y in ((a, b), (b, a)))
     p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return only_a, only_b, p

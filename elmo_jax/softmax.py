@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-CHUNK_BYTES = 32 << 20  # of float32 logits alive at once; a larger chunk is no faster
+CHUNK_BYTES = 18 << 20  # of float32 logits alive at once; larger is hardly faster
+_ROWS = 16  # of which a chunk is a multiple, as products like it
 _MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
 
 
@@ -56,40 +57,50 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
 
 
 def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """``[R]`` values, ``[R, V]`` logits and ``[R]`` log-sum-exps of a chunk of R positions."""
+    """Of a chunk of R positions: values ``[R]``, exp(logit - largest) ``[R, V]`` and its sums ``[R]``.
+
+    The sums are a product, or XLA:CPU would work the exponentials out a second time for them.
+    """
     sums = np.promote_types(h.dtype, np.float32)
-    logits = jnp.matmul(h, table.T.astype(h.dtype), preferred_element_type=sums) + bias.astype(sums)[None]
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    return lse - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], logits, lse
+    table, bias = table.astype(h.dtype), bias.astype(sums)
+    logits = jnp.matmul(h, table.T, preferred_element_type=sums) + bias[None]
+    largest = logits.max(-1)
+    exps = jnp.exp(logits - largest[:, None])
+    total = exps @ jnp.ones(exps.shape[1], sums)
+    reached = jnp.einsum("rp,rp->r", h, table[targets], preferred_element_type=sums) + bias[targets]
+    return jnp.log(total) + largest - reached, exps, total
 
 
 def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
     """The arrays cut into equal chunks of positions, the last filled with zeros, and N."""
     n = arrays[0].shape[0]
-    count = max(1, -(-n * classes * 4 // CHUNK_BYTES))
-    rows = -(-n // count)
+    most = max(_ROWS, CHUNK_BYTES // (4 * classes) // _ROWS * _ROWS)
+    count = max(1, -(-n // most))
+    rows = n if count == 1 else -(-n // count // _ROWS) * _ROWS
     fill = count * rows - n
     padded = (jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
     return tuple(a.reshape(count, rows, *a.shape[1:]) for a in padded), n
 
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    """The value, and the gradient for a cotangent of one."""
+    """The value, and the gradient for a cotangent of one.
+
+    That of the logits is (exp / sum - one at the target) times the weight. It is never made:
+    1 / sum goes into the small side of each product, and targets are taken off afterwards.
+    """
     sums = np.promote_types(hidden.dtype, np.float32)
 
     def chunk(carry, part):
         d_table, d_bias = carry
         h, t, w = part
-        each, logits, lse = _chunk_nll(h, table, bias, t)
-        p = jnp.exp(logits - lse[:, None]) * w[:, None].astype(sums)
-        d_logits = jnp.where(
-            jnp.arange(p.shape[1], dtype=t.dtype)[None] == t[:, None], p - w[:, None].astype(sums), p
-        )
-        g = d_logits.astype(h.dtype)
-        dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums)
-        d_table += jnp.matmul(g.T, h, preferred_element_type=sums)
-        d_bias += jnp.ones(t.shape, sums) @ d_logits  # a sum over rows, which XLA:CPU is slow at
-        return (d_table, d_bias), (each, each * w, dh)
+        low, w = table.astype(h.dtype), w.astype(sums)
+        each, exps, total = _chunk_nll(h, table, bias, t)
+        scale = w / total
+        e, scaled = exps.astype(h.dtype), (h * scale[:, None]).astype(h.dtype)
+        dh = jnp.matmul(e, low, preferred_element_type=sums) * scale[:, None] - low[t] * w[:, None]
+        d_table += jnp.matmul(e.T, scaled, preferred_element_type=sums)
+        d_bias += scale @ exps
+        return (d_table.at[t].add(-h * w[:, None]), d_bias.at[t].add(-w)), (each, each * w, dh)
 
     parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
     zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)

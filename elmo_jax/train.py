@@ -98,7 +98,7 @@ class TrainState:
     ) -> "TrainState":
         """The state before the first step."""
         with jax.numpy_dtype_promotion("standard"):  # see train_step
-            opt_state = optimizer.init(params)
+            opt_state = jax.jit(optimizer.init)(params)  # one program, or each leaf would be one
         return cls(jnp.zeros((), jnp.int32), params, frozen or {}, opt_state, carry or {})
 
 

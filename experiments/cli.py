@@ -24,11 +24,11 @@ from elmo_jax.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
+from elmo_jax.loop import Interrupted
 from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
-from experiments.memory import keep_constant, process_peak
+from experiments.memory import process_peak, tame_malloc
 from experiments.signals import Terminated, terminable
 
 C = TypeVar("C")
@@ -100,7 +100,7 @@ def run(
     Returns:
         The exit code.
     """
-    keep_constant()
+    tame_malloc()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -17,8 +17,8 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
 from elmo_jax.combiners import CombinerConfig
 from elmo_jax.data import Batch, BatchStream
-from elmo_jax.fit import fit
 from elmo_jax.integrity import tree_digest
+from elmo_jax.loop import fit
 from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import classification

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.tasks import bilm_loss
 from elmo_jax.train import OptimizerConfig, TrainState, make_dispatch, make_optimizer
 from experiments.cases import Case

@@ -7,6 +7,7 @@ Axes: B batch, T time, D direction, K steps a dispatch, U steps a window, V voca
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -89,8 +90,8 @@ def make_weights(case: Case, rng: np.random.Generator) -> Arrays:
 
 
 def weights_of(arrays: Arrays) -> dict[str, Any]:
-    """The parameters among the arrays, as a model takes them, on the device."""
-    return jax.device_put(unflatten_dict({n: a for n, a in arrays.items() if is_weight(n)}, sep="/"))
+    """The parameters among the arrays, as a model takes them, on the device: its own, to be donated."""
+    return unflatten_dict({n: jnp.array(a) for n, a in arrays.items() if is_weight(n)}, sep="/")
 
 
 def _words(case: Case, rng: np.random.Generator, shape: tuple[int, ...] | int) -> np.ndarray:

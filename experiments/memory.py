@@ -9,19 +9,32 @@ _STATUS = Path("/proc/self/status")
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
-def keep_constant() -> bool:
-    """Tell glibc to share its heaps between threads, as many as there are cores.
+def tame_malloc() -> bool:
+    """Keep this process's memory small and constant, where the C library is glibc.
 
-    Else every thread of a pool has one, eight times as many as cores at most, and each save
-    leaves pieces in others of them: some 100 KB a save that nobody can use again.
+    Its heaps are shared between threads, as many as there are cores: else every thread of a
+    pool has one, eight times as many as cores at most, and each save leaves pieces in others
+    of them, some 100 KB a save that nobody can use again. And what a compilation has used,
+    often more than 100 MB, goes back to the system at its end.
 
     Returns:
         Whether that was done; other C libraries have no such heaps.
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_ARENA_MAX, os.cpu_count() or 1) == 1
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None or mallopt(_M_ARENA_MAX, os.cpu_count() or 1) != 1:
+        return False
+    from jax import monitoring
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        if event.endswith("/backend_compile_duration"):
+            trim(0)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    return True
 
 
 def process_peak() -> int | None:

@@ -15,7 +15,6 @@ from jax import Array
 from elmo_jax.bilm import zero_state
 from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
-from elmo_jax.elmo import Elmo
 from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
@@ -24,7 +23,6 @@ from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
 from experiments.cases import Case
-from experiments.host import build_fit
 from experiments.inputs import Arrays, model_of, weights_of
 from experiments.rates import build_copy, build_product, compiled_once
 from experiments.worker import RATE, Built, pair_loss, sentences_of
@@ -47,12 +45,18 @@ def build(case: Case, arrays: Arrays) -> Built:
         "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
-        "fit": build_fit,
+        "fit": _fit,
         "official": _official,
         "embed": _embed,
         "sgns": _sgns,
     }[case.part]
     return make(case, arrays)
+
+
+def _fit(case: Case, arrays: Arrays) -> Built:
+    from experiments.host import build_fit  # and with it Orbax
+
+    return build_fit(case, arrays)
 
 
 def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
@@ -229,6 +233,8 @@ def _official(case: Case, arrays: Arrays) -> Built:
 
 def _embed(case: Case, arrays: Arrays) -> Built:
     """`Elmo.embed` of a text whose words it meets for the first time, all at once or one by one."""
+    from elmo_jax.elmo import Elmo  # and with it HDF5 and Orbax, which a step's memory is not to hold
+
     elmo = Elmo(model_of(case), weights_of(arrays), None)
     text = sentences_of(arrays)
     calls = [text] if case.together else [[sentence] for sentence in text]

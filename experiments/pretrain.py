@@ -17,7 +17,7 @@ from elmo_jax.data import BatchStream, Stream
 from elmo_jax.datasets import DataConfig
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.lstm import Kernel
 from elmo_jax.mesh import make_mesh, put
 from elmo_jax.metrics import perplexities

@@ -18,8 +18,8 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
 from elmo_jax.errors import InputError
-from elmo_jax.fit import Interrupted
 from elmo_jax.integrity import write_atomically
+from elmo_jax.loop import Interrupted
 from experiments import cli
 from experiments.pretrain import PretrainConfig, pretrain
 

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax.checkpoint import VOCABULARY, Run
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.svd import SVDConfig, svd_vectors
 from elmo_jax.text import UNK

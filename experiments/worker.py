@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cases import CUDNN, OURS, REPLAY, SCAN, Case
-from experiments.memory import process_peak
+from experiments.memory import process_peak, tame_malloc
 
 # JAX's products of float32; left alone, a GPU runs them in TF32.
 _PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
@@ -128,6 +128,8 @@ def main(folder: Path, peer: str, least: float) -> None:
     settings = json.loads((folder / "case.json").read_text())
     settings |= {"peers": tuple(settings["peers"]), "filters": tuple(map(tuple, settings["filters"]))}
     case = Case(**settings)
+    if peer in (OURS, SCAN):
+        tame_malloc()  # as this library's commands do
     module, name = _MAKERS[peer]
     make = getattr(importlib.import_module(module), name)
     with np.load(folder / "inputs.npz", allow_pickle=False) as file:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from elmo_jax.fit import Interrupted
+from elmo_jax.loop import Interrupted
 from experiments import cli
 
 

@@ -21,7 +21,7 @@ from elmo_jax import steps as steps_module
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
-from elmo_jax.fit import Interrupted, fit
+from elmo_jax.loop import Interrupted, fit
 from elmo_jax.train import TrainState
 from experiments import pretrain
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 
 import jax
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elmo_jax import steps
+from elmo_jax import loop, steps
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream
 from elmo_jax.errors import InputError
-from elmo_jax.fit import Interrupted, fit
+from elmo_jax.loop import Interrupted, fit
 from elmo_jax.train import (
     OptimizerConfig,
     TrainState,
@@ -93,8 +92,7 @@ def test_a_hook_gets_every_new_epochs_whole_record(documents, tmp_path):
 
 def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tmp_path, monkeypatch):
     told = []
-    module = sys.modules["elmo_jax.fit"]  # the name is the function's
-    dispatches, add = BatchStream.dispatches, module._add
+    dispatches, add = BatchStream.dispatches, loop._add
 
     def watched(self, first, last):
         for made in dispatches(self, first, last):
@@ -111,8 +109,8 @@ def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tm
 
         return called
 
-    monkeypatch.setattr(module, "make_dispatch", make)
-    monkeypatch.setattr(module, "_add", lambda *args: (told.append("waited"), add(*args)))
+    monkeypatch.setattr(loop, "make_dispatch", make)
+    monkeypatch.setattr(loop, "_add", lambda *args: (told.append("waited"), add(*args)))
     monkeypatch.setattr(BatchStream, "dispatches", watched)
     run_fit(documents, tmp_path / "run", epochs=1)
     assert told[:7] == ["made", "called", "made", "called", "made", "waited", "called"]
@@ -206,11 +204,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp
         return loss + jnp.where(jnp.abs(params["table"]).max() > 0.1, jnp.nan, 0.0), sums
 
     said = r"5 steps in a row, up to step (\d+) \(learning rate 0\.0\d+, documents (\d+, )+\d+\); lower"
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=said) as told:
         run_fit(documents, tmp_path / "sick", loss=sick, save_every=1)
     run = Run.open(tmp_path / "sick")
     assert np.isfinite(run.restore_best()["params"]["table"]).all()
     run.close()
+    assert str(told.value).endswith(f"; step {run.steps.saved()[-1]} is saved")
+
+
+def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
+    def sick(params, batch, key):
+        loss, sums = loss_fn(params, batch, key)
+        return loss * jnp.nan, sums
+
+    with pytest.raises(InputError, match=r"5 steps in a row, up to step 5 .*; no step was saved yet$"):
+        run_fit(documents, tmp_path / "sick", loss=sick)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):

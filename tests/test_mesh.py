@@ -27,7 +27,7 @@ from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.mesh import DATA, MODEL, everywhere, feed, make_mesh, on, put
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import (
@@ -143,7 +143,7 @@ def in_child(path):
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    softmax.CHUNK_BYTES = CHUNK * WORDS * 4
+    softmax.CHUNK_BYTES, softmax._ROWS = CHUNK * WORDS * 4, 1
     found = {}
     ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:

@@ -16,7 +16,7 @@ from test_crash import PROCESSES, finish, outcome, wait_for
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
-from elmo_jax.fit import Interrupted, fit
+from elmo_jax.loop import Interrupted, fit
 from elmo_jax.processes import agree, first, led, together
 from elmo_jax.train import TrainState
 

@@ -1,6 +1,5 @@
 """The commands stopped by a signal and gone on with, and what they refuse to go on from."""
 
-import importlib
 import json
 import re
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from test_experiments import TINY, call, corpus, pretrained, records  # noqa: F401
 
+from elmo_jax import combiners, loop
 from elmo_jax.checkpoint import Run
 from elmo_jax.combiners import COMBINERS
 from experiments import downstream, pretrain
@@ -22,8 +22,7 @@ SMALL = "--hidden 4 --epochs 2 --batch-size 8 --classifier-layers 1 --steps-per-
 
 def stop_at(monkeypatch, dispatch):
     """SIGTERM at a dispatch of the next run."""
-    module = importlib.import_module("elmo_jax.fit")
-    real, calls = module.make_dispatch, []
+    real, calls = loop.make_dispatch, []
 
     def make(*args):
         run = real(*args)
@@ -36,7 +35,7 @@ def stop_at(monkeypatch, dispatch):
 
         return step
 
-    monkeypatch.setattr(module, "make_dispatch", make)
+    monkeypatch.setattr(loop, "make_dispatch", make)
 
 
 def assert_same(one, other):
@@ -82,7 +81,7 @@ def test_readmes_combiner_runs_and_another_model_or_text_is_refused(
 ):
     block = re.search(r"```python\n(class TopLayer.*?)```", README, re.DOTALL)
     assert block is not None
-    names = {**vars(importlib.import_module("elmo_jax.combiners"))}
+    names = {**vars(combiners)}
     try:
         exec(block.group(1), names)
         flags = ["--pretrained", pretrained, "--output", tmp_path / "down", *SMALL]

@@ -8,7 +8,7 @@ from reference import sigmoid
 
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import Documents
-from elmo_jax.fit import fit
+from elmo_jax.loop import fit
 from elmo_jax.rowwise import RowSGD
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
 from elmo_jax.train import TrainState, train_step

@@ -29,6 +29,7 @@ def plain(hidden, table, bias, targets, weight):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
 def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, monkeypatch):
     monkeypatch.setattr(softmax, "CHUNK_BYTES", chunk_rows * V * 4)
+    monkeypatch.setattr(softmax, "_ROWS", 1)
     total, each = full_nll(*case)
     oracle = -log_softmax(np.asarray(case[0] @ case[1].T + case[2][None]))[np.arange(N), case[3]]
     np.testing.assert_allclose(each, oracle, rtol=1e-12)
@@ -39,8 +40,19 @@ def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, want)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 30, 1e4])
+def test_full_is_the_plain_softmax_of_logits_however_far_apart(case, scale):
+    case = (case[0] * scale, *case[1:])
+    got, want = (
+        jax.value_and_grad(lambda *a, f=f: f(*a, *case[3:])[0], (0, 1, 2))(*case[:3])
+        for f in (full_nll, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14 * scale), got, want)
+
+
 def test_logits_never_exist_whole(case, monkeypatch):
     monkeypatch.setattr(softmax, "CHUNK_BYTES", 2 * V * 4)
+    monkeypatch.setattr(softmax, "_ROWS", 2)
     program = str(jax.make_jaxpr(jax.grad(lambda h: full_nll(h, *case[1:])[0]))(case[0]))
     assert f"[2,{V}]" in program
     assert f"[{N},{V}]" not in program and f"[{N + 1},{V}]" not in program

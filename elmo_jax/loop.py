@@ -123,7 +123,7 @@ def fit(
         while len(ahead) > leave:
             _add(position, *ahead.popleft())
         if position.skipped >= PATIENCE:
-            raise InputError(_why(position, state, stream))
+            raise InputError(f"{_why(position, state, stream)}; {_kept(run)}")
 
     with _stop_signals() as caught, Meter(epochs * per_epoch, "step", position.step) as meter:
         while position.step < epochs * per_epoch:
@@ -192,7 +192,7 @@ def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, 
     if not np.isfinite(record[run.monitor]):
         raise InputError(
             f"{run.monitor} is {record[run.monitor]} after epoch {epoch}; lower --learning-rate or "
-            "--clip-norm; the last saved step is kept"
+            f"--clip-norm; {_kept(run)}"
         )
     position.records = [*position.records, record]
     position.sums, position.seconds = {}, 0.0
@@ -226,9 +226,15 @@ def _why(position: Position, state: TrainState, stream: Stream) -> str:
     read = f"{rate}documents {rows}" if rows else rate.rstrip(", ")
     return (
         f"the loss or a gradient was not finite {position.skipped} steps in a row, up to step "
-        f"{position.step} ({read}); lower --learning-rate or --clip-norm; the "
-        "last saved step is kept"
+        f"{position.step} ({read}); lower --learning-rate or --clip-norm"
     )
+
+
+def _kept(run: Run) -> str:
+    """What there is to go on from, once the save under way is done."""
+    run.wait()
+    saved = run.steps.saved()
+    return f"step {saved[-1]} is saved" if saved else "no step was saved yet"
 
 
 def _show(meter: Meter, position: Position, per_epoch: int, per: str) -> None:
