@@ -56,9 +56,7 @@ def write(
     page.table(*_table(results, order))
     _difference(page, classifiers, order)
     _curves(page, classifiers, language_model, figures)
-    page.heading("Confusion matrices")
-    for part in reversed(PARTS):
-        page.figures(*((classifiers[m][0].path / f"confusion_{part}.png", f"{m}, {part}") for m in order))
+    _confusions(page, {m: results[m][0] for m in order}, figures)
     _times(page, [*sources, *(run for runs in classifiers.values() for run in runs)], seconds)
     page.write(output / "report")
 
@@ -159,6 +157,18 @@ def _curves(page: Page, classifiers: Classifiers, language_model: Path, figures:
         (figures / "validation.png", "Classifiers: validation accuracy, with a band of one deviation.")
     )
     page.figures(*drawn)
+
+
+def _confusions(page: Page, results: Mapping[str, Mapping], figures: Path) -> None:
+    page.heading("Confusion matrices")
+    for part in reversed(PARTS):
+        drawn = []
+        for i, (method, found) in enumerate(results.items()):
+            path = figures / f"confusion_{i}_{part}.png"
+            title = f"{part}: accuracy {found[part]['accuracy']:.4f}"
+            report.plot_confusion(found[part]["confusion_matrix"], found["classes"], title, path)
+            drawn.append((path, f"{method}, {part}"))
+        page.figures(*drawn)
 
 
 def _times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Saved steps: what is damaged is never used, what fails to be saved is told, what is whole stays."""
 
+import os
 import shutil
 import time
 import warnings
@@ -129,6 +130,7 @@ def test_the_latest_is_the_highest_whatever_the_clock_says(run, monkeypatch):
         monkeypatch.setattr(time, "time", lambda step=step: began - 1e6 * step)
         monkeypatch.setattr(time, "time_ns", lambda step=step: int(1e9 * (began - 1e6 * step)))
         save(run, step)
+        os.utime(run.path / "checkpoints" / str(step), 2 * (began - 1e6 * step,))
     assert run.steps.saved() == [9, 10]
     assert run.restore(state(0))[1].step == 10
 
