@@ -1,25 +1,21 @@
-"""What every command shares: flags from a dataclass, one-line errors, exit codes."""
+"""What every command shares: one-line errors, exit codes, a run folder and what is said of it."""
 
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
-import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import pooch
-import tyro
 from tqdm import tqdm
 
-from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Dtype, Elmo
@@ -28,62 +24,15 @@ from elmo_jax.integrity import write_atomically
 from elmo_jax.loop import Interrupted
 from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
+from experiments import flags
+from experiments.flags import C
 from experiments.memory import process_peak, tame_malloc
-from experiments.signals import Terminated, terminable
+from experiments.signals import Terminated, stoppable
 
-C = TypeVar("C")
 # What commands make of a run that has reached its end; the results come last.
 PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vectors.npz", "vectors.txt",
             *(f"confusion_{part}.png" for part in ("train", "validation", "test")),
             "memory.jsonl", "memory.png", RESULTS)  # fmt: skip
-
-
-def parse(
-    config: type[C], prog: str, presets: Mapping[str, C] | None = None, args: Sequence[str] | None = None
-) -> C:
-    """The command line as a dataclass; a wrong flag ends in one line and exit code 2.
-
-    A preset, ``--preset NAME``, changes the defaults, so every other flag wins over it.
-    """
-    box = io.StringIO()
-    given = sys.argv[1:] if args is None else list(args)
-    named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
-    named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
-    preset = (presets or {}).get(named[-1]) if named else None
-    default: dict[str, Any] = {} if preset is None else {"default": preset}
-    try:
-        with contextlib.redirect_stderr(box), _wide():
-            return tyro.cli(
-                config, prog=f"python -m {prog}", description=config.__doc__, args=given, **default
-            )
-    except SystemExit as error:
-        if error.code == 2:
-            raise InputError(_one_line(box.getvalue(), prog)) from None
-        raise
-
-
-def _one_line(box: str, prog: str) -> str:
-    """The first paragraph of the parser's framed message."""
-    lines = [re.sub(r"[│╭╮╰╯─]+|^ *-{3,}", " ", line).strip() for line in box.splitlines()[1:]]
-    while lines and not lines[0]:  # the frame's upper line, on a terminal without such characters
-        del lines[0]
-    said = lines[: lines.index("")] if "" in lines else lines
-    return f"{' '.join(said)} (see python -m {prog} --help)"
-
-
-@contextlib.contextmanager
-def _wide():
-    """The parser folds its messages at the terminal's width; ours are one line."""
-    before = os.environ.get("COLUMNS")
-    if "--help" not in sys.argv and "-h" not in sys.argv:
-        os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
 
 
 def run(
@@ -108,9 +57,9 @@ def run(
     jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        settings = parse(config, prog, presets)
-        check(settings)
-        with terminable():
+        settings = flags.parse(config, prog, presets)
+        flags.check(settings)
+        with stoppable(lambda number: _leave(128 + number, config, prog)):
             command(settings)
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {_reason(error)}", file=sys.stderr)
@@ -119,10 +68,15 @@ def run(
         print(f"{stop}; go on with: {_again(config, prog)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt as stop:
-        print(f"stopped at once; what was saved is kept, go on with: {_again(config, prog)}", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(143 if isinstance(stop, Terminated) else 130)  # a return would wait for a save under way
+        _leave(143 if isinstance(stop, Terminated) else 130, config, prog)
     return 0
+
+
+def _leave(code: int, config: type, prog: str) -> None:
+    """End the process now; a return would wait for a save under way."""
+    print(f"stopped at once; what was saved is kept, go on with: {_again(config, prog)}", file=sys.stderr)
+    os._exit(code)
 
 
 def _again(config: type, prog: str) -> str:
@@ -143,60 +97,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; lower --batch-size, --steps-per-dispatch, --max-length or the model's sizes"
     raise error
-
-
-# In [0, 1), validation not 0.
-_SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
-_AT_LEAST_0 = {"seed", "split_seed", "highway", "process"}
-_SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
-_DEPTHS = {"layers", "classifier_layers"}  # at most 64
-
-
-def check(settings: Any) -> None:
-    """Numbers must be ones that mean something; all but a few must be positive.
-
-    Raises:
-        InputError: one is not, by its flag.
-    """
-    for field in dataclasses.fields(settings):
-        value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
-        texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
-        if dataclasses.is_dataclass(value):
-            check(value)
-        elif any("\0" in text for text in texts):
-            raise InputError(f"{flag} holds a NUL character; leave it out")
-        elif field.name == "filters":
-            _check_filters(value, flag)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        elif field.name in _SHARES:
-            if not 0 <= value < 1 or (field.name == "validation" and value == 0):
-                raise InputError(f"{flag} must be between 0 and 1, not {value}")
-        elif isinstance(value, int):
-            least = 0 if field.name in _AT_LEAST_0 else 1
-            most = 2**16 if field.name in _SIZES else 64 if field.name in _DEPTHS else 2**31 - 1
-            if value < least:
-                raise InputError(f"{flag} must be at least {least}, not {value}")
-            if value > most:
-                raise InputError(f"{flag} must be at most {most}, not {value}")
-        elif field.name == "labels":
-            if not 0 < value <= 1:
-                raise InputError(f"{flag} must be above 0 and at most 1, not {value}")
-        elif field.name == "exponent":
-            if not 0 <= value < float("inf"):
-                raise InputError(f"{flag} must be at least 0 and finite, not {value}")
-        elif not 0 < value < float("inf"):
-            raise InputError(f"{flag} must be above 0 and finite, not {value}")
-
-
-def _check_filters(filters: tuple[tuple[int, int], ...], flag: str) -> None:
-    if not filters:
-        raise InputError(f"{flag} must be pairs of a width and a number; give one at least")
-    for width, number in filters:
-        if not 1 <= width <= CHARACTERS:
-            raise InputError(f"{flag} must have widths from 1 to {CHARACTERS} characters, not {width}")
-        if not 1 <= number <= 2**16:
-            raise InputError(f"{flag} must have from 1 to {2**16} filters of a width, not {number}")
 
 
 def say(line: str) -> None:

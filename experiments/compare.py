@@ -18,6 +18,7 @@ from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import CONFIG, read_config, write_atomically
 from experiments import claims, cli, downstream, pretrain, results, vectors
+from experiments.flags import C, check, parse
 from experiments.stages import Stage, read_json, run_stages
 
 # By the name the page gives them: the flags that make them, and the work of an epoch.
@@ -118,9 +119,9 @@ class Plan:
         )
 
 
-def _parse(config: type[cli.C], prog: str, presets: Mapping[str, cli.C] | None, flags: list[str]) -> cli.C:
-    settings = cli.parse(config, prog, presets, flags)
-    cli.check(settings)  # before hours of the stages that come first
+def _parse(config: type[C], prog: str, presets: Mapping[str, C] | None, flags: list[str]) -> C:
+    settings = parse(config, prog, presets, flags)
+    check(settings)  # before hours of the stages that come first
     return settings
 
 

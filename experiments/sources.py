@@ -18,7 +18,7 @@ from elmo_jax.lstm import Kernel
 from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
-from experiments import cli
+from experiments.flags import check
 
 VECTORS = "vectors.npz"
 
@@ -108,7 +108,7 @@ def _data_of(path: Path, vocabulary: Vocabulary | None, config: SourceConfig, se
     if saved.get("data") is None:
         raise InputError(f"{path}: names no data set; give a run of experiments.pretrain")
     settings = structure(DataConfig, saved["data"], f"{path}: data")
-    cli.check(settings)
+    check(settings)
     spelled = config.features == "elmo" and saved["model"].get("input") == "characters"
     data = load_dataset(settings, vocabulary, spelled)
     if data.digest != saved.get("texts"):

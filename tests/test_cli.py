@@ -4,13 +4,17 @@ import errno
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from elmo_jax.loop import Interrupted
 from experiments import cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ def test_a_second_interrupt_does_not_wait(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", codes.append)
     _, err = end(KeyboardInterrupt(), [], monkeypatch, capsys)
     assert codes == [130] and "stopped at once; what was saved is kept" in err
+
+
+BUSY = """
+import hashlib, os, signal, threading
+from experiments.signals import stoppable
+for at, number in ((0.3, signal.SIGINT), (0.6, signal.SIGTERM)):
+    threading.Timer(at, os.kill, (os.getpid(), number)).start()
+with stoppable(lambda number: os._exit(100 + number)):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without one of Python's instructions
+"""
+
+
+def test_a_second_signal_does_not_wait_for_what_is_computed():
+    assert subprocess.run([sys.executable, "-c", BUSY], timeout=30, cwd=ROOT).returncode == 115
 
 
 def test_sigterm_where_nothing_trains_prints_how_to_go_on(monkeypatch, capsys):

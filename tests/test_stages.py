@@ -8,6 +8,7 @@ import pytest
 
 from elmo_jax.page import Page
 from experiments import claims, cli
+from experiments.flags import parse
 from experiments.stages import Stage, run_stages
 
 
@@ -111,8 +112,8 @@ def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
 def test_a_preset_changes_defaults_and_flags_win_over_it():
     from experiments.pretrain import PRESETS, PretrainConfig
 
-    parse = lambda *args: cli.parse(PretrainConfig, "x", PRESETS, args)  # noqa: E731
-    report = parse("--preset", "report")
+    parsed = lambda *args: parse(PretrainConfig, "x", PRESETS, args)  # noqa: E731
+    report = parsed("--preset", "report")
     assert report == PRESETS["report"]
     model = report.model
     assert (model.embedding, model.cells, model.layers, report.batch_size, report.epochs) == (
@@ -122,5 +123,5 @@ def test_a_preset_changes_defaults_and_flags_win_over_it():
         32,
         10,
     )
-    assert parse("--preset=report", "--epochs", "3") == replace(report, epochs=3)
+    assert parsed("--preset=report", "--epochs", "3") == replace(report, epochs=3)
     assert json.dumps(cli.settings_of(report)) == json.dumps(cli.settings_of(replace(report, preset=None)))
