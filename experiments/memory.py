@@ -1,6 +1,7 @@
 """A process's memory: its peak, and that it stays; imports next to nothing, so that a peer's is a peer's."""
 
 import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ _STATUS = Path("/proc/self/status")
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
+@functools.cache  # or every command run in a process would listen once more
 def tame_malloc() -> bool:
     """Keep this process's memory small and constant, where the C library is glibc.
 
