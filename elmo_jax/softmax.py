@@ -85,22 +85,22 @@ def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
     """The value, and the gradient for a cotangent of one.
 
-    That of the logits is (exp / sum - one at the target) times the weight. It is never made:
-    1 / sum goes into the small side of each product, and targets are taken off afterwards.
+    That of the logits is (exp - sum at the target) times weight / sum. The second factor goes
+    into the small side of each product, so that the logits are passed over once less.
     """
     sums = np.promote_types(hidden.dtype, np.float32)
 
     def chunk(carry, part):
         d_table, d_bias = carry
         h, t, w = part
-        low, w = table.astype(h.dtype), w.astype(sums)
         each, exps, total = _chunk_nll(h, table, bias, t)
-        scale = w / total
-        e, scaled = exps.astype(h.dtype), (h * scale[:, None]).astype(h.dtype)
-        dh = jnp.matmul(e, low, preferred_element_type=sums) * scale[:, None] - low[t] * w[:, None]
-        d_table += jnp.matmul(e.T, scaled, preferred_element_type=sums)
-        d_bias += scale @ exps
-        return (d_table.at[t].add(-h * w[:, None]), d_bias.at[t].add(-w)), (each, each * w, dh)
+        scale = w.astype(sums) / total
+        d_logits = exps.at[jnp.arange(len(t)), t].add(-total, unique_indices=True)
+        g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
+        dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
+        d_table += jnp.matmul(g.T, scaled, preferred_element_type=sums)
+        d_bias += scale @ d_logits  # a sum over rows, which XLA:CPU is slow at
+        return (d_table, d_bias), (each, each * w, dh)
 
     parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
     zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)

@@ -50,6 +50,22 @@ def test_full_is_the_plain_softmax_of_logits_however_far_apart(case, scale):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14 * scale), got, want)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1, 8])
+def test_bfloat16_rounds_no_more_however_sure_the_model_is(scale):
+    rng = np.random.default_rng(0)
+    h, table = (jnp.asarray(rng.normal(size=(64, P)), jnp.bfloat16) for P in (16, 16))
+    h, table = h * jnp.bfloat16(scale), table[:40]
+    logits = np.asarray(h, np.float64) @ np.asarray(table, np.float64).T
+    targets = jnp.asarray(logits.argmax(1), jnp.int32)  # with probabilities of 0.05, 0.6, 0.97 on average
+    p = np.exp(log_softmax(logits))
+    p[np.arange(64), targets] -= 1
+    want = p @ np.asarray(table, np.float64), p.T @ np.asarray(h, np.float64)
+    f = lambda h, table: full_nll(h, table, jnp.zeros(40, jnp.float32), targets, jnp.ones(64, jnp.float32))[0]  # noqa: E731
+    got = jax.grad(f, (0, 1))(h, table.astype(jnp.float32))
+    for a, b in zip(got, want, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) < 6e-3 * np.linalg.norm(b)
+
+
 def test_logits_never_exist_whole(case, monkeypatch):
     monkeypatch.setattr(softmax, "CHUNK_BYTES", 2 * V * 4)
     monkeypatch.setattr(softmax, "_ROWS", 2)
