@@ -6,7 +6,6 @@ epoch under way and the *records* of those that ended, one JSON line each.
 """
 
 import json
-import reprlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,16 +16,26 @@ import filelock
 import numpy as np
 
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, changes, digest, read_config, structure, write_atomically, write_config
+from elmo_jax.integrity import (
+    CONFIG,
+    changes,
+    difference,
+    digest,
+    read_config,
+    structure,
+    write_atomically,
+    write_config,
+)
 from elmo_jax.processes import agree, led
 from elmo_jax.steps import Steps, check_kinds
 
 METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
 _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
-# These may change, or are compared on their own.
+# May change, or are compared on their own; the others if asked for.
 _FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
 _ORDER = {"seed"}  # of the batches alone, once training has begun
+_PACE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # after steps that were not finite
 
 
 @dataclass
@@ -108,8 +117,8 @@ class Run:
             monitor: the record's figure that is lowest at the best epoch.
             resume: go on with a run that is there; begin one if none is.
             overwrite: remove a run that is there.
-            allow_change: to resume between two epochs, "seed" may change too: it gives the
-                order of the batches that come.
+            allow_change: to resume, the learning rate and the norm gradients are clipped to
+                may change too, and between two epochs "seed", for the order of batches.
             files: names and texts to write beside, which must be the same to resume.
 
         Raises:
@@ -185,20 +194,23 @@ class Run:
         """Refuse to go on with other settings or other texts than the run began with."""
         before = read_config(self.path)
         changed = {name: text for name, text in changes(before, config).items() if name not in _FREE}
-        ordered = changed.keys() <= _ORDER
-        if changed and not (allow_change and ordered):
+        may = changed.keys() <= _ORDER | _PACE
+        if changed and not (allow_change and may):
             told = "; ".join(f"{name} {text}" for name, text in changed.items())
-            remedy = "use those to --resume" + (", or --allow-config-change" if ordered else "")
+            remedy = "use those to --resume" + (", or --allow-config-change" if may else "")
             raise InputError(f"{self.path}: was run with other settings ({told}); {remedy}")
-        for step in self.steps.whole() if changed else ():
-            if not self._position(step).ended:
-                raise InputError(
-                    f"{self.path}: stopped within an epoch; {', '.join(changed)} may change after it"
-                )
+        fewer = config.get("epochs", 0) < before.get("epochs", 0)
+        for step in self.steps.whole() if fewer or changed.keys() & _ORDER else ():
+            position = self._position(step)
+            if changed.keys() & _ORDER and not position.ended:
+                raise InputError(f"{self.path}: stopped within an epoch; seed may change after it")
+            if fewer and config["epochs"] < len(position.records):
+                ran = len(position.records)
+                raise InputError(f"{self.path}: has run {ran} epochs; give --epochs that many")
             break
         for name, data in texts.items():
             if before["files"].get(name) != digest(data):
-                told = _difference(self.path / name, data)
+                told = difference(self.path / name, data)
                 raise InputError(f"{self.path / name}: {told}; use the texts it was made from")
 
     def clear(self) -> None:
@@ -286,14 +298,3 @@ class Run:
             self.steps.close()
         finally:
             self._lock.release()
-
-
-def _difference(path: Path, data: bytes) -> str:
-    """How a text differs from the file that is there."""
-    if not path.is_file():
-        return "is missing, and would be another one now"
-    there, now = (raw.decode(errors="replace").splitlines() for raw in (path.read_bytes(), data))
-    for line, (old, new) in enumerate(zip(there, now, strict=False), 1):
-        if old != new:
-            return f"line {line} is {reprlib.repr(old)} there, {reprlib.repr(new)} now"
-    return f"has {len(there):,} lines there, {len(now):,} now"

@@ -209,3 +209,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         elif old != new:
             found[name] = f"{old!r} -> {new!r}"
     return found
+
+
+def difference(path: Path, data: bytes) -> str:
+    """How a text differs from the file that is there."""
+    if not path.is_file():
+        return "is missing, and would be another one now"
+    there, now = (raw.decode(errors="replace").splitlines() for raw in (path.read_bytes(), data))
+    for line, (old, new) in enumerate(zip(there, now, strict=False), 1):
+        if old != new:
+            return f"line {line} is {reprlib.repr(old)} there, {reprlib.repr(new)} now"
+    return f"has {len(there):,} lines there, {len(now):,} now"

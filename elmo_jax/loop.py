@@ -234,7 +234,9 @@ def _kept(run: Run) -> str:
     """What there is to go on from, once the save under way is done."""
     run.wait()
     saved = run.steps.saved()
-    return f"step {saved[-1]} is saved" if saved else "no step was saved yet"
+    if not saved:
+        return "no step was saved yet, begin anew with --overwrite"
+    return f"step {saved[-1]} is saved, go on with --resume --allow-config-change"
 
 
 def _show(meter: Meter, position: Position, per_epoch: int, per: str) -> None:

@@ -27,12 +27,15 @@ from elmo_jax.text import Vocabulary
 from experiments import flags
 from experiments.flags import C
 from experiments.memory import process_peak, tame_malloc
-from experiments.signals import Terminated, stoppable
+from experiments.signals import stoppable
 
 # What commands make of a run that has reached its end; the results come last.
 PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vectors.npz", "vectors.txt",
             *(f"confusion_{part}.png" for part in ("train", "validation", "test")),
             "memory.jsonl", "memory.png", RESULTS)  # fmt: skip
+
+
+_begun = False  # nothing was written yet
 
 
 def run(
@@ -59,44 +62,52 @@ def run(
     try:
         settings = flags.parse(config, prog, presets)
         flags.check(settings)
-        with stoppable(lambda number: _leave(128 + number, config, prog)):
+        with stoppable(lambda number: _leave(number, config, prog)):
             command(settings)
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        print(f"error: {_reason(error)}", file=sys.stderr)
+        print(f"error: {_reason(error, config)}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"{stop}; go on with: {_again(config, prog)}", file=sys.stderr)
         return stop.exit_code
-    except KeyboardInterrupt as stop:
-        sys.stdout.flush()
-        _leave(143 if isinstance(stop, Terminated) else 130, config, prog)
     return 0
 
 
-def _leave(code: int, config: type, prog: str) -> None:
-    """End the process now; a return would wait for a save under way."""
-    print(f"stopped at once; what was saved is kept, go on with: {_again(config, prog)}", file=sys.stderr)
-    os._exit(code)
+def _leave(number: int, config: type, prog: str) -> None:
+    """End the process now; to unwind would be to wait for a save under way."""
+    kept = "what was saved is kept, go on with" if hasattr(config, "resume") else "run it again with"
+    line = f"stopped at once; {kept}: {_again(config, prog)}\n"
+    os.write(2, line.encode(errors="backslashreplace"))  # the main thread may be within a print
+    os._exit(128 + number)
 
 
 def _again(config: type, prog: str) -> str:
     """The command that goes on with this run."""
-    args = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-    args += ["--resume"] * hasattr(config, "resume")  # a command without it always goes on
+    args = sys.argv[1:]
+    if _begun:  # what --overwrite was to replace is gone
+        args = [arg for arg in args if arg not in ("--resume", "--overwrite")]
+        args += ["--resume"] * hasattr(config, "resume")
     return f"python -m {prog} {shlex.join(args)}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, config: type) -> str:
     """An error that a user can mend in one line; any other is raised again, a defect."""
+    again = "go on with --resume" if hasattr(config, "resume") else "run it again"
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     if isinstance(error, BrokenPipeError):
-        return "what reads this command's output has gone; go on with --resume"
+        return f"what reads this command's output has gone; {again}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        return f"{error.filename or 'a file'}: {error.strerror}; mend that and go on with --resume"
+        return f"{error.filename or 'a file'}: {error.strerror}; mend that and {again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; lower --batch-size, --steps-per-dispatch, --max-length or the model's sizes"
     raise error
+
+
+def begun() -> None:
+    """From now on what the command writes to is its own, and can be gone on with."""
+    global _begun
+    _begun = True
 
 
 def say(line: str) -> None:
@@ -117,11 +128,15 @@ def create_run(
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
 
-    def begin_anew() -> None:
+    begun()
+
+    def clear() -> None:
+        if run.steps.saved() and next(run.steps.whole(), None) is None:
+            return  # it cannot be gone on with, which `Run.restore` will say; what it made is good
         for name in reversed(PRODUCTS):
             (run.path / name).unlink(missing_ok=True)
 
-    led(begin_anew)
+    led(clear)
     return run
 
 

@@ -62,7 +62,7 @@ class DownstreamConfig:
     resume: bool = False
     """Go on with the run in that folder."""
     allow_config_change: bool = False
-    """To go on between two epochs with another --seed."""
+    """To go on with another --learning-rate or --clip-norm, or between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -97,7 +97,6 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
     model = BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel)
     records, params = _train(config, source, model, train, run, mesh)
-    run.close()
     results, predictions = _measure(config, source, model, params, train)
     lambdas = source.combiner.lambdas(params["combiner"])
     results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
@@ -111,6 +110,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
     led(conclude)
+    run.close()  # only now may another command write here
     return results
 
 

@@ -86,6 +86,10 @@ def check(settings: Any) -> None:
             check(value)
         elif any("\0" in text for text in texts):
             raise InputError(f"{flag} holds a NUL character; leave it out")
+        elif any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+            raise InputError(f"{flag} holds bytes that are not UTF-8; give another name")
+        elif "" in texts and field.default != "":
+            raise InputError(f"{flag} is empty; give it a value, or leave it out")
         elif field.name == "filters":
             _check_filters(value, flag)
         elif isinstance(value, bool) or not isinstance(value, int | float):

@@ -71,7 +71,7 @@ class PretrainConfig:
     resume: bool = False
     """Go on with the run in that folder."""
     allow_config_change: bool = False
-    """To go on between two epochs with another --seed."""
+    """To go on with another --learning-rate or --clip-norm, or between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 

@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM at a command: SIGTERM ends it as Ctrl-C does, and a second signal ends it at once.
+"""SIGINT and SIGTERM at a command: they end it at once, but for the first while training that can save.
 
-Python runs its handlers between two of its instructions, so whatever compiles or waits for a
-device delays them, for minutes perhaps. The second signal is therefore seen by a thread, which
-reads what the C handler writes.
+What a handler raises is lost if it comes while something is collected or torn down, so the one
+here ends the process itself. Python runs handlers between two of its instructions, so whatever
+is compiled or waited for delays them; the second signal is seen by a thread, which reads what
+the C handler writes.
 """
 
 import contextlib
@@ -11,39 +12,32 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-_STOPS = {signal.SIGINT, signal.SIGTERM}
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stoppable(at_second: Callable[[int], None]) -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM while the body runs, and call a function at the second signal.
+def stoppable(leave: Callable[[int], None]) -> Iterator[None]:
+    """Call a function at SIGINT or SIGTERM while the body runs.
+
+    A handler that the body installs, as `fit` does, has the first signal to itself.
 
     Args:
-        at_second: gets the number of the second SIGINT or SIGTERM, in another thread, whatever
-            the main one is doing; it is to end the process.
+        leave: gets the signal's number, perhaps in another thread; it is to end the process.
 
     Example:
-        >>> try:
-        ...     with stoppable(os._exit):
-        ...         signal.raise_signal(signal.SIGTERM)
-        ... except Terminated:
-        ...     print("stopped")
-        stopped
+        >>> came = []
+        >>> with stoppable(came.append):
+        ...     signal.raise_signal(signal.SIGTERM)
+        >>> came == [signal.SIGTERM]
+        True
     """
-
-    def stop(_number: int, _frame: object) -> None:
-        raise Terminated
 
     def watch() -> None:
         came = 0
         while number := os.read(seen, 1):
             came += number[0] in _STOPS
             if came == 2:
-                at_second(number[0])
+                leave(number[0])
 
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
@@ -51,13 +45,15 @@ def stoppable(at_second: Callable[[int], None]) -> Iterator[None]:
     seen, tell = os.pipe()
     os.set_blocking(tell, False)
     thread = threading.Thread(target=watch, daemon=True)
-    before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     thread.start()
+    fd = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    before = [signal.signal(number, lambda number, _frame: leave(number)) for number in _STOPS]
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before[1])
-        signal.signal(signal.SIGTERM, before[0])
+        for number, handler in zip(_STOPS, before, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(fd)
         os.close(tell)  # which ends the thread
         thread.join()
         os.close(seen)

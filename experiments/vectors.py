@@ -56,7 +56,6 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
     cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
     matrix, results = (_count if config.method == "svd" else _train)(config, data, run)
-    run.close()
     made = WordVectors(data.vocabulary.tokens[UNK:], matrix[UNK:])
     made.save(run.path / VECTORS)
     made.save(run.path / "vectors.txt")
@@ -64,6 +63,7 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     for word, near in results["neighbours"].items():
         cli.say(f"{word}: {', '.join(near)}")
     cli.write_results(run.path, results)
+    run.close()  # only now may another command write here
     cli.say(f"{results['seconds']:.0f} s; written to {run.path}")
     return results
 

@@ -67,6 +67,34 @@ def test_output_and_epochs_may_change(tmp_path):
     assert run.config["epochs"] == 2
 
 
+def test_fewer_epochs_than_were_run_are_refused(tmp_path):
+    def create(epochs):
+        return Run.create(tmp_path / "run", {"epochs": epochs}, monitor="loss", resume=True)
+
+    run = create(3)
+    run.save(STATE, Position(6, records=[{"step": 3, "loss": 1.0}, {"step": 6, "loss": 1.0}]))
+    run.close()
+    with pytest.raises(InputError, match="has run 2 epochs; give --epochs that many"):
+        create(1)
+    assert run.config["epochs"] == 3
+    create(2).close()
+
+
+def test_the_learning_rate_may_change_within_an_epoch_if_allowed(tmp_path):
+    def create(rate, **more):
+        config = {"optimizer": {"learning_rate": rate}}
+        return Run.create(tmp_path / "run", config, monitor="loss", resume=True, **more)
+
+    run = create(2.0)
+    run.save(STATE, Position(3))
+    run.close()
+    with pytest.raises(InputError, match=r"learning_rate 2.0 -> 1.0\); .* --allow-config-change"):
+        create(1.0)
+    run = create(1.0, allow_change=True)
+    assert run.config["optimizer"] == {"learning_rate": 1.0}
+    run.close()
+
+
 def test_order_may_change_between_epochs_if_allowed(tmp_path):
     def create(seed, **more):
         return Run.create(tmp_path / "run", {"seed": seed, "lr": 1}, monitor="loss", resume=True, **more)

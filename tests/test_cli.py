@@ -25,6 +25,8 @@ class Config:
     """Folder."""
     resume: bool = False
     """Go on."""
+    overwrite: bool = False
+    """Begin anew."""
 
 
 def end(error, args, monkeypatch, capsys):
@@ -46,36 +48,46 @@ def test_the_command_printed_is_the_one_to_go_on_with(number, monkeypatch, capsy
     assert printed == ["python", "-m", "experiments.x", *args]
 
 
-def test_a_second_interrupt_does_not_wait(monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    _, err = end(KeyboardInterrupt(), [], monkeypatch, capsys)
-    assert codes == [130] and "stopped at once; what was saved is kept" in err
-
-
 BUSY = """
 import hashlib, os, signal, threading
 from experiments.signals import stoppable
-for at, number in ((0.3, signal.SIGINT), (0.6, signal.SIGTERM)):
-    threading.Timer(at, os.kill, (os.getpid(), number)).start()
 with stoppable(lambda number: os._exit(100 + number)):
+    for at, number in ((0.3, signal.SIGINT), (0.6, signal.SIGTERM)):
+        threading.Timer(at, os.kill, (os.getpid(), number)).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without one of Python's instructions
 """
 
 
 def test_a_second_signal_does_not_wait_for_what_is_computed():
-    assert subprocess.run([sys.executable, "-c", BUSY], timeout=30, cwd=ROOT).returncode == 115
+    assert subprocess.run([sys.executable, "-c", BUSY], timeout=60, cwd=ROOT).returncode == 115
 
 
-def test_sigterm_where_nothing_trains_prints_how_to_go_on(monkeypatch, capsys):
-    codes, before = [], signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_where_nothing_trains_prints_how_to_go_on(number, begun, monkeypatch, capfd):
+    codes, before = [], signal.getsignal(number)
     monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(sys, "argv", ["prog", "--output", "x"])
-    cli.run(Config, lambda config: signal.raise_signal(signal.SIGTERM), "experiments.x")
-    err = capsys.readouterr().err
-    assert codes == [143] and err.count("\n") == 1
-    assert err.endswith("go on with: python -m experiments.x --output x --resume\n")
-    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(sys, "argv", ["prog", "--output", "x", "--overwrite"])
+    monkeypatch.setattr(cli, "_begun", begun)  # before, --overwrite still has something to do
+    cli.run(Config, lambda config: signal.raise_signal(number), "experiments.x")
+    err = capfd.readouterr().err
+    assert codes == [128 + number] and err.count("\n") == 1
+    flag = "--resume" if begun else "--overwrite"
+    assert err.endswith(f"kept, go on with: python -m experiments.x --output x {flag}\n")
+    assert signal.getsignal(number) == before
+
+
+COLLECTED = """
+import gc, os, signal
+from experiments.signals import stoppable
+with stoppable(lambda number: os._exit(100 + number)):
+    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGTERM))
+    gc.collect()
+"""
+
+
+def test_a_signal_that_comes_while_garbage_is_collected_is_not_lost():
+    assert subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT).returncode == 115
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp
     run = Run.open(tmp_path / "sick")
     assert np.isfinite(run.restore_best()["params"]["table"]).all()
     run.close()
-    assert str(told.value).endswith(f"; step {run.steps.saved()[-1]} is saved")
+    assert str(told.value).endswith(
+        f"; step {run.steps.saved()[-1]} is saved, go on with --resume --allow-config-change"
+    )
 
 
 def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
@@ -217,7 +219,10 @@ def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
         loss, sums = loss_fn(params, batch, key)
         return loss * jnp.nan, sums
 
-    with pytest.raises(InputError, match=r"5 steps in a row, up to step 5 .*; no step was saved yet$"):
+    with pytest.raises(
+        InputError,
+        match=r"5 steps in a row, up to step 5 .*; no step was saved yet, begin anew with --overwrite$",
+    ):
         run_fit(documents, tmp_path / "sick", loss=sick)
 
 

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
 
 from elmo_jax import dump, report
-from elmo_jax.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY
+from elmo_jax.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY, Run
 from elmo_jax.errors import InputError
 from elmo_jax.progress import Meter
 from experiments import cli, downstream, memory, pretrain, vectors
@@ -153,3 +154,45 @@ def test_a_long_line_is_mixed_where_space_cannot_be_reserved(elmo, tmp_path, mon
             layers.append(file["0"][...])
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     assert (layers[0] == layers[1]).all()
+
+
+def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+    flags = [
+        "--dataset",
+        corpus,
+        "--min-count",
+        "1",
+        "--dimensions",
+        "4",
+        "--epochs",
+        "1",
+        "--method",
+        "sgns",
+    ]
+    flags += ["--output", tmp_path / "run"]
+    assert call(vectors.main, monkeypatch, *flags) == 0
+    for position in (tmp_path / "run").glob("checkpoints/*/position.json"):
+        position.write_text(position.read_text() + " ")
+    made = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*") if path.is_file()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert call(vectors.main, monkeypatch, *flags, "--resume") == 2
+    assert "no saved step is whole" in capsys.readouterr().err
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in made} == made
+
+
+@pytest.mark.parametrize("module", [downstream, vectors])
+def test_a_folder_is_held_until_its_results_are_written(module, corpus, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    out, said = tmp_path / "run", []
+    write = cli.write_results
+
+    def watched(path, results):
+        with pytest.raises(InputError, match="another run writes there") as told:
+            Run.create(out, {}, monitor="loss", overwrite=True)
+        said.append(told.value)
+        write(path, results)
+
+    monkeypatch.setattr(cli, "write_results", watched)
+    flags = next(flags for command, flags in commands(corpus, pretrained, out) if command is module)
+    assert call(module.main, monkeypatch, *flags, "--output", out) == 0 and len(said) == 1
+    Run.create(out, {}, monitor="loss", overwrite=True).close()
