@@ -5,6 +5,7 @@ lines, written whole or not at all, so that a stop loses one part's work at the 
 parts are joined at the end.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import numpy as np
 from elmo_jax.combiners import Mix
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.hdf5 import create
+from elmo_jax.hdf5 import Checked, create
 from elmo_jax.integrity import digest, tree_digest, write_atomically
 from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import tokenize
@@ -129,8 +130,7 @@ class Dump:
             try:
                 self._claim(settings, resume, overwrite)
             except BaseException:
-                if not self._begun():
-                    shutil.rmtree(self.parts, ignore_errors=True)
+                self._vanish()
                 self._lock.release(force=True)
                 raise
         except filelock.Timeout:
@@ -144,6 +144,13 @@ class Dump:
     def _begun(self) -> list[Path]:
         """What a dump, perhaps an earlier one, wrote beside the target."""
         return [path for path in self.parts.iterdir() if path.name != _LOCK]
+
+    def _vanish(self) -> None:
+        """Remove the parts' folder, if nothing else is in it; once the lock is gone others may begin."""
+        with contextlib.suppress(OSError):
+            if not self._begun():
+                (self.parts / _LOCK).unlink()
+                self.parts.rmdir()
 
     def _claim(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         """See that all may be written, and leave word of it."""
@@ -230,7 +237,7 @@ class Dump:
     def _write_long(self, line: list[str], data: h5py.Dataset, check: Callable[[], None]) -> None:
         """A line that may not fit in memory, a window at a time."""
         if self.mix is None:
-            self.elmo.embed_into(line, _Checked(data, check))
+            self.elmo.embed_into(line, Checked(data, check))
             return
         # A token's two halves come from different windows, and its mix may need both at once.
         shape = self.elmo.shape(len(line))
@@ -263,7 +270,9 @@ class Dump:
                 if i:
                     index.resize((i + 1,))
                 index[i] = json.dumps(piece)
-        shutil.rmtree(self.parts)
+        for path in self._begun():
+            path.unlink()
+        self._vanish()
 
     def _index(self) -> Iterator[dict[str, str]]:
         """Each line's number, in pieces that fit in memory; one if there are no lines."""
@@ -285,14 +294,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}  # like no settings that there can be
     return data if isinstance(data, dict) else {}
-
-
-class _Checked:
-    """A dataset that says at once that the disk is full."""
-
-    def __init__(self, data: h5py.Dataset, check: Callable[[], None]):
-        self.data, self.check = data, check
-
-    def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
-        self.check()
-        self.data[where] = layers

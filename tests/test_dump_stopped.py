@@ -204,3 +204,18 @@ def test_one_process_writes_a_file_until_it_ends(elmo, text, end, refused, monke
     assert {path.name for path in text.parent.iterdir()} == {"in.txt", "other.txt", "model", "out.h5"}
     with h5py.File(out) as file:
         np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+
+
+def test_who_begins_while_another_ends_keeps_what_is_his(elmo, text, monkeypatch):
+    first, later, real = begin(elmo, text), [], os.unlink
+
+    def unlink(path, **more):
+        real(path, **more)
+        if Path(path).name == ".lock" and not later:
+            later.append(begin(elmo, text, overwrite=True))
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    first.write()
+    assert [path.name for path in later[0]._begun()] == ["settings.json"]
+    later[0].write()
+    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "out.h5"]
