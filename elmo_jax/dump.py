@@ -5,7 +5,7 @@ lines, written whole or not at all, so that a stop loses one part's work at the 
 parts are joined at the end.
 """
 
-import hashlib
+import contextlib
 import json
 import math
 import os
@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import h5py
 import numpy as np
 
 from elmo_jax.combiners import Mix
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.hdf5 import create
-from elmo_jax.integrity import tree_digest, write_atomically
+from elmo_jax.hdf5 import Checked, create
+from elmo_jax.integrity import digest, tree_digest, write_atomically
 from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import tokenize
 
@@ -33,6 +34,7 @@ Layers = Literal["all", "top", "average", "mix"]
 _LONG = 4_096  # tokens from which a line's layers go to the file a window at a time
 _CHUNK = 256  # tokens an HDF5 chunk
 _INDEX_BYTES = 64 << 20  # of a text's lines in one piece of sentence_to_index
+_LOCK = ".lock"  # among the parts, so that it goes with them
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Dump:
         mix: of the layers, if `config.layers` is "mix".
 
     Raises:
-        InputError: the text cannot be read, or a line is too long and is to be refused.
+        InputError: the target is no name of a file, the text cannot be read, or a line is too long
+            and is to be refused.
     """
 
     def __init__(
@@ -84,7 +87,11 @@ class Dump:
         layers, _, self.features = elmo.shape(0)
         average, top = Mix([1 / layers] * layers), Mix([0.0] * (layers - 1) + [1.0])
         self.mix = {"average": average, "top": top, "mix": mix}.get(config.layers)
+        if target.name == ".." or (target.exists() and not target.is_file()):
+            raise InputError(f"{target}: is no regular file; give the HDF5 file to write")
         self.parts = target.with_name(target.name + ".parts")
+        # The kernel lets go of it when the process ends, however that comes about.
+        self._lock = filelock.FileLock(self.parts / _LOCK, blocking=False, thread_local=False)
         self.lines = self.tokens = 0
         for i, line in self._read():
             if config.long == "refuse" and len(line) > config.max_length:
@@ -101,11 +108,14 @@ class Dump:
         return self.tokens * each * (1 if self.mix is not None else self.elmo.shape(0)[0])
 
     def begin(self, resume: bool, overwrite: bool) -> None:
-        """Make ready to write.
+        """Make ready to write; no other process can until `write` ends.
+
+        Leave to overwrite is kept with what is written, so `resume` goes on with that too.
 
         Raises:
             InputError: there is a file or an unfinished one and no word what to do with it, it is
-                of another text, model or configuration, or there is not room enough.
+                of another text, model or configuration, another process writes it, or there is not
+                room enough.
         """
         if resume and overwrite:
             raise InputError("--resume and --overwrite are two different things; give one")
@@ -113,28 +123,51 @@ class Dump:
             raise InputError(f"{self.target}: is the text itself; give another file to write")
         settings: dict[str, Any] = {"config": asdict(self.config), "dtype": self.elmo.model.config.dtype}
         settings["mix"] = None if self.mix is None else asdict(self.mix)
-        settings |= {"text": self._text_digest(), "model": tree_digest(self.elmo.params)}
-        mark = self.parts / "settings.json"
-        if self.target.exists() and not overwrite:
-            raise InputError(f"{self.target}: is there already; replace it with --overwrite")
-        if self.parts.exists() and not (resume or overwrite):
-            raise InputError(f"{self.parts}: holds an unfinished dump; --resume it or --overwrite it")
-        if resume and mark.exists() and _read_json(mark) != json.loads(json.dumps(settings)):
-            raise InputError(f"{self.parts}: is of another text, model or settings; give --overwrite")
+        settings |= {"text": digest(self.source), "model": tree_digest(self.elmo.params)}
         try:
-            if overwrite:  # the old file itself stays until the new one is whole
-                shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True, exist_ok=True)
-            write_atomically(mark, json.dumps(settings) + "\n")
+            self._lock.acquire()
+            try:
+                self._claim(settings, resume, overwrite)
+            except BaseException:
+                self._vanish()
+                self._lock.release(force=True)
+                raise
+        except filelock.Timeout:
+            told = "another process writes it; wait for it, or give another file"
+            raise InputError(f"{self.target}: {told}") from None
         except OSError as error:
             raise InputError(
                 f"{self.parts}: cannot be written ({error.strerror}); give another path"
             ) from None
-        self._check_room()
 
-    def _text_digest(self) -> str:
-        with self.source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def _begun(self) -> list[Path]:
+        """What a dump, perhaps an earlier one, wrote beside the target."""
+        return [path for path in self.parts.iterdir() if path.name != _LOCK]
+
+    def _vanish(self) -> None:
+        """Remove the parts' folder, if nothing else is in it; once the lock is gone others may begin."""
+        with contextlib.suppress(OSError):
+            if not self._begun():
+                (self.parts / _LOCK).unlink()
+                self.parts.rmdir()
+
+    def _claim(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """See that all may be written, and leave word of it."""
+        mark, begun = self.parts / "settings.json", self._begun()
+        before = _read_json(mark) if resume else {}
+        overwrite = before.pop("overwrite", overwrite)
+        if self.target.exists() and not overwrite:
+            remedy = "move it elsewhere to --resume" if before else "replace it with --overwrite"
+            raise InputError(f"{self.target}: is there already; {remedy}")
+        if begun and not (resume or overwrite):
+            raise InputError(f"{self.parts}: holds an unfinished dump; --resume it or --overwrite it")
+        if begun and resume and before != json.loads(json.dumps(settings)):
+            raise InputError(f"{self.parts}: is of another text, model or settings; give --overwrite")
+        for path in () if resume else begun:  # the old file itself stays until the new one is whole
+            path.unlink()
+        self._check_room()
+        write_atomically(mark, json.dumps(settings | {"overwrite": overwrite}) + "\n")
 
     def _check_room(self) -> None:
         done = sum(path.stat().st_size for path in self.parts.iterdir())
@@ -147,6 +180,8 @@ class Dump:
 
     def write(self, on_tokens: Callable[[int], None] = lambda n: None) -> None:
         """Write what is not written yet; `on_tokens` hears how many tokens each step did.
+
+        However it ends, others may write then, and `begin` comes before the next call.
 
         Raises:
             InputError: the disk is full; what is written stays.
@@ -161,6 +196,8 @@ class Dump:
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise InputError(f"{self.target}: cannot be written ({reason}); make room and --resume") from None
+        finally:
+            self._lock.release(force=True)
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
         return read_lines(self.source, tokenize if self.config.tokenize else str.split)
@@ -200,7 +237,7 @@ class Dump:
     def _write_long(self, line: list[str], data: h5py.Dataset, check: Callable[[], None]) -> None:
         """A line that may not fit in memory, a window at a time."""
         if self.mix is None:
-            self.elmo.embed_into(line, _Checked(data, check))
+            self.elmo.embed_into(line, Checked(data, check))
             return
         # A token's two halves come from different windows, and its mix may need both at once.
         shape = self.elmo.shape(len(line))
@@ -233,7 +270,9 @@ class Dump:
                 if i:
                     index.resize((i + 1,))
                 index[i] = json.dumps(piece)
-        shutil.rmtree(self.parts)
+        for path in self._begun():
+            path.unlink()
+        self._vanish()
 
     def _index(self) -> Iterator[dict[str, str]]:
         """Each line's number, in pieces that fit in memory; one if there are no lines."""
@@ -249,19 +288,9 @@ class Dump:
         yield numbers
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # like no settings that there can be
-
-
-class _Checked:
-    """A dataset that says at once that the disk is full."""
-
-    def __init__(self, data: h5py.Dataset, check: Callable[[], None]):
-        self.data, self.check = data, check
-
-    def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
-        self.check()
-        self.data[where] = layers
+        return {}  # like no settings that there can be
+    return data if isinstance(data, dict) else {}

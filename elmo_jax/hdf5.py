@@ -162,6 +162,22 @@ def create(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
         raise
 
 
+class Checked:
+    """A dataset of `create` that says at once that the disk is full.
+
+    Args:
+        data: the dataset.
+        check: what raises the OSError that writing met.
+    """
+
+    def __init__(self, data: h5py.Dataset, check: Callable[[], None]):
+        self.data, self.check = data, check
+
+    def __setitem__(self, where: tuple[Any, Any, Any], layers: np.ndarray) -> None:
+        self.check()
+        self.data[where] = layers
+
+
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays, or lists of text, by name; what was there stays until all is written.
 

@@ -40,7 +40,7 @@ class EmbedConfig:
     """Run of experiments.downstream whose lambdas --layers mix takes, with its layer norm, and with its
     language model if it was finetuned."""
     resume: bool = False
-    """Go on with a file that was not finished."""
+    """Go on with a file that was not finished, also one that is to replace what is there."""
     overwrite: bool = False
     """Replace what is there."""
 

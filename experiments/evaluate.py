@@ -16,12 +16,13 @@ from tyro.conf import Positional
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import open_datasets
-from elmo_jax.integrity import move, write_atomically
+from elmo_jax.integrity import move
 from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import UNK, tokenize
 from experiments import cli
 
 _WORST = 5  # sentences to show
+_FILES = ("metrics.jsonl", "scores.jsonl", "config.json")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _keep(heap: list, item: tuple, most: int) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run the command."""
+    if config.output == "":
+        raise InputError("--output is empty; give a folder, or leave the flag out")
     if config.selfcheck:
         selfcheck(config)
         return
@@ -100,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if not names:
         raise InputError("give at least one text")
     totals = _Totals(config.top)
-    with _scores(config.output) as file:
+    with _scores(config, totals) as file:
         for name in names:
             lines = read_lines(Path(name), tokenize if config.tokenize else str.split)
             for block in blocks((i, line) for i, line in lines if line):
@@ -113,29 +116,38 @@ def evaluate(config: EvaluateConfig) -> None:
             raise InputError(f"{', '.join(names)}: no sentence to evaluate; give a text with some")
     _show(totals)
     if config.output is not None:
-        _write(Path(config.output), config, totals)
+        cli.say(f"\nwritten to {config.output}")
 
 
 @contextlib.contextmanager
-def _scores(output: str | None) -> Iterator[TextIO]:
-    """Where scores go as they come, so that however many there are, none is kept in memory."""
-    if output is None:
+def _scores(config: EvaluateConfig, totals: _Totals) -> Iterator[TextIO]:
+    """Where scores go as they come, so that however many there are, none is kept in memory.
+
+    The folder's files get their names when all are whole; what stops the body leaves none of them.
+    """
+    if config.output is None:
         with open(os.devnull, "w", encoding="utf-8") as file:
             yield file
         return
-    folder = Path(output)
-    part = folder / "scores.jsonl.part"
-    if any((folder / file).exists() for file in ("config.json", "scores.jsonl")):
-        raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
+    folder = Path(config.output)
+    files = {folder / name: folder / f"{name}.part" for name in _FILES}
     made = not folder.exists()
+    if any(file.exists() for file in files):
+        raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
+        metrics, scores, settings = files.values()
+        with scores.open("w", encoding="utf-8") as file:
             yield file
-        move(part, folder / "scores.jsonl")
+        record = {"event": "evaluate", "unknown": totals.unknown, **totals.perplexities()}
+        metrics.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        for file, part in files.items():
+            move(part, file)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            for path in (*files, *files.values()):
+                path.unlink(missing_ok=True)
             if made:
                 folder.rmdir()
         if isinstance(error, OSError):
@@ -159,16 +171,6 @@ def _show(totals: _Totals) -> None:
     cli.say("\nhighest surprisal (mean of both directions, nats):")
     for value, word, name, line in sorted(totals.words, reverse=True):
         cli.say(f"  {value:6.2f}  {word}  ({name}:{line})")
-
-
-def _write(folder: Path, config: EvaluateConfig, totals: _Totals) -> None:
-    try:
-        write_atomically(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        record = {"event": "evaluate", "unknown": totals.unknown, **totals.perplexities()}
-        write_atomically(folder / "metrics.jsonl", json.dumps(record) + "\n")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from None
-    cli.say(f"\nwritten to {folder}")
 
 
 def selfcheck(config: EvaluateConfig) -> None:

@@ -1,7 +1,9 @@
 """One word in its contexts, and what each layer finds alike: python -m experiments.neighbours."""
 
 import itertools
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from tyro.conf import Positional
 
 from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import move
 from elmo_jax.lines import read_lines
 from elmo_jax.report import plot_layers
 from elmo_jax.sample import sample_corpus
@@ -64,9 +67,7 @@ class Place(NamedTuple):
 
 def neighbours(config: NeighboursConfig) -> list[float]:
     """Run the command; returns, of texts that name senses, how often neighbours share theirs by layer."""
-    picture = None if config.picture is None else Path(config.picture)
-    if picture is not None and picture.exists() and not config.overwrite:
-        raise InputError(f"{picture}: is there already; replace it with --overwrite")
+    picture = None if config.picture is None else _new(Path(config.picture), config.overwrite)
     elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
     places = list(itertools.islice(_places(config), config.most))
     if len(places) < 2:
@@ -90,9 +91,29 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     if picture is not None:
         examples = {places[i].sense: f"{places[i].sense}: {places[i].shown()}" for i in asked}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
-        plot_layers([flat(layer) for layer in vectors], groups, names, picture)
+        _draw([flat(layer) for layer in vectors], groups, names, picture)
         cli.say(f"\nwritten to {picture}")
     return shares
+
+
+def _new(picture: Path, overwrite: bool) -> Path:
+    """The picture's path, if it can be written."""
+    if picture.suffix.lower() != ".png":
+        raise InputError(f"--picture must be a file whose name ends in .png, not {str(picture)!r}")
+    if picture.is_dir() or not picture.parent.is_dir() or not os.access(picture.parent, os.W_OK):
+        told = "is a folder" if picture.is_dir() else "is in no folder that can be written to"
+        raise InputError(f"{picture}: {told}; give another --picture")
+    if picture.exists() and not overwrite:
+        raise InputError(f"{picture}: is there already; replace it with --overwrite")
+    return picture
+
+
+def _draw(points: list[np.ndarray], groups: list[str], names: list[str], picture: Path) -> None:
+    """Write the picture, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=picture.parent, prefix=".picture-") as folder:
+        part = Path(folder) / "part.png"
+        plot_layers(points, groups, names, part)
+        move(part, picture)
 
 
 def _places(config: NeighboursConfig) -> Iterator[Place]:

@@ -99,7 +99,11 @@ def test_embed(name, model, text, tmp_path, monkeypatch, refused):
 
 OUTS = {
     "below a file": ("in.txt/out.h5", "in.txt/out.h5.parts: cannot be written (Not a directory)"),
-    "a folder": ("model", "model: is there already"),
+    "a folder": ("model", "model: is no regular file; give the HDF5 file to write"),
+    "no name": ("", "is no regular file"),
+    "this folder": (".", "is no regular file"),
+    "the root": ("/", "/: is no regular file"),
+    "above nothing": ("none/..", "none/..: is no regular file"),
     "the text": ("in.txt", "in.txt: is the text itself"),
     "a name too long": ("x" * 300, "File name too long"),
 }
@@ -109,7 +113,8 @@ OUTS = {
 def test_where_embeddings_cannot_go(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     out, said = OUTS[name]
-    refused(embed.main, [text, out, "--pretrained", model], said)
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        refused(embed.main, [text, out, "--pretrained", model, *flags], said)
     assert text.read_text() == "the bank\nthe\n"
 
 

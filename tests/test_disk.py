@@ -52,14 +52,14 @@ def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.h5.parts").glob("*.h5")}
     assert len(written) == parts and not out.exists() and not list(tmp_path.rglob("*.part"))
 
-    joined = module.shutil.rmtree
+    join = module.Dump._join
     kept = {}
 
-    def before_they_go(path):
+    def before_they_go(dump):
         kept.update({part: part.stat().st_mtime_ns for part in written if part.exists()})
-        joined(path)
+        join(dump)
 
-    monkeypatch.setattr(module.shutil, "rmtree", before_they_go)
+    monkeypatch.setattr(module.Dump, "_join", before_they_go)
     monkeypatch.setattr("elmo_jax.lines.PART_TOKENS", PART)
     monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
     assert embed.main() == 0

@@ -105,37 +105,6 @@ def test_half_precision_and_checksums(elmo, text):
         assert file["0"].fletcher32
 
 
-def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
-    monkeypatch.setattr("elmo_jax.lines.PART_TOKENS", 6)
-    dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
-    dump.begin(resume=False, overwrite=False)
-    written, real = [], Dump._write_part
-
-    def counted(self, path, lines):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(path.name)
-        real(self, path, lines)
-
-    monkeypatch.setattr(Dump, "_write_part", counted)
-    with pytest.raises(KeyboardInterrupt):
-        dump.write()
-    with pytest.raises(InputError, match="--resume it or --overwrite it"):
-        dump.begin(resume=False, overwrite=False)
-    other = Elmo(elmo.model, jax.tree.map(lambda a: a + 1, elmo.params), elmo.vocabulary)
-    with pytest.raises(InputError, match="another text, model or settings"):
-        Dump(other, text, dump.target, DumpConfig()).begin(resume=True, overwrite=False)
-    monkeypatch.setattr(
-        Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
-    )
-    seen = []
-    dump.begin(resume=True, overwrite=False)
-    dump.write(seen.append)
-    assert sorted(written) == sorted(set(written)) and sum(seen) == dump.tokens
-    with h5py.File(dump.target) as file:
-        np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("data", "settings", "said"),
     [
@@ -150,33 +119,11 @@ def test_a_wrong_text_is_named(elmo, text, data, settings, said):
         write(elmo, text, **settings)
 
 
-def test_what_is_there_is_not_lost(elmo, text):
-    _, dump = write(elmo, text)
-    before = dump.target.read_bytes()
-    with pytest.raises(InputError, match="two different things"):
-        dump.begin(resume=True, overwrite=True)
-    dump.begin(resume=False, overwrite=True)
-    assert dump.target.read_bytes() == before  # until the new one is whole
-    with pytest.raises(InputError, match="is the text itself"):
-        Dump(elmo, text, text, DumpConfig()).begin(resume=False, overwrite=True)
-    text.write_text(text.read_text().replace("rose", "bank"))  # as many lines and tokens
-    other = Dump(elmo, text, dump.target, DumpConfig())
-    dump.target.unlink()
-    with pytest.raises(InputError, match="of another text"):
-        other.begin(resume=True, overwrite=False)
-
-
 def test_a_carriage_return_ends_no_line(elmo, text):
     text.write_bytes(b"the bank\rbank\r\nbank the\n")
     held, _ = write(elmo, text)
     index = json.loads(held.pop("sentence_to_index")[0])
     assert index == {"the bank\rbank": "0", "bank the": "1"} and held.keys() == {"0", "1"}
-
-
-def test_no_room_is_said_before_anything_is_written(elmo, text, monkeypatch):
-    monkeypatch.setattr(Dump, "size", 10**18)
-    with pytest.raises(InputError, match="GB are free"):
-        write(elmo, text)
 
 
 def test_commands(elmo, text, tmp_path, capsys, monkeypatch):

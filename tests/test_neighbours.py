@@ -1,5 +1,7 @@
 """The nearest occurrences of a word, by layer."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,61 @@ def test_the_command(elmo, tmp_path, capsys, monkeypatch, refused):
     assert picture.read_bytes().startswith(b"\x89PNG")
     refused(neighbours.main, call, "is there already; replace it with --overwrite")
     refused(neighbours.main, ["flood", *call[1:4]], "'flood' stands in the texts 0 times")
+
+
+PICTURES = {
+    "no ending": ("q", "--picture must be a file whose name ends in .png, not 'q'"),
+    "another ending": ("a.xyz", "ends in .png, not 'a.xyz'"),
+    "nothing": ("", "ends in .png"),
+    "an ending alone": (".png", "ends in .png, not '.png'"),
+    "a folder": ("folder", "ends in .png, not 'folder'"),
+    "a folder of that name": ("folder.png", "folder.png: is a folder"),
+    "in no folder": ("none/a.png", "none/a.png: is in no folder"),
+    "in a file": ("q.png/a.png", "q.png/a.png: is in no folder"),
+    "there already": ("q.png", "q.png: is there already; replace it with --overwrite"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_where_no_picture_can_go_is_said_before_anything_is_computed(name, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(neighbours.cli, "load_elmo", lambda *_: pytest.fail("it computes"))
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "q.png").write_bytes(b"mine")
+    picture, said = PICTURES[name]
+    for flags in ([], ["--overwrite"]) if name != "there already" else ([],):
+        refused(neighbours.main, ["bank", "--pretrained", "model", "--picture", picture, *flags], said)
+    assert (tmp_path / "q.png").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "folder.png", "q.png"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_first(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    call = ["bank", "--pretrained", "none", "--picture", tmp_path / "a.png"]
+    refused(neighbours.main, call, "a.png: is in no folder that can be written to")
+
+
+@pytest.mark.parametrize("picture", ["a.png", "A.PNG", "a.b.png"])
+def test_the_picture_is_the_file_that_is_named_whole_or_not_at_all(elmo, picture, tmp_path):
+    elmo.save_pretrained(tmp_path / "model")
+    (tmp_path / picture).write_bytes(b"old")
+    config = NeighboursConfig(
+        "bank", pretrained=str(tmp_path / "model"), picture=str(tmp_path / picture), overwrite=True
+    )
+
+    def stopped(points, groups, titles, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "plot_layers", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            neighbours.neighbours(config)
+    assert (tmp_path / picture).read_bytes() == b"old"
+    neighbours.neighbours(config)
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["model", picture])
 
 
 def test_the_embedded_corpus_names_senses(elmo, tmp_path):
