@@ -56,6 +56,7 @@ def embed(config: EmbedConfig) -> None:
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.begin(config.resume, config.overwrite)
+    cli.begun()
     with Meter(dump.tokens, "token", scale=True) as meter:
         dump.write(meter.add)
     cli.say(f"written to {config.out}")

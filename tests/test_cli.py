@@ -107,3 +107,16 @@ def test_what_the_system_refuses_is_one_line(error, said, monkeypatch, capsys):
 def test_a_defect_keeps_its_traceback(error, monkeypatch, capsys):
     with pytest.raises(type(error)):
         end(error, [], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_command_is_imported_leaves_no_traceback(number):
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.pretrain", "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "elmo_jax.errors" in line:  # deep within what is imported
+            process.send_signal(number)
+            break
+    rest = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
+    assert process.returncode == 128 + number and rest == ["stopped"]

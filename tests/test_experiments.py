@@ -207,6 +207,8 @@ def test_a_run_is_not_lost_by_accident_and_can_be_continued(pretrained, corpus, 
         (["--learning-rate", "-1"], "--learning-rate must be"),
         (["--dataset", "/nowhere"], "/nowhere: no such folder"),
         (["--output", "/dev/null"], "/dev/null: is a file"),
+        (["--output", ""], "--output is empty"),
+        (["--output", "x\udcff"], "--output holds bytes that are not UTF-8"),
     ],
 )
 def test_wrong_flags_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, said):
