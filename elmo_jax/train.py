@@ -7,7 +7,7 @@ one call of the device that takes several steps.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -132,6 +132,20 @@ def train_step(
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
 
 
+@cache
+def _options() -> dict[str, Any]:
+    """What XLA:CPU is told, as long as it knows the word: not to copy what a step writes over.
+
+    Else it copies Adam's moments of every table in every step, and they are large.
+    """
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options if jax.default_backend() == "cpu" else {}
+
+
 def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None):
     """Compile `train_step` over up to K batches in one call, the state donated.
 
@@ -149,7 +163,7 @@ def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None
     if like is not None and mesh is not None:
         places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=places)
+    @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=_options())
     def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
         state = replace(state, frozen=frozen)
 
