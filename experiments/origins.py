@@ -15,7 +15,7 @@ from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
 from experiments.flags import check
-from experiments.sources import VECTORS, SourceConfig
+from experiments.sources import VECTORS, SourceConfig, thinned
 
 
 class Origins:
@@ -29,23 +29,26 @@ class Origins:
     """
 
     def __init__(self):
-        self._texts: dict[tuple[DataConfig, bool], str] = {}
+        self._texts: dict[tuple[Any, ...], str] = {}
         self._features: dict[tuple[Any, ...], str] = {}
         self._models: dict[tuple[Path, int], BiLM] = {}
 
-    def texts(self, data: DataConfig, spelled: bool = False) -> str:
+    def texts(self, data: DataConfig, spelled: bool = False, labels: float = 1.0, seed: int = 0) -> str:
         """As runs that read this data set record it as "texts".
 
         Args:
             data: which texts.
             spelled: whether the language model reads characters.
+            labels: share of the labelled documents that are used.
+            seed: of their choice.
 
         Raises:
             InputError: the data set cannot be read.
         """
-        if (data, spelled) not in self._texts:
-            self._texts[data, spelled] = load_dataset(data, spelled=spelled).digest
-        return self._texts[data, spelled]
+        key = (data, spelled, labels, seed if labels < 1 else None)
+        if key not in self._texts:
+            self._texts[key] = thinned(load_dataset(data, spelled=spelled), labels, seed).digest
+        return self._texts[key]
 
     def classifier(self, source: SourceConfig, seed: int) -> dict[str, str]:
         """What a classifier on these features records: "texts", and "model", the parameters it builds on.
@@ -62,7 +65,10 @@ class Origins:
         key = (*made, source.features, seed if source.untrained else None)
         if key not in self._features:
             self._features[key] = self._digest(source, made, seed)
-        return {"texts": read_config(path).get("texts", ""), "model": self._features[key]}
+        texts = read_config(path).get("texts", "")
+        if source.labels < 1:
+            texts = self.texts(*_data_of(path), source.labels, seed)
+        return {"texts": texts, "model": self._features[key]}
 
     def _digest(self, source: SourceConfig, made: tuple[Path, int], seed: int) -> str:
         path, _ = made
@@ -85,9 +91,17 @@ class Origins:
         pretrained = isinstance(saved.get("model"), dict) and saved.get("data") is not None
         if not pretrained or not (path / RESULTS).is_file():
             raise InputError(f"{path}: is no finished run of experiments.pretrain; finish it first")
-        data = structure(DataConfig, saved["data"], f"{path}: data")
-        check(data)
+        data, spelled = _data_of(path)
         self.classifier(SourceConfig(pretrained=str(path)), 0)  # it can be loaded
-        if self.texts(data, saved["model"].get("input") == "characters") != saved.get("texts"):
+        if self.texts(data, spelled) != saved.get("texts"):
             raise InputError(f"{path}: was made from other texts than its data set holds now; make it anew")
         return data
+
+
+def _data_of(path: Path) -> tuple[DataConfig, bool]:
+    """A run's data set, and whether the run is of a language model that reads characters."""
+    saved = read_config(path)
+    data = structure(DataConfig, saved["data"], f"{path}: data")
+    check(data)
+    model = saved.get("model")
+    return data, isinstance(model, dict) and model.get("input") == "characters"

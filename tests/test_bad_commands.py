@@ -196,7 +196,7 @@ COMPARE = {
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
     "metrics of another": (
         ["--output", "old"],
-        "metrics.jsonl: cannot be read as times of stages; remove it",
+        "metrics.jsonl: cannot be read as times of stages",
     ),
     "a number for a configuration": (["--output", "five"], "config.json: cannot be read; restore it"),
     "more seeds than anyone has": (["--seeds", "1000000000"], "--seeds must be at most 1000"),

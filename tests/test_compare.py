@@ -9,10 +9,11 @@ import filelock
 import numpy as np
 import pytest
 
-from elmo_jax.datasets import DataConfig
+from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.integrity import read_config
-from experiments import compare, measured, pretrain, results
+from experiments import compare, downstream, measured, pretrain, results
 from experiments.origins import Origins
+from experiments.sources import SourceConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 LM = "--embedding 4 --cells 4 --epochs 1"
@@ -102,10 +103,12 @@ def test_it_makes_the_page_and_redoes_only_what_is_not_finished(folder, monkeypa
 
 def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, capsys):
     loads = []
-    load = compare.Origins.texts.__globals__["load_dataset"]
-    monkeypatch.setattr(
-        "experiments.origins.load_dataset", lambda *a, **k: (loads.append(a), load(*a, **k))[1]
-    )
+
+    def load(*args, **more):
+        loads.append(args)
+        return load_dataset(*args, **more)
+
+    monkeypatch.setattr("experiments.origins.load_dataset", load)
     said = lines(monkeypatch, capsys, flags(folder))
     assert of(said, "finished before") == SOURCES | ELMO | STATIC
     assert len(loads) == 1  # not once a stage
@@ -166,10 +169,19 @@ def shifted(path):
     np.savez(path, **arrays)
 
 
+def one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(1))
+
+
 SVD, FIRST, SEEN = "svd-seed0/results.json", "pretrain/metrics.jsonl", "trainable-seed0/metrics.jsonl"
 NPZ = "svd-seed0/predictions.npz"
 DAMAGES = {
-    "results that are a list": (SVD, lambda p: p.write_text("[]"), "cannot be read (not an object)"),
+    "results that are a list": (
+        SVD,
+        lambda p: p.write_text("[]"),
+        f"cannot be read (not an object); remove out/{SVD}, and finish that run again",
+    ),
     "results of nothing": (SVD, lambda p: p.write_text("{}"), "missing required field"),
     "another accuracy": (SVD, lambda p: edit(p, test__accuracy=0.99), "test's accuracy is not that of pred"),
     "another F1": (SVD, lambda p: edit(p, train__f1=float("nan")), "train's f1 is not that of predictions"),
@@ -206,21 +218,42 @@ DAMAGES = {
     "garbage": (NPZ, lambda p: p.write_bytes(b"garbage"), "cannot be read"),
     "half of them": (NPZ, lambda p: p.write_bytes(p.read_bytes()[:300]), "cannot be read"),
     "predictions of nothing": (NPZ, lambda p: np.savez(p, a=np.zeros(1)), "cannot be read"),
-    "one array": (NPZ, lambda p: np.save(p.open("wb"), np.zeros(1)), "cannot be read"),
+    "one array": (NPZ, one_array, "cannot be read"),
     "other predictions": (NPZ, shifted, "test's accuracy is not that of predictions.npz"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_files_that_are_damaged_or_contradict_each_other(name, folder, refused, monkeypatch, capsys):
+def test_files_that_are_damaged_or_contradict_each_other(name, folder, refused):
     which, damage, said = DAMAGES[name]
     damage(folder / "out" / which)
-    run = f"out/{which.split('/')[0]}"
     refused(compare.main, flags(folder), said)
-    refused(compare.main, flags(folder), f"remove {run}/results.json, and finish that run again")
-    (folder / run / "results.json").unlink()  # the remedy is one
-    capsys.readouterr()
-    assert len(of(lines(monkeypatch, capsys, flags(folder)), "finished before")) == 7
+
+
+def test_the_remedy_for_damaged_files_is_one(folder, monkeypatch, capsys):
+    damaged = {
+        "sgns-seed0": "predictions.npz",
+        "trainable-seed0": "metrics.jsonl",
+        "pretrain": "metrics.jsonl",
+    }
+    for run, name in damaged.items():
+        (folder / "out" / run / name).write_text("x\n")
+        (folder / "out" / run / "results.json").unlink()
+    said = lines(monkeypatch, capsys, flags(folder))
+    assert of(said, "runs") == {"sgns seed 0", "trainable seed 0", "pretrain"}
+
+
+@pytest.mark.parametrize(
+    "more", [["--labels", "0.5"], ["--untrained"], ["--features", "svd", "--labels", "0.5"]]
+)
+def test_origins_are_what_a_classifier_records(more, folder, monkeypatch, capsys):
+    args = ["--pretrained", "out/pretrain", "--vectors", "out/svd", "--seed", "3", "--epochs", "1", *more]
+    assert call(downstream.main, monkeypatch, [*args, "--hidden", "4", "--output", "one"]) == 0
+    saved = read_config(folder / "one")
+    now = Origins().classifier(SourceConfig(**saved["source"]), 3)
+    assert now == {name: saved[name] for name in ("texts", "model")}
+    other = Origins().classifier(SourceConfig(**saved["source"]), 4)
+    assert other != now
 
 
 def test_predictions_of_other_documents_are_not_compared(folder):
@@ -228,7 +261,7 @@ def test_predictions_of_other_documents_are_not_compared(folder):
     other = found["sgns"][0]
     found["sgns"] = [other._replace(labels=1 - other.labels)]
     paths = {name: folder / f"out/{name}-seed0" for name in found}
-    with pytest.raises(compare.InputError, match="sgns-seed0/predictions.npz: is of other test documents"):
+    with pytest.raises(compare.InputError, match=r"sgns-seed0/predictions.npz: is of other test documents"):
         results._difference(results.Page("x"), paths, found)
 
 
