@@ -8,7 +8,7 @@ Axes: N occurrences, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from elmo_jax import report
+from elmo_jax.checkpoint import METRICS
 from elmo_jax.datasets import DataConfig
 from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
 from elmo_jax.page import Page
 from elmo_jax.sample import Text, sample_corpus
 from elmo_jax.vectors import WordVectors
-from experiments.results import spread
+from experiments.results import measure, spread
 from experiments.sources import VECTORS
 from experiments.stages import Stage
 
@@ -63,10 +65,8 @@ def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
 
     by_share = {method: {share: few(method, share) for share in SHARES} for method in (ELMO, *STATIC)}
     untrained = [plan.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
-    context = type(plan)(plan.config, DataConfig(), plan.output / "context").sources()
-    renamed = [
-        Stage(f"context {s.name}", f"context {s.kind}", s.work, s.command, s.settings) for s in context
-    ]
+    context = type(plan)(plan.config, DataConfig(), plan.output / "context", plan.origins).sources()
+    renamed = [replace(s, name=f"context {s.name}", kind=f"context {s.kind}") for s in context]
     return Studies(full, by_share, untrained, renamed)
 
 
@@ -94,7 +94,12 @@ def write(made: Studies, output: Path) -> None:
 
 
 def _accuracies(runs: Sequence[Stage]) -> list[float]:
-    return [run.results()["test"]["accuracy"] for run in runs]
+    return [measure(run).results["test"]["accuracy"] for run in runs]
+
+
+def _seeds(count: int) -> str:
+    """What figures are of, to stand behind them."""
+    return f"Means of {count} seeds." if count > 1 else "One seed each, so small differences may be chance."
 
 
 def _efficiency(made: Studies, path: Path) -> str:
@@ -115,19 +120,32 @@ def efficiency_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -
     parts, leads = [], []
     for x in (shares[0], shares[-1]):
         parts.append(f"with {x:g}% of the labels " + ", ".join(f"{m} {spread(at(m, x), 3)}" for m in curves))
-        leads.append(float(np.mean(at(ELMO, x))) - max(float(np.mean(at(m, x))) for m in STATIC))
-    trend = "larger with few labels than with all" if leads[0] > leads[1] else "no larger with few labels"
+        best = max(float(np.mean(at(m, x))) for m in STATIC)
+        leads.append(round(float(np.mean(at(ELMO, x))) - best, 3) + 0.0)  # as shown, and no -0.000
+    low, high = leads
+    if max(leads) <= 0:
+        trend = "it leads at neither end"
+    elif min(leads) <= 0:
+        trend = f"it leads with {'few labels' if low > 0 else 'all labels'} alone"
+    else:
+        trend = f"its lead is {'larger' if low > high else 'no larger'} with few labels than with all"
     return (
-        f"Test accuracy {'; '.join(parts)}. ELMo is {leads[0]:+.3f} against the better static vectors at the "
-        f"low end and {leads[1]:+.3f} at the high end: its lead is {trend}."
+        f"Test accuracy {'; '.join(parts)}. ELMo is {low:+.3f} against the better static vectors at the "
+        f"low end and {high:+.3f} at the high end: {trend}. {_seeds(len(curves[ELMO]))}"
     )
 
 
 def _convergence(made: Studies, path: Path) -> str:
     curves = {
-        method: [{float(r["step"]): r["val_accuracy"] for r in run.records()} for run in made.full[method]]
-        for method in (ELMO, *STATIC)
+        method: [{float(r["step"]): r["val_accuracy"] for r in measure(run).records} for run in runs]
+        for method, runs in ((m, made.full[m]) for m in (ELMO, *STATIC))
     }
+    first = curves[ELMO][0]
+    for method, all_steps in curves.items():
+        for run, steps in zip(made.full[method], all_steps, strict=True):
+            if steps.keys() != first.keys():
+                told = f"has other steps than {made.full[ELMO][0].path / METRICS}"
+                raise InputError(f"{run.path / METRICS}: {told}; remove both runs, and make them anew")
     report.plot_bands(curves, path, "updates", "validation accuracy")
     return convergence_sentence(curves)
 
@@ -148,7 +166,7 @@ def convergence_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) 
     return (
         f"After {steps[0]:,.0f} updates, the first point measured: "
         + ", ".join(f"{m} {values[0]:.3f}" for m, values in mean.items())
-        + f". {'. '.join(said)}."
+        + f". {'. '.join(said)}. {_seeds(len(curves[ELMO]))}"
     )
 
 
@@ -159,12 +177,16 @@ def _transfer(made: Studies, path: Path) -> str:
         **{method: _accuracies(made.full[method]) for method in STATIC},
     }
     report.plot_dots(values, path, "test accuracy")
-    with_it, without = (float(np.mean(values[name])) for name in list(values)[:2])
-    verb = "gains" if with_it > without else "does not gain"
+    return transfer_sentence(*list(values.values())[:2])
+
+
+def transfer_sentence(pretrained: Sequence[float], untrained: Sequence[float]) -> str:
+    """What pre-training is worth, in test accuracy, seeds apart."""
+    gain = round(float(np.mean(pretrained) - np.mean(untrained)), 4) + 0.0  # as shown, and no -0.0000
     return (
-        f"The same classifier {verb} by pre-training: {spread(values['ELMo, pre-trained'])} with it, "
-        f"{spread(values['ELMo, random parameters'])} on a language model of random parameters "
-        f"({with_it - without:+.4f})."
+        f"The same classifier {'gains' if gain > 0 else 'does not gain'} by pre-training: "
+        f"{spread(pretrained)} with it, {spread(untrained)} on a language model of random parameters "
+        f"({gain:+.4f}). {_seeds(len(pretrained))}"
     )
 
 
@@ -188,13 +210,18 @@ def _context(made: Studies, path: Path) -> str:
         values[name] = probe(rows[0], train.senses, rows[1], test.senses)
     floor = commonest(train, test)
     report.plot_dots({name: [v] for name, v in values.items()}, path, "senses told apart, test texts", floor)
-    best = max(values, key=lambda name: values[name])
-    static_best = max(values["SVD"], values["SGNS"])
+    return context_sentence(values, floor, len(test.senses))
+
+
+def context_sentence(values: Mapping[str, float], floor: float, occurrences: int) -> str:
+    """Which share of the senses is told apart by ELMo's best layer, by static vectors, and by neither."""
+    best = max((name for name in values if name not in STATIC), key=lambda name: values[name])
+    static = max(STATIC, key=lambda name: values[name])
     return (
-        f"On the embedded corpus, whose grammar knows the sense of each of {len(test.senses):,} occurrences "
-        f"of ambiguous words, one linear probe tells {values[best]:.1%} of the senses from {best}, and "
-        f"{static_best:.1%} from the better static vectors; always guessing a word's commonest sense "
-        f"(broken line) gets {floor:.1%}."
+        f"On the embedded corpus, whose grammar knows the sense of each of {occurrences:,} occurrences of "
+        f"ambiguous words, one linear probe tells {values[best]:.1%} of the senses from the best of ELMo's "
+        f"layers ({best.removeprefix('ELMo, ')}), and {values[static]:.1%} from the better static vectors "
+        f"({static}); always guessing a word's commonest sense (broken line) gets {floor:.1%}."
     )
 
 

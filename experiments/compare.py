@@ -5,21 +5,22 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import filelock
 import jax
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.checkpoint import RESULTS
 from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, read_config, write_atomically
+from elmo_jax.integrity import CONFIG, write_atomically
 from experiments import claims, cli, downstream, pretrain, results, vectors
-from experiments.flags import C, check, parse
-from experiments.stages import Stage, read_json, run_stages
+from experiments.handed import settings, split
+from experiments.origins import Origins
+from experiments.stages import Stage, run_stages
 
 # By the name the page gives them: the flags that make them, and the work of an epoch.
 METHODS: Mapping[str, tuple[tuple[str, ...], float]] = {
@@ -29,6 +30,8 @@ METHODS: Mapping[str, tuple[tuple[str, ...], float]] = {
     "ELMo, frozen λ": (("--combiner", "frozen"), 1.2),
     "SVD": (("--features", "svd"), 0.6),
 }
+_LOCK = ".lock"
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class CompareConfig:
     claims: bool = False
     """Measure the report's claims too (many more classifiers), and write claims.md and claims.html."""
     pretrained: str | None = None
-    """A finished run of experiments.pretrain to use; a new one is made if not given."""
+    """A finished run of experiments.pretrain to use, with its data set; a new one is made if not given."""
     pretrain: str = ""
-    """More flags of experiments.pretrain, in one string: --pretrain="--epochs 2 --cells 64"."""
+    """More flags of experiments.pretrain, in one string: --pretrain="--epochs 2 --cells 64"; beside
+    --pretrained, of the model that --claims makes."""
     vectors: str = ""
     """More flags of experiments.vectors, in one string."""
     downstream: str = ""
@@ -61,28 +65,46 @@ class Plan:
         config: of the comparison.
         data: the data set of every stage.
         output: the folder of their runs.
+        origins: what the stages are made from.
         pretrained: the language model's run, if it is not to be made here.
     """
 
-    def __init__(self, config: CompareConfig, data: DataConfig, output: Path, pretrained: str | None = None):
-        self.config, self.data, self.output = config, data, output
+    def __init__(
+        self,
+        config: CompareConfig,
+        data: DataConfig,
+        output: Path,
+        origins: Origins,
+        pretrained: str | None = None,
+    ):
+        self.config, self.data, self.output, self.origins = config, data, output, origins
         self.language_model = pretrained or str(output / "pretrain")
-        self.external = pretrained is not None
+        self._sources = {stage.name: stage for stage in self._make_sources(pretrained is not None)}
+        self._bases = {method: self._base(flags) for method, (flags, _) in METHODS.items()}
 
     def sources(self) -> list[Stage]:
         """The language model and the word vectors."""
+        return list(self._sources.values())
+
+    def _make_sources(self, external: bool) -> list[Stage]:
         stages = []
-        if not self.external:
-            flags = [*self._preset, *_split("pretrain", self.config.pretrain)]
-            base = _parse(pretrain.PretrainConfig, "experiments.pretrain", pretrain.PRESETS, flags)
-            settings = self._at(base, "pretrain", data=self.data)
-            stages.append(Stage("pretrain", "pretrain", float(base.epochs), pretrain.pretrain, settings))
+        if not external:
+            flags = [*self._preset, *split("pretrain", self.config.pretrain)]
+            base = settings(pretrain.PretrainConfig, "pretrain", pretrain.PRESETS, flags)
+            spelled = base.model.input == "characters"
+            stages.append(Stage("pretrain", "pretrain", float(base.epochs), pretrain.pretrain,
+                                self._at(base, "pretrain", data=self.data),
+                                origins=self._texts(spelled)))  # fmt: skip
         for method, work in (("svd", 0.3), ("sgns", 1.0)):
-            flags = ["--method", method, *_split("vectors", self.config.vectors)]
-            base = _parse(vectors.VectorsConfig, "experiments.vectors", None, flags)
-            settings = self._at(base, method, data=self.data)
-            stages.append(Stage(method, method, work, vectors.vectors, settings))
+            flags = ["--method", method, *split("vectors", self.config.vectors)]
+            base = settings(vectors.VectorsConfig, "vectors", None, flags)
+            stages.append(Stage(method, method, work, vectors.vectors,
+                                self._at(base, method, data=self.data),
+                                origins=self._texts(spelled=False)))  # fmt: skip
         return stages
+
+    def _texts(self, spelled: bool) -> Callable[[], Mapping[str, str]]:
+        return lambda: {"texts": self.origins.texts(self.data, spelled)}
 
     def classifier(self, method: str, seed: int, **changes: Any) -> Stage:
         """A classifier on that method's features.
@@ -92,22 +114,27 @@ class Plan:
             seed: of the classifier.
             changes: of other settings; they name the run too.
         """
-        flags, work = METHODS[method]
-        more = _split("downstream", self.config.downstream)
-        args = [*self._preset, *more, *flags]
-        base = _parse(downstream.DownstreamConfig, "experiments.downstream", downstream.PRESETS, args)
+        (flags, work), base = METHODS[method], self._bases[method]
+        features = base.source.features
         inputs: dict[str, Any] = {"pretrained": self.language_model}
-        if base.source.features != "elmo":
-            inputs = {"vectors": str(self.output / base.source.features)}
+        if features != "elmo":
+            inputs = {"vectors": str(self.output / features)}
         name = "-".join(
             [flags[1], *(key if value is True else f"{key}-{value:g}" for key, value in changes.items())]
         )
         inputs |= {key: changes.pop(key) for key in ("labels", "untrained") if key in changes}
         source = dataclasses.replace(base.source, **inputs)
-        settings = self._at(base, f"{name}-seed{seed}", seed=seed, source=source, **changes)
-        work *= settings.epochs * source.labels
-        return Stage(f"{name} seed {seed}", "elmo" if base.source.features == "elmo" else "static", work,
-                     downstream.downstream, settings)  # fmt: skip
+        made = self._at(base, f"{name}-seed{seed}", seed=seed, source=source, **changes)
+        work *= made.epochs * source.labels
+        elmo = features == "elmo"
+        return Stage(f"{name} seed {seed}", "elmo" if elmo else "static", work, downstream.downstream, made,
+                     self._sources.get("pretrain" if elmo else features),
+                     lambda: self.origins.classifier(source, seed))  # fmt: skip
+
+    def _base(self, flags: tuple[str, ...]) -> downstream.DownstreamConfig:
+        more = split("downstream", self.config.downstream)
+        args = [*self._preset, *more, *flags]
+        return settings(downstream.DownstreamConfig, "downstream", downstream.PRESETS, args)
 
     @property
     def _preset(self) -> list[str]:
@@ -119,17 +146,20 @@ class Plan:
         )
 
 
-def _parse(config: type[C], prog: str, presets: Mapping[str, C] | None, flags: list[str]) -> C:
-    settings = parse(config, prog, presets, flags)
-    check(settings)  # before hours of the stages that come first
-    return settings
-
-
-def _split(name: str, flags: str) -> list[str]:
-    try:
-        return shlex.split(flags)
-    except ValueError as error:
-        raise InputError(f"--{name} {flags!r}: {error}; mend its quotes") from None
+def _check(config: CompareConfig) -> None:
+    """Flags that together mean nothing."""
+    if config.seeds > _MOST_SEEDS:
+        raise InputError(f"--seeds must be at most {_MOST_SEEDS}, not {config.seeds}")
+    if config.pretrained is None:
+        return
+    default = DataConfig()
+    fields = dataclasses.fields(DataConfig)
+    given = [f.name for f in fields if getattr(config.data, f.name) != getattr(default, f.name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--pretrained brings the data set of that run; leave out {flags}")
+    if config.pretrain.strip() and not config.claims:
+        raise InputError("--pretrained is there in place of a new run; leave out it or --pretrain")
 
 
 def _check_output(output: Path) -> None:
@@ -137,34 +167,50 @@ def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; give --output a folder")
     names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if CONFIG in names and "seeds" not in read_json(output / CONFIG):
-        raise InputError(f"{output}: holds a run of another command; give --output a folder of its own")
-    if names - {f"{CONFIG}.part"} and CONFIG not in names:
+    if CONFIG in names:
+        try:
+            made = json.loads((output / CONFIG).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            made = None
+        if not isinstance(made, dict):
+            raise InputError(f"{output / CONFIG}: cannot be read; restore it, or give --output a new folder")
+        if "seeds" not in made:
+            raise InputError(f"{output}: holds a run of another command; give --output a folder of its own")
+    elif names - {f"{CONFIG}.part", _LOCK}:
         raise InputError(f"{output}: is not empty and holds no comparison; give --output a new folder")
 
 
 def compare(config: CompareConfig) -> None:
     """Run the command."""
-    output = Path(config.output)
+    output, origins = Path(config.output), Origins()
+    _check(config)
     _check_output(output)
-    data = config.data
-    if config.pretrained is not None:
-        saved = read_config(Path(config.pretrained))
-        if saved.get("data") is None or not (Path(config.pretrained) / RESULTS).is_file():
-            raise InputError(
-                f"{config.pretrained}: is no finished run of experiments.pretrain; finish it first"
-            )
-        data = DataConfig(**saved["data"])
-    plan = Plan(config, data, output, config.pretrained)
+    data = config.data if config.pretrained is None else origins.given(Path(config.pretrained))
+    plan = Plan(config, data, output, origins, config.pretrained)
     classifiers = {
         method: [plan.classifier(method, seed) for seed in range(config.seeds)] for method in METHODS
     }
-    stages = [*plan.sources(), *(run for runs in classifiers.values() for run in runs)]
     studies = claims.studies(plan, classifiers) if config.claims else None
-    more = claims.stages(studies) if studies else []
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(output / _LOCK, blocking=False):
+            _run(config, plan, classifiers, studies)
+    except filelock.Timeout:
+        told = "another comparison writes there; wait for it, or give another --output"
+        raise InputError(f"{output}: {told}") from None
+
+
+def _run(
+    config: CompareConfig,
+    plan: Plan,
+    classifiers: Mapping[str, list[Stage]],
+    studies: claims.Studies | None,
+) -> None:
+    """Run what is not finished, and write the pages."""
+    output = plan.output
     write_atomically(output / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    seconds = run_stages([*stages, *more], output)
+    stages = [*plan.sources(), *(run for runs in classifiers.values() for run in runs)]
+    seconds = run_stages([*stages, *(claims.stages(studies) if studies else [])], output)
     about = (
         f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."

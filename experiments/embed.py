@@ -10,7 +10,7 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional
 
 from elmo_jax.checkpoint import RESULTS, Run
-from elmo_jax.combiners import CombinerConfig, Mix
+from elmo_jax.combiners import CombinerConfig, Mix, make_combiner
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
@@ -89,10 +89,15 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
         raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
     if config.get("model") != tree_digest(elmo.params):
         raise InputError(f"{path}: is of another language model than the one given; give the one it names")
+    params = Run.open(path).restore_best(("params",))["params"]
+    trained = make_combiner(combiner).lambdas(params.get("combiner", {}))
+    if trained is None or not np.allclose(weights, trained, rtol=1e-5, atol=1e-7):
+        told = "its lambdas are not those of the saved parameters"
+        raise InputError(f"{path / RESULTS}: {told}; restore it, or go on with that run by --resume")
     if source.finetune:
-        params = Run.open(path).restore_best(("params",))["params"].get("bilm", {})
-        check_kinds(params, elmo.params, str(path))
-        elmo = Elmo(elmo.model, params, elmo.vocabulary)
+        tuned = params.get("bilm", {})
+        check_kinds(tuned, elmo.params, str(path))
+        elmo = Elmo(elmo.model, tuned, elmo.vocabulary)
     return elmo, Mix(weights, combiner.layer_norm)
 
 

@@ -113,7 +113,18 @@ def _data_of(path: Path, vocabulary: Vocabulary | None, config: SourceConfig, se
     data = load_dataset(settings, vocabulary, spelled)
     if data.digest != saved.get("texts"):
         raise InputError(f"{path}: was made from other texts than its data set holds now; make it anew")
-    if config.labels == 1:
+    return thinned(data, config.labels, seed)
+
+
+def thinned(data: Dataset, labels: float, seed: int) -> Dataset:
+    """The data set with that share of its labelled documents, of training and validation alone.
+
+    Args:
+        data: all of it.
+        labels: the share, above 0 and at most 1.
+        seed: of the choice.
+    """
+    if labels == 1:
         return data
-    few = {name: getattr(data, name).share(config.labels, seed) for name in ("train", "validation")}
+    few = {name: getattr(data, name).share(labels, seed) for name in ("train", "validation")}
     return replace(data, **few)

@@ -1,14 +1,15 @@
 """Commands run one after the other in this process, each once: what is finished is left alone.
 
 Nouns: a *stage* is a command with its settings, its output folder among them; its *work* is
-a guess at its time beside the others', until stages of its *kind* were timed.
+a guess at its time beside the others', until stages of its *kind* were timed; its *origins*
+are digests of what it is made from.
 """
 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import numpy as np
 
 from elmo_jax.checkpoint import METRICS, RESULTS
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, write_atomically
+from elmo_jax.integrity import CONFIG, read_config, write_atomically
 from experiments import cli
+from experiments.measured import read_records
+
+_TOLD = {"texts": "the texts it was made from have changed", "model": "what it builds on was made anew"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,10 @@ class Stage:
         kind: stages of one kind take as long, by their work.
         work: guessed.
         command: takes the settings.
-        settings: the command's, with `output` and `resume` set.
+        settings: the command's, with `output`, `resume` and `overwrite`.
+        source: the stage that makes what this one builds on, if one does.
+        origins: by their names in ``config.json``, as they are now; called only if the source
+            is finished.
     """
 
     name: str
@@ -38,6 +45,8 @@ class Stage:
     work: float
     command: Callable[[Any], Any]
     settings: Any
+    source: "Stage | None" = None
+    origins: Callable[[], Mapping[str, str]] = dict
 
     @property
     def path(self) -> Path:
@@ -46,48 +55,43 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether a run with these very settings reached its end."""
-        if not (self.path / RESULTS).is_file():
+        """Whether a run with these very settings, made from what there is now, reached its end."""
+        if not (self.path / RESULTS).is_file() or not (self.source is None or self.source.finished):
             return False
+        return not self._changed() and self.outdated is None
+
+    @property
+    def outdated(self) -> str | None:
+        """Why the run that is there is none to go on with, if it is of other origins than there are now.
+
+        The source must be finished. A run with other settings is not told of here: it is not
+        this stage's to replace.
+        """
+        if not (self.path / CONFIG).is_file() or self._changed() - {"epochs"}:
+            return None
+        saved = read_config(self.path)
+        told = [_TOLD[name] for name, now in self.origins().items() if saved.get(name) != now]
+        return ", and ".join(told) or None
+
+    def _changed(self) -> set[str]:
+        """The settings that the run that is there has otherwise."""
         saved, wanted = read_config(self.path), cli.settings_of(self.settings)
-        return {name: saved.get(name) for name in wanted} == wanted
+        return {name for name in wanted if saved.get(name) != wanted[name]}
 
-    def results(self) -> dict[str, Any]:
-        """What the finished stage's ``results.json`` holds."""
-        return read_json(self.path / RESULTS)
+    def run(self, anew: bool) -> None:
+        """Call the command, to replace what is there or to go on with it.
 
-    def records(self) -> list[dict[str, Any]]:
-        """What its ``metrics.jsonl`` holds."""
-        return read_records(self.path)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The epochs' records of a run folder.
-
-    Raises:
-        InputError: they are missing or not JSON.
-    """
-    try:
-        records = [json.loads(line) for line in (path / METRICS).read_text("utf-8").splitlines()]
-        if not all(isinstance(record, dict) for record in records):
-            raise ValueError("not an object a line")
-        return records
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path / METRICS}: cannot be read ({error}); train that run again") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: it is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); remove it, and its run is finished anew"
-        ) from None
+        Raises:
+            InputError: the run that is there has more epochs than it is to have.
+        """
+        epochs, records = getattr(self.settings, "epochs", None), []
+        with contextlib.suppress(InputError):  # a command that goes on writes them anew
+            records = read_records(self.path)
+        trained = sum(record.get("event") == "epoch" for record in records)
+        if not anew and epochs is not None and trained > epochs:
+            told = f"was trained for {trained} epochs, more than {epochs}"
+            raise InputError(f"{self.path}: {told}; ask for as many, or remove that folder")
+        self.command(replace(self.settings, resume=not anew, overwrite=anew))
 
 
 def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
@@ -102,28 +106,36 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     """
     (output / "logs").mkdir(parents=True, exist_ok=True)
     seconds = _read_times(output)
+    done = {stage.name for stage in stages if stage.finished}
     for i, stage in enumerate(stages):
         place = f"[{i + 1}/{len(stages)}] {stage.name}"
         if stage.finished:
-            cli.say(f"{place}: finished before, {_left(stages[i + 1 :], stages, seconds)}")
+            done.add(stage.name)  # perhaps not before its source was made anew, and came out the same
+            cli.say(f"{place}: finished before, {_left(stages[i + 1 :], stages, seconds, done)}")
             continue
-        cli.say(f"{place}: runs, {_left(stages[i:], stages, seconds)}")
-        began, before = time.perf_counter(), seconds.pop(stage.name, 0.0)
+        done.discard(stage.name)
+        why = stage.outdated
+        runs = "runs" if why is None else f"runs anew, since {why}"
+        cli.say(f"{place}: {runs}, {_left(stages[i:], stages, seconds, done)}")
+        began, before = time.perf_counter(), seconds.pop(stage.name, 0.0) if why is None else 0.0
         log = output / "logs" / f"{stage.name.replace(' ', '-')}.txt"
         try:
             with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-                stage.command(stage.settings)
+                stage.run(anew=why is not None)
         finally:  # the time of a part counts too, when the rest is run later
             seconds[stage.name] = round(before + time.perf_counter() - began, 1)
             _write_times(output, seconds)
+        done.add(stage.name)
         jax.clear_caches()  # the next stage compiles other programs; these only take room
     return seconds
 
 
-def _left(waiting: Sequence[Stage], stages: Sequence[Stage], seconds: dict[str, float]) -> str:
-    """How long the stages that wait will take, by what others took."""
-    waiting = [stage for stage in waiting if not stage.finished]
-    known = [(s, seconds[s.name] / s.work) for s in stages if s.name in seconds and s.finished]
+def _left(
+    waiting: Sequence[Stage], stages: Sequence[Stage], seconds: dict[str, float], done: Collection[str]
+) -> str:
+    """How long the stages that wait will take, by what those that are done took."""
+    waiting = [stage for stage in waiting if stage.name not in done]
+    known = [(s, seconds[s.name] / s.work) for s in stages if s.name in seconds and s.name in done]
     if not waiting:
         return "nothing left"
     if not known:
@@ -137,13 +149,18 @@ def _left(waiting: Sequence[Stage], stages: Sequence[Stage], seconds: dict[str, 
 
 
 def _read_times(output: Path) -> dict[str, float]:
-    if not (output / METRICS).is_file():
+    path = output / METRICS
+    if not path.is_file():
         return {}
-    records = read_records(output)
     try:
-        return {record["stage"]: float(record["seconds"]) for record in records}
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{output / METRICS}: holds no times of stages; remove it") from None
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        seconds = {str(record["stage"]): float(record["seconds"]) for record in records}
+        if not all(0 <= x < float("inf") for x in seconds.values()):
+            raise ValueError
+        return seconds
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        told = "cannot be read as times of stages; remove it, the stages keep theirs"
+        raise InputError(f"{path}: {told}") from None
 
 
 def _write_times(output: Path, seconds: dict[str, float]) -> None:

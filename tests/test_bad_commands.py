@@ -7,6 +7,7 @@ import pytest
 from exported import MODEL, PARAMS, WORDS
 
 from elmo_jax.combiners import CombinerConfig
+from elmo_jax.datasets import DataConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.integrity import write_config
 from experiments import compare, embed, evaluate, pretrain, vectors
@@ -198,7 +199,32 @@ COMPARE = {
     "a file": (["--output", "in.txt"], "in.txt: is a file"),
     "another's run": (["--output", "model"], "model: holds a run of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
-    "metrics of another": (["--output", "old"], "metrics.jsonl: cannot be read"),
+    "metrics of another": (
+        ["--output", "old"],
+        "metrics.jsonl: cannot be read as times of stages",
+    ),
+    "a number for a configuration": (["--output", "five"], "config.json: cannot be read; restore it"),
+    "more seeds than anyone has": (["--seeds", "1000000000"], "--seeds must be at most 1000"),
+    "two data sets": (
+        ["--pretrained", "model", "--dataset", "x", "--min-count", "1"],
+        "leave out --dataset, --min-count",
+    ),
+    "two language models": (["--pretrained", "model", "--pretrain=--epochs 1"], "leave out it or --pretrain"),
+    "a run of vectors": (["--pretrained", "svd"], "svd: is no finished run of experiments.pretrain"),
+    "help": (["--pretrain=--epochs 1 --help"], "asks for help; see python -m experiments.pretrain --help"),
+    "help in short": (["--downstream=-h"], "asks for help; see python -m experiments.downstream --help"),
+    "data of a stage": (
+        ["--pretrain=--max_length 5"],
+        "--pretrain --max-length: is for the comparison to set",
+    ),
+    "a corpus": (["--pretrain=--corpus x --valid-corpus y"], "--pretrain --corpus: is for the comparison"),
+    "a dry run": (["--pretrain=--dry-run"], "--pretrain --dry-run: is for the comparison"),
+    "a method": (["--vectors=--method svd"], "--vectors --method: is for the comparison"),
+}
+OWNED = "--seed=7 --pretrained=foo --output=bar --combiner=function --features=svd --labels=0.5 --untrained"
+COMPARE |= {
+    f"downstream's {flag}": ([f"--downstream={flag}"], f"{flag.split('=')[0]}: is for the comparison to set")
+    for flag in f"{OWNED} --finetune --vectors=x --overwrite --resume --process=1".split()
 }
 
 
@@ -209,9 +235,15 @@ def test_compare(name, model, text, tmp_path, monkeypatch, refused):
         (tmp_path / other).mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
     (tmp_path / "old" / "config.json").write_text('{"seeds": 1}')
+    (tmp_path / "five").mkdir()
+    (tmp_path / "five" / "config.json").write_text("5")
+    (tmp_path / "svd").mkdir()
+    write_config(tmp_path / "svd", {"monitor": "loss", "method": "svd", "data": asdict(DataConfig())}, {})
+    (tmp_path / "svd" / "results.json").write_text("{}")
     (tmp_path / "old" / "metrics.jsonl").write_text('{"stage": "pretrain"}\n[1]\n')
     args, said = COMPARE[name]
     refused(compare.main, args, said)
+    assert not (tmp_path / "runs").exists()
     Elmo.from_pretrained(model)
 
 

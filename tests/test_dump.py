@@ -157,13 +157,13 @@ def test_commands(elmo, text, tmp_path, capsys, monkeypatch):
     assert "at least one text" in capsys.readouterr().err
 
 
-def downstream_run(path, elmo, lambdas, results=True, **source):
+def downstream_run(path, elmo, lambdas, results=True, trained=None, **source):
     """A run as experiments.downstream leaves it, its language model changed if it was finetuned."""
-    combiner = CombinerConfig(normalize="softmax", layer_norm=True)
+    combiner = CombinerConfig(layer_norm=True)
     config = {"source": asdict(SourceConfig(**source)), "combiner": asdict(combiner)}
     config["model"] = tree_digest(elmo.params)
     run = Run.create(path, config, monitor="val_loss", overwrite=True)
-    params = {"combiner": {"weights": np.ones(3, np.float32)}}
+    params = {"combiner": {"weights": np.array(trained or lambdas or [1, 1, 1], np.float32)}}
     if source.get("finetune"):
         params["bilm"] = jax.tree.map(lambda a: a + np.float32(0.1), elmo.params)
     run.save({"params": params}, Position(step=1))
@@ -185,8 +185,9 @@ def test_a_mix_is_the_one_that_was_trained(elmo, tmp_path):
 @pytest.mark.parametrize(
     ("lambdas", "source", "said"),
     [
-        ([float("nan"), 1, 1], {}, "holds no lambdas"),
+        ([float("nan"), 1, 1], {"trained": [1, 1, 1]}, "holds no lambdas"),
         ([1, 1], {}, "has 2 lambdas for a model of 3 layers"),
+        ([1, 1, 9], {"trained": [1, 1, 1]}, "lambdas are not those of the saved parameters"),
         (None, {}, "holds no lambdas"),
         ([1, 1, 1], {"results": False}, "holds no lambdas"),
         ([1, 1, 1], {"untrained": True}, "had a language model without training"),

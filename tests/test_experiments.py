@@ -11,7 +11,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
-from experiments import compare, downstream, pretrain, results, vectors
+from experiments import downstream, pretrain, vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-dispatch 2".split()  # noqa: SIM905
@@ -153,35 +153,6 @@ def test_features_that_cannot_be_had_end_in_one_line(tmp_path, monkeypatch, caps
     assert call(downstream.main, monkeypatch, *flags) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err
-
-
-def test_compare_makes_the_page_and_redoes_only_what_is_not_finished(corpus, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    flags = ["--dataset", corpus, "--min-count", "1", "--output", out]
-    flags += ["--pretrain=--embedding 4 --cells 4 --epochs 1", "--vectors=--dimensions 4 --epochs 1"]
-    flags += ["--downstream=--hidden 4 --epochs 1 --classifier-layers 1 --batch-size 16"]
-    assert call(compare.main, monkeypatch, *flags) == 0, capsys.readouterr().err
-    assert len(capsys.readouterr().out.splitlines()) == 8 + 1  # a line a stage, and where the page is
-    page, html = (out / "report.md").read_text(), (out / "report.html").read_text()
-    for method, reported in results.REPORT.items():
-        accuracy = json.loads((out / _folder(method) / "results.json").read_text())["test"]["accuracy"]
-        assert f"| {method} | test | {accuracy:.4f} | {reported:.4f} |" in page
-    assert html.count("data:image/png;base64,") == 3 + 15 and 'src="http' not in html
-
-    stopped = out / "svd-seed0"  # as if it had been interrupted
-    (stopped / "results.json").unlink()
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
-    for picture in out.glob("*-seed0/*.png"):
-        picture.unlink()  # the page needs the figures alone
-    assert call(compare.main, monkeypatch, *flags) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.count("finished before") == 7
-    assert (stopped / "results.json").exists()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def _folder(method):
-    flags, _ = compare.METHODS[method]
-    return f"{flags[1]}-seed0"
 
 
 def test_a_run_is_not_lost_by_accident_and_can_be_continued(pretrained, corpus, monkeypatch, capsys):

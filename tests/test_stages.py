@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from elmo_jax.errors import InputError
 from elmo_jax.page import Page
 from experiments import claims, cli
 from experiments.flags import parse
@@ -63,6 +64,56 @@ def test_another_setting_is_another_run(stages, calls, tmp_path):
     assert longer.finished and not stages[0].finished
 
 
+def test_what_is_made_from_something_else_now_is_made_anew(tmp_path, calls, capsys):
+    texts = {"texts": "old"}
+
+    def command(settings):
+        run = cli.create_run(settings, settings.output, monitor="loss", **texts)
+        calls.append((Path(settings.output).name, settings.overwrite))
+        cli.write_results(run.path, {})
+        run.close()
+
+    source, other = (
+        Stage(n, n, 1.0, command, Settings(str(tmp_path / n)), origins=lambda: texts) for n in "sa"
+    )
+    below = Stage("b", "b", 1.0, command, Settings(str(tmp_path / "b")), source, lambda: texts)
+    run_stages([source, below, other], tmp_path)
+    (tmp_path / "a" / "results.json").unlink()  # one that was stopped
+    texts["texts"] = "new"
+    assert not (source.finished or below.finished or other.finished)
+    calls.clear()
+    capsys.readouterr()
+    run_stages([source, below, other], tmp_path)
+    assert calls == [("s", True), ("b", True), ("a", True)]
+    lines = capsys.readouterr().out.splitlines()
+    assert all("runs anew, since the texts it was made from have changed, " in line for line in lines)
+    assert source.finished and below.finished and other.finished
+    (tmp_path / "s" / "results.json").unlink()
+    assert not below.finished  # until its source is there again, and is what it was
+    run_stages([source, below, other], tmp_path)
+    assert calls[3:] == [("s", False)] and below.finished
+
+
+def test_what_was_trained_for_longer_is_not_passed_off_as_shorter(stages, tmp_path):
+    longer = replace(stages[0], settings=replace(stages[0].settings, epochs=2))
+    run_stages([longer], tmp_path)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"event": "epoch"}\n' * 2)
+    with pytest.raises(InputError, match="a: was trained for 2 epochs, more than 1; ask for as many"):
+        run_stages(stages[:1], tmp_path)
+    assert longer.finished
+
+
+def test_times_that_cannot_be_read_are_removed_and_no_run(stages, calls, tmp_path):
+    run_stages(stages[:1], tmp_path)
+    times = tmp_path / "metrics.jsonl"
+    for text in ("x", "[1]\n", '{"stage": "a"}\n', '{"stage": "a", "seconds": NaN}\n', "[" * 100_000):
+        times.write_text(text)
+        with pytest.raises(InputError, match=r"metrics.jsonl: cannot be read as times of stages; remove it"):
+            run_stages(stages[:1], tmp_path)
+    times.unlink()
+    assert run_stages(stages[:1], tmp_path) == {} and calls == ["a"]
+
+
 def test_a_page_holds_its_pictures_and_escapes_its_text(tmp_path):
     (tmp_path / "figures").mkdir()
     picture = tmp_path / "figures" / "a b.png"
@@ -86,12 +137,35 @@ def test_sentences_say_what_the_figures_show():
     assert "+0.100" in said and "+0.020" in said and "larger with few labels than with all" in said
     turned = {**curves, "SGNS": [{1.0: 0.95, 100.0: 0.88}]}
     said = claims.efficiency_sentence(turned)
-    assert "-0.150" in said and "no larger with few labels" in said
+    assert "-0.150" in said and "it leads with all labels alone" in said
+    assert "it leads at neither end" in claims.efficiency_sentence(
+        {**curves, "SVD": [{1.0: 0.95, 100.0: 0.9}]}
+    )
+    level = {name: [{1.0: 0.5 + (name == claims.ELMO) / 1e4, 100.0: 0.5}] for name in leads}
+    assert "+0.000 at the high end: it leads at neither end. One seed each" in claims.efficiency_sentence(
+        level
+    )
+    turned = {**curves, "SVD": [{1.0: 0.79, 100.0: 0.5}], "SGNS": [{1.0: 0.5, 100.0: 0.5}]}
+    twice = {name: runs * 2 for name, runs in turned.items()}
+    said = claims.efficiency_sentence(twice)
+    assert "its lead is no larger with few labels than with all. Means of 2 seeds." in said
     said = claims.convergence_sentence(curves)
     assert "SGNS is at its best, 0.880, after 100 updates; ELMo reaches that after 100" in said
     assert "ELMo reaches that never" in claims.convergence_sentence(
         {**curves, "SVD": [{1.0: 0.6, 100.0: 0.99}]}
     )
+
+
+def test_sentences_about_pictures_of_dots():
+    said = claims.transfer_sentence([0.9], [0.8])
+    assert "gains by pre-training: 0.9000 with it, 0.8000" in said and "(+0.1000). One seed each" in said
+    assert "does not gain by pre-training" in claims.transfer_sentence([0.80001], [0.8])
+    said = claims.transfer_sentence([0.7, 0.8], [0.8, 0.9])
+    assert "does not gain" in said and "(-0.1000). Means of 2 seeds." in said
+    values = {"ELMo, token vectors": 0.5, "ELMo, LSTM layer 1": 0.75, "SVD": 0.9, "SGNS": 0.5}
+    said = claims.context_sentence(values, 0.4, 20)
+    assert "75.0% of the senses from the best of ELMo's layers (LSTM layer 1), and 90.0%" in said
+    assert "static vectors (SVD)" in said and "gets 40.0%" in said
 
 
 def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
