@@ -88,8 +88,6 @@ def _keep(heap: list, item: tuple, most: int) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run the command."""
-    if config.output == "":
-        raise InputError("--output is empty; give a folder, or leave the flag out")
     if config.selfcheck:
         selfcheck(config)
         return

@@ -101,7 +101,7 @@ def test_embed(name, model, text, tmp_path, monkeypatch, refused):
 OUTS = {
     "below a file": ("in.txt/out.h5", "in.txt/out.h5.parts: cannot be written (Not a directory)"),
     "a folder": ("model", "model: is no regular file; give the HDF5 file to write"),
-    "no name": ("", "is no regular file"),
+    "no name": ("", "--out is empty; give it a value"),
     "this folder": (".", "is no regular file"),
     "the root": ("/", "/: is no regular file"),
     "above nothing": ("none/..", "none/..: is no regular file"),

@@ -127,7 +127,7 @@ def test_parts_of_an_unknown_text_are_not_taken_for_this_one(elmo, text, mark):
         np.testing.assert_allclose(file["0"], elmo.embed([["the", "bank", "bank", "."]])[0], atol=1e-6)
 
 
-def test_an_overwriting_dump_goes_on_with_the_command_that_is_printed(elmo, text, monkeypatch, capsys):
+def test_an_overwriting_dump_goes_on_with_the_command_that_is_printed(elmo, text, monkeypatch, capfd):
     monkeypatch.setattr("elmo_jax.lines.PART_TOKENS", 6)
     model, out, codes, written = text.with_name("model"), text.with_name("out.h5"), [], []
     elmo.save_pretrained(model)
@@ -140,18 +140,23 @@ def test_an_overwriting_dump_goes_on_with_the_command_that_is_printed(elmo, text
         written.append(path.name)
         real(self, path, lines)
 
-    monkeypatch.setattr(os, "_exit", codes.append)
+    def leave(code):
+        codes.append(code)
+        sys.exit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(Dump, "_write_part", stopped)
     monkeypatch.setattr(sys, "argv", ["x", str(text), str(out), "--pretrained", str(model), "--overwrite"])
-    embed.main()
-    said = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        embed.main()
+    said = capfd.readouterr().err
     assert codes == [143] and out.read_bytes() == b"old" and len(written) == 2
     again = shlex.split(said[said.index("python -m experiments.embed ") :])[2:]
     monkeypatch.setattr(
         Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
     )
     monkeypatch.setattr(sys, "argv", again)
-    assert embed.main() == 0, capsys.readouterr().err
+    assert embed.main() == 0, capfd.readouterr().err
     assert len(written) == len(set(written)) > 2
     assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "model", "out.h5"]
     with h5py.File(out) as file:

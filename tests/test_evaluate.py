@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from elmo_jax.errors import InputError
 from experiments import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -32,28 +33,27 @@ def held(folder):
 @pytest.mark.parametrize("at", ["scores", 0, 1, 2])
 @pytest.mark.parametrize("there", [False, True])
 def test_a_stop_leaves_nothing_that_blocks_the_same_command(at, there, call, monkeypatch):
-    codes, moved, real = [], [], evaluate.move
+    moved, real = [], evaluate.move
 
     def stop(part, file):
         if len(moved) == at:
-            raise KeyboardInterrupt
+            raise InputError("no")
         moved.append(file)
         real(part, file)
 
     def stop_adding(*_):
-        raise KeyboardInterrupt
+        raise InputError("no")
 
     if there:
         Path("se").mkdir()
         Path("se/mine").touch()
     monkeypatch.setattr(sys, "argv", ["x", *call])
-    monkeypatch.setattr(os, "_exit", codes.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "move", stop)
         if at == "scores":
             patch.setattr(evaluate._Totals, "add", stop_adding)
-        evaluate.main()
-    assert codes == [130] and held("se") == (["mine"] if there else None)
+        assert evaluate.main() == 2
+    assert held("se") == (["mine"] if there else None)
     assert evaluate.main() == 0
     assert held("se") == sorted([*FILES, *["mine"] * there])
 
@@ -61,6 +61,7 @@ def test_a_stop_leaves_nothing_that_blocks_the_same_command(at, there, call, mon
 def test_a_kill_leaves_nothing_that_blocks_the_same_command(call, monkeypatch):
     code = """
 import os, sys
+from elmo_jax.errors import InputError
 from experiments import evaluate
 evaluate._Totals.perplexities = lambda self: os._exit(9)
 sys.exit(evaluate.main())
@@ -82,7 +83,7 @@ def test_no_file_of_others_is_replaced(call, refused):
 
 def test_an_empty_output_is_refused(call, refused):
     before = held(".")
-    refused(evaluate.main, [*call[:3], ""], "--output is empty; give a folder")
+    refused(evaluate.main, [*call[:3], ""], "--output is empty; give it a value")
     assert held(".") == before
 
 
