@@ -215,5 +215,5 @@ def test_runs(run, tmp_path, monkeypatch, refused):
     refused(downstream.main, args, "holds no saved step")
     (run / "checkpoints").write_text("")
     refused(downstream.main, args, "holds no saved step")
-    for path, said in ((run / CONFIG, "holds no run"), (tmp_path / "none", "holds no run"), ("", "holds no")):
+    for path, said in ((run / CONFIG, "holds no run"), (tmp_path / "none", "holds no run"), ("", "is empty")):
         refused(downstream.main, ["--pretrained", path], said)

@@ -47,7 +47,7 @@ FLAGS = {
     "--filters 3": "--filters",
     "--dtype=float8": "--dtype",
     "--optimizer=lion": "--optimizer",
-    "--dataset=": "train.csv",
+    "--dataset=": "--dataset is empty",
     "--dataset=/dev/null": "/dev/null: no such folder",
     "--dataset=a\0b": "--dataset holds a NUL character",
     "--dataset=ag_news --data-dir=/nowhere": "/nowhere: no such folder",
