@@ -15,7 +15,8 @@ from experiments import compare, downstream, measured, pretrain, results
 from experiments.origins import Origins
 from experiments.sources import SourceConfig
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+# One comparison serves the whole file, so one worker runs it.
+pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.xdist_group("compare")]
 LM = "--embedding 4 --cells 4 --epochs 1"
 
 

@@ -47,7 +47,7 @@ def test_the_command(elmo, tmp_path, capsys, monkeypatch, refused):
 PICTURES = {
     "no ending": ("q", "--picture must be a file whose name ends in .png, not 'q'"),
     "another ending": ("a.xyz", "ends in .png, not 'a.xyz'"),
-    "nothing": ("", "ends in .png"),
+    "nothing": ("", "--picture is empty"),
     "an ending alone": (".png", "ends in .png, not '.png'"),
     "a folder": ("folder", "ends in .png, not 'folder'"),
     "a folder of that name": ("folder.png", "folder.png: is a folder"),
