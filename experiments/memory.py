@@ -8,6 +8,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+_LONG = 0.2  # seconds of a compilation that leaves much behind; to look for it takes time too
 
 
 @functools.cache  # or every command run in a process would listen once more
@@ -31,8 +32,8 @@ def tame_malloc() -> bool:
     from jax import monitoring
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        if event.endswith("/backend_compile_duration"):
+        del kwargs
+        if event.endswith("/backend_compile_duration") and duration_secs > _LONG:
             trim(0)
 
     monitoring.register_event_duration_secs_listener(listen)
