@@ -25,6 +25,7 @@ from elmo_jax.integrity import (
     structure,
     write_atomically,
     write_config,
+    writer_lock,
 )
 from elmo_jax.processes import agree, led
 from elmo_jax.steps import Steps, check_kinds
@@ -92,8 +93,7 @@ class Run:
     def __init__(self, path: Path, monitor: str):
         self.path, self.monitor = path, monitor
         self.steps = Steps(path / _STEPS)
-        # The kernel lets go of it when the process ends, however that comes about.
-        self._lock = filelock.FileLock(path / _LOCK, blocking=False, thread_local=False)
+        self._lock = writer_lock(path / _LOCK)
 
     @classmethod
     def create(

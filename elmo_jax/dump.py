@@ -25,7 +25,7 @@ from elmo_jax.combiners import Mix
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import Checked, create
-from elmo_jax.integrity import digest, tree_digest, write_atomically
+from elmo_jax.integrity import digest, tree_digest, write_atomically, writer_lock
 from elmo_jax.lines import blocks, read_lines
 from elmo_jax.text import tokenize
 
@@ -90,8 +90,7 @@ class Dump:
         if target.name == ".." or (target.exists() and not target.is_file()):
             raise InputError(f"{target}: is no regular file; give the HDF5 file to write")
         self.parts = target.with_name(target.name + ".parts")
-        # The kernel lets go of it when the process ends, however that comes about.
-        self._lock = filelock.FileLock(self.parts / _LOCK, blocking=False, thread_local=False)
+        self._lock = writer_lock(self.parts / _LOCK)
         self.lines = self.tokens = 0
         for i, line in self._read():
             if config.long == "refuse" and len(line) > config.max_length:

@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import jax
 import msgspec
 import numpy as np
@@ -220,3 +221,11 @@ def difference(path: Path, data: bytes) -> str:
         if old != new:
             return f"line {line} is {reprlib.repr(old)} there, {reprlib.repr(new)} now"
     return f"has {len(there):,} lines there, {len(now):,} now"
+
+
+def writer_lock(path: Path) -> filelock.FileLock:
+    """What the one writer of a folder holds, a file in it; not to be waited for.
+
+    The kernel lets go of it when the process ends, however that comes about.
+    """
+    return filelock.FileLock(path, blocking=False, thread_local=False)

@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, write_atomically
+from elmo_jax.integrity import CONFIG, write_atomically, writer_lock
 from experiments import claims, cli, downstream, pretrain, results, vectors
 from experiments.handed import settings, split
 from experiments.origins import Origins
@@ -193,7 +193,7 @@ def compare(config: CompareConfig) -> None:
     studies = claims.studies(plan, classifiers) if config.claims else None
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(output / _LOCK, blocking=False):
+        with writer_lock(output / _LOCK):
             _run(config, plan, classifiers, studies)
     except filelock.Timeout:
         told = "another comparison writes there; wait for it, or give another --output"

@@ -4,8 +4,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from reference import log_softmax, tree64
-from reference import lstm as oracle
+from reference import log_softmax, lstm as oracle, tree64
 
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify, static_features
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner

@@ -1,4 +1,5 @@
 """A dump that is stopped, resumed, overwritten, or written by two at once."""
+# ruff: noqa: F811 (fixtures are arguments)
 
 import os
 import shlex
@@ -11,6 +12,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
+from test_dump import LINES, text  # noqa: F401
 
 from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
@@ -18,14 +20,6 @@ from elmo_jax.errors import InputError
 from experiments import embed
 
 ROOT = Path(__file__).parent.parent
-LINES = ["the bank rose .", "", "the river bank of the river " * 3, "bank", "the bank rose ."]
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_text("\n".join(LINES) + "\n")
-    return path
 
 
 def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):

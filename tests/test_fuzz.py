@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 from exported import WEIGHTS, WORDS, seal, weights
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_pretrained import make
 
 from elmo_jax.elmo import Elmo

@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from reference import lstm as oracle
-from reference import tree64
+from reference import lstm as oracle, tree64
 
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.recurrence import Clips, State

@@ -39,8 +39,14 @@ from elmo_jax.tasks import (
     bilm_window_loss,
     init_params,
 )
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
-from elmo_jax.train import train_step as take_step
+from elmo_jax.train import (
+    OptimizerConfig,
+    TrainState,
+    evaluate,
+    make_optimizer,
+    predict,
+    train_step as take_step,
+)
 
 pytestmark = pytest.mark.xdist_group("mesh")  # a minute's work serves the whole file, so one worker runs it
 ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives

@@ -1,10 +1,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-from sklearn.metrics import confusion_matrix as sklearn_confusion
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix as sklearn_confusion,
+    precision_recall_fscore_support,
+)
 
 from elmo_jax.metrics import classification, confusion_matrix, perplexities, token_mask
 

@@ -157,19 +157,8 @@ def test_a_long_line_is_mixed_where_space_cannot_be_reserved(elmo, tmp_path, mon
 
 
 def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
-    flags = [
-        "--dataset",
-        corpus,
-        "--min-count",
-        "1",
-        "--dimensions",
-        "4",
-        "--epochs",
-        "1",
-        "--method",
-        "sgns",
-    ]
-    flags += ["--output", tmp_path / "run"]
+    _, flags = commands(corpus, None, tmp_path)[-1]
+    flags = [*flags, "--output", tmp_path / "run"]
     assert call(vectors.main, monkeypatch, *flags) == 0
     for position in (tmp_path / "run").glob("checkpoints/*/position.json"):
         position.write_text(position.read_text() + " ")

@@ -1,6 +1,5 @@
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from elmo_jax.errors import InputError
 from elmo_jax.text import SPECIAL, UNK, Vocabulary, clean, tokenize
