@@ -56,9 +56,10 @@ def run(
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Compiled programs are kept between runs: it is much of a short run's time.
-    jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Compiled programs are kept between runs: it is much of a short run's time. JAX's own settings win.
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         settings = flags.parse(config, prog, presets)
         flags.check(settings)

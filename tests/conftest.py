@@ -3,10 +3,15 @@
 import os
 import resource
 import sys
+import tempfile
 from pathlib import Path
 
 # Tests compile much and compute little. Before JAX is imported, and for subprocesses too.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for what all of a run's processes compile
+    _programs = tempfile.TemporaryDirectory(prefix="elmo_jax_programs")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import cuda
 import jax

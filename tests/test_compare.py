@@ -15,8 +15,7 @@ from experiments import compare, downstream, measured, pretrain, results
 from experiments.origins import Origins
 from experiments.sources import SourceConfig
 
-# One comparison serves the whole file, so one worker runs it.
-pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.xdist_group("compare")]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 LM = "--embedding 4 --cells 4 --epochs 1"
 
 

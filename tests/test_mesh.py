@@ -48,7 +48,6 @@ from elmo_jax.train import (
     train_step as take_step,
 )
 
-pytestmark = pytest.mark.xdist_group("mesh")  # a minute's work serves the whole file, so one worker runs it
 ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives
 CHUNK = 20  # positions that the full softmax takes at a time
 # Adagrad where parameters are compared: Adam makes much of a gradient that is all rounding.
