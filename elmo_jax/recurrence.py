@@ -105,15 +105,13 @@ _SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a s
 
 
 class _Slopes(NamedTuple):
-    """What the backward pass reads of every step, ``[D, B, T, .]``; where c was clipped, 0.
+    """What the backward pass reads of every step beside the gates' slopes, ``[D, B, T, .]``.
 
-    ``gates``, 4H wide, begins as z's share of the input and ends as the slopes of c (by i, j
-    and f) and of m (by o), m being h before its projection; ``kept`` is the slope of c by the c
-    before, ``shown`` that of m by c. ``m`` and ``inside``, 1 where h was not clipped, are None
-    where there is no projection, or no clip.
+    ``m`` is h before its projection, ``kept`` the slope of c by the c before (0 where c was
+    clipped), ``shown`` that of m by c. ``m`` and ``inside``, 1 where h was not clipped, are
+    None where there is no projection, or no clip.
     """
 
-    gates: Array
     kept: Array
     shown: Array
     m: Array | None
@@ -130,9 +128,9 @@ def _at(x: Array, t: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x, t, _TIME, keepdims=False)
 
 
-def _put(x: Array, value: Array, t: Array) -> Array:
-    """``[D, B, T, ...]`` with one step replaced."""
-    return jax.lax.dynamic_update_index_in_dim(x, value, t, _TIME)
+def _put(x: Array, value: Array, t: Array, column: int = 0) -> Array:
+    """``[D, B, T, N]`` with one step replaced, or as many of its columns as there are values."""
+    return jax.lax.dynamic_update_slice(x, jnp.expand_dims(value, _TIME), (0, 0, t, column))
 
 
 def _inside(x: Array, bound: float | None) -> Array | None:
@@ -144,26 +142,30 @@ def _masked(x: Array, mask: Array | None) -> Array:
 
 
 def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips, differentiated: bool):
-    """The states after every step, and their slopes, which mean something if `differentiated`."""
+    """The states after every step and, if `differentiated`, the slopes.
+
+    Those of c by i, j and f, where it was not clipped, and of m by o take the gates' places.
+    """
     cells, steps = state.c.shape[-1], gates.shape[_TIME]
     bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
     bias = bias + w.bias[:, None].astype(gates.dtype)
 
-    def body(n: Array, carry: tuple[State, State, _Slopes]):
-        before, states, slopes = carry
-        t = jnp.tanh((_at(slopes.gates, n) + batched_product(before.h, w.recurrent) + bias) * scale)
+    def body(n: Array, carry: tuple[State, State, Array, _Slopes | None]):
+        before, states, gates, slopes = carry
+        t = jnp.tanh((_at(gates, n) + batched_product(before.h, w.recurrent) + bias) * scale)
         i, j, f, o = jnp.split(t, 4, axis=-1)
         i, f, o = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o)
         c = _clip(f * before.c + i * j, clips.cell)
         tanh_c = jnp.tanh(c)
         m = o * tanh_c
         h = _clip(m if w.projection is None else batched_product(m, w.projection), clips.projection)
-        if differentiated:
+        if slopes is not None:
             inside = _inside(c, clips.cell)
-            by_gate = (*(_masked(x, inside) for x in (j, i, before.c)), tanh_c)
-            by_gate = jnp.concatenate(by_gate, -1) * ((1 - t * t) * jnp.square(scale))
+            by_gate = (j * i * (1 - i), i * (1 - j * j), before.c * f * (1 - f))
+            by_gate = (*(_masked(x, inside) for x in by_gate), tanh_c * o * (1 - o))
+            for k, slope in enumerate(by_gate):  # each to its place: side by side first is a copy more
+                gates = _put(gates, slope, n, k * cells)
             made = _Slopes(
-                by_gate,
                 _masked(f, inside),
                 o * (1 - tanh_c * tanh_c),
                 None if w.projection is None else m,
@@ -171,15 +173,14 @@ def _fast_scan(state: State, gates: Array, w: Weights, clips: Clips, differentia
             )
             slopes = jax.tree.map(lambda every, now: _put(every, now, n), slopes, made)
         states = State(_put(states.c, c, n), _put(states.h, h, n))
-        return State(c, h), states, slopes
+        return State(c, h), states, gates, slopes
 
     states = jax.tree.map(lambda a: jnp.zeros((*gates.shape[:3], a.shape[-1]), a.dtype), state)
-    empty = [None] * 4
+    slopes = None
     if differentiated:
         m = None if w.projection is None else states.c
-        empty = [states.c, states.c, m, None if clips.projection is None else states.h]
-    carry = state, states, _Slopes(gates, *empty)  # type: ignore[arg-type]
-    return jax.lax.fori_loop(0, steps, body, carry)[1:]
+        slopes = _Slopes(states.c, states.c, m, None if clips.projection is None else states.h)
+    return jax.lax.fori_loop(0, steps, body, (state, states, gates, slopes))[1:]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -203,12 +204,12 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
 
 def _fast_forward(state: State, gates: Array, w: Weights, clips: Clips):
     state, gates, w = jax.tree.map(lambda p: p.value, (state, gates, w))
-    states, slopes = _fast_scan(state, gates, w, clips, differentiated=True)
-    return states, (state, states.h, slopes, w)
+    states, by_gate, slopes = _fast_scan(state, gates, w, clips, differentiated=True)
+    return states, (state, states.h, by_gate, slopes, w)
 
 
 def _fast_backward(clips: Clips, residuals, grads: State):
-    first, h, slopes, w = residuals
+    first, h, by_gate, slopes, w = residuals
     to_h = w.recurrent.swapaxes(1, 2)
     to_m = None if w.projection is None else w.projection.swapaxes(1, 2)
     # No gradient, no addition in the loop.
@@ -228,7 +229,7 @@ def _fast_backward(clips: Clips, residuals, grads: State):
         return State(dc * _at(slopes.kept, n), batched_product(now, to_h)), _put(dz, now, n), dhs
 
     zero = jax.tree.map(jnp.zeros_like, (first, None if to_m is None else h))
-    d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], slopes.gates, zero[1]))
+    d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], by_gate, zero[1]))
     d_projection = None
     if slopes.m is not None:
         d_projection = _weight_gradient(slopes.m, dh, w.recurrent.dtype)

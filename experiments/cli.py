@@ -35,6 +35,13 @@ PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vec
             "memory.jsonl", "memory.png", RESULTS)  # fmt: skip
 
 
+def _keep_programs() -> None:
+    """Keep what is compiled for the next run, whose start it shortens; JAX's own settings win."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 _begun = False  # nothing was written yet
 
 
@@ -56,13 +63,11 @@ def run(
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Compiled programs are kept between runs: it is much of a short run's time. JAX's own settings win.
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         settings = flags.parse(config, prog, presets)
         flags.check(settings)
+        if not getattr(settings, "dry_run", False):  # which is to leave no trace
+            _keep_programs()
         with stoppable(lambda number: _leave(number, config, prog)):
             command(settings)
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:

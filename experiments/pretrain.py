@@ -193,7 +193,6 @@ def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
 
 def _portion(config: PretrainConfig) -> int:
     """Tokens enough for the steps that a dry run times; more, so that its buckets are the run's."""
-    jax.config.update("jax_compilation_cache_dir", None)  # it is to leave no trace
     steps = TIMED * config.steps_per_dispatch * config.batch_size
     return max(PORTION, steps * (config.corpus.unroll + 1))
 

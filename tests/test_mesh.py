@@ -119,8 +119,9 @@ def begun(name, mesh):
 
 
 def walk(name, mesh):
-    """Every loss of four steps, what they leave, and the program of a step as it was compiled."""
+    """Every loss of four steps, what they leave, the program of a step as compiled, how far they went."""
     state, task, optimizer, stream, _ = begun(name, mesh)
+    first = state.params
     places = mesh and (jax.tree.map(lambda a: a.sharding, state), everywhere(mesh))
     step = partial(take_step, key=jax.random.key(3), loss_fn=task, optimizer=optimizer)
     step, losses = jax.jit(step, out_shardings=places), []
@@ -132,16 +133,21 @@ def walk(name, mesh):
                     step = step.lower(state, batch).compile()
             state, sums = step(state, batch)
             losses.append(float(sums["loss"]))
-    return np.array(losses), jax.tree.map(np.asarray, (state.params, state.carry)), step.as_text()
+    moved = furthest(first, state.params)
+    return np.array(losses), jax.tree.map(np.asarray, (state.params, state.carry)), step.as_text(), moved
+
+
+def furthest(a, b):
+    """The largest difference between two trees' numbers."""
+    gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a) - b))), a, b)
+    return max(jax.tree.leaves(gaps))
 
 
 def compared(one, name, model):
     """How far eight devices end from one: in a loss, and in a parameter or what is carried."""
-    losses, left, program = walk(name, make_mesh(ROWS, model))
-    gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one[1], left)
-    gap = max(abs(losses / one[0] - 1)), max(jax.tree.leaves(gaps))
-    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), begun(name, None)[0].params, left[0])
-    return {"gap": gap, "moved": max(jax.tree.leaves(moved)), "program": program}
+    losses, left, program, moved = walk(name, make_mesh(ROWS, model))
+    gap = max(abs(losses / one[0] - 1)), furthest(one[1], left)
+    return {"gap": gap, "moved": moved, "program": program}
 
 
 def in_child(path):
