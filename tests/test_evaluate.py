@@ -58,16 +58,27 @@ def test_a_stop_leaves_nothing_that_blocks_the_same_command(at, there, call, mon
     assert held("se") == sorted([*FILES, *["mine"] * there])
 
 
-def test_a_kill_leaves_nothing_that_blocks_the_same_command(call, monkeypatch):
-    code = """
+KILLED = {  # the moment, and what it leaves
+    "before the figures": ("evaluate._Totals.perplexities = lambda self: os._exit(9)", ["scores.jsonl.part"]),
+    "between two names": (
+        "evaluate.move = lambda part, file: os._exit(9) if 'scores' in str(file) else part.rename(file)",
+        ["config.json.part", "metrics.jsonl", "scores.jsonl.part"],
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_a_kill_leaves_nothing_that_blocks_the_same_command(moment, call, monkeypatch):
+    kill, left = KILLED[moment]
+    code = f"""
 import os, sys
 from elmo_jax.errors import InputError
 from experiments import evaluate
-evaluate._Totals.perplexities = lambda self: os._exit(9)
+{kill}
 sys.exit(evaluate.main())
 """
     assert subprocess.run([sys.executable, "-c", code, *call], env=ENV, check=False).returncode == 9
-    assert held("se") == ["scores.jsonl.part"]
+    assert held("se") == left
     monkeypatch.setattr(sys, "argv", ["x", *call])
     assert evaluate.main() == 0 and held("se") == FILES
 
