@@ -74,7 +74,7 @@ PRESETS = {
         batch_size=32,
         epochs=5,
     ),
-    # The best known so far; a search on validation is to settle it.
+    # The best of what was searched on validation, see RESULTS.md.
     "best": DownstreamConfig(preset="best", epochs=5),
 }
 

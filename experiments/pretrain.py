@@ -113,7 +113,7 @@ PRESETS = {
     "report": PretrainConfig(
         preset="report", model=BiLMConfig(embedding=150, cells=150, layers=2), batch_size=32, epochs=10
     ),
-    # The best known so far; a search on validation is to settle it.
+    # The best of what was searched on validation, see RESULTS.md.
     "best": PretrainConfig(preset="best", epochs=10),
     "elmo-small": _released("elmo-small", cells=1024, width=128, highway=1),
     "elmo-medium": _released("elmo-medium", cells=2048, width=256),
