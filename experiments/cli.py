@@ -37,7 +37,7 @@ PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vec
 
 def _keep_programs() -> None:
     """Keep what is compiled for the next run, whose start it shortens; JAX's own settings win."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.path.join(pooch.os_cache("elmo_jax"), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
