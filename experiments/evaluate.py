@@ -130,9 +130,9 @@ def _scores(config: EvaluateConfig, totals: _Totals) -> Iterator[TextIO]:
     folder = Path(config.output)
     files = {folder / name: folder / f"{name}.part" for name in _FILES}
     made = not folder.exists()
-    left = [(file.exists(), part.exists()) for file, part in files.items()]
-    killed = (False, True) in left and not {(False, False), (True, True)} & set(left)  # amid the renames
-    if any(file for file, _ in left) and not killed:
+    named, waiting = [file.exists() for file in files], [part.exists() for part in files.values()]
+    killed = any(waiting) and all(a != b for a, b in zip(named, waiting, strict=True))  # amid the renames
+    if any(named) and not killed:
         raise InputError(f"{folder}: holds a run or scores already; give --output a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
