@@ -98,8 +98,13 @@ class TrainState:
     ) -> "TrainState":
         """The state before the first step."""
         with jax.numpy_dtype_promotion("standard"):  # see train_step
-            opt_state = jax.jit(optimizer.init)(params)  # one program, or each leaf would be one
+            opt_state = _first_state(optimizer, params)
         return cls(jnp.zeros((), jnp.int32), params, frozen or {}, opt_state, carry or {})
+
+
+@partial(jax.jit, static_argnums=0)  # one program, or each leaf would be one
+def _first_state(optimizer: Optimizer, params: Params) -> Any:
+    return optimizer.init(params)
 
 
 def train_step(

@@ -19,7 +19,7 @@ from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
-from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
+from elmo_jax.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
 from experiments.cases import Case
@@ -98,11 +98,13 @@ def lstm_gradients(loss: Any, case: Case, arrays: Arrays) -> Built:
 def _softmax(case: Case, arrays: Arrays) -> Built:
     targets = jnp.asarray(arrays["targets"])
     weight = jnp.ones(len(targets), jnp.float32)
+    draw = None
+    if case.negatives is not None:  # as given: another program may round the same draw to a neighbour
+        draw = Negatives(jnp.asarray(arrays["drawn"]), jnp.asarray(arrays["log_expected"]))
 
     def loss(hidden: Array, table: Array, bias: Array) -> Array:
-        if case.negatives is None:
+        if draw is None:
             return full_nll(hidden, table, bias, targets, weight)[0]
-        draw = log_uniform_negatives(jax.random.key(0), len(table), case.negatives)
         return sampled_nll(hidden, table, bias, targets, weight, draw)[0]
 
     return softmax_gradients(loss, arrays)

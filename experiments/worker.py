@@ -21,6 +21,7 @@ from experiments.memory import process_peak, tame_malloc
 # JAX's products of float32; left alone, a GPU runs them in TF32.
 _PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 RATE = 1e-3  # learning rate of every peer
+_WARM_UPS = 5  # at most; a peer that still compiles after them does so in every unit
 # Which function makes a peer's side.
 _MAKERS = {
     OURS: ("experiments.ours", "build"),
@@ -79,11 +80,13 @@ class Stopwatch:
     def __init__(self, built: Built, least: float, spent: list[float]):
         self.built, self.counts = built, []
         for run, _ in built.runs:
-            before = each = -1.0
-            while before < len(spent):
+            each = -1.0
+            for _ in range(_WARM_UPS):
                 before, began = len(spent), time.perf_counter()
                 run(1)
                 each = time.perf_counter() - began
+                if len(spent) == before:
+                    break
             self.counts.append(min(1000, max(1, round(least / len(built.runs) / max(each, 1e-9)))))
 
     def measure(self) -> float:

@@ -10,7 +10,7 @@ from experiments.benchmark import BenchmarkConfig
 from experiments.cases import CASES, MACHINE, OURS, Case, Phase, Rates, floor_seconds, parameters, phases
 from experiments.inputs import make_inputs, make_weights
 from experiments.race import Lane, _compare, difference, race, ratio, results_of
-from experiments.worker import is_weight
+from experiments.worker import Built, Stopwatch, _count_compilation, is_weight
 
 _BY_NAME = {case.name: case for case in CASES}
 _SHAPES = {"batch": 3, "steps": 5, "vocabulary": 40, "sentences": 3, "cells": 6}
@@ -98,6 +98,30 @@ def test_gensim_learns_as_much_in_an_epoch(standard_promotion):
     with jax.numpy_rank_promotion("allow"):
         expected, found = side(ours, case).check()["loss"], side(gensim_peer, case).check()["loss"]
     assert expected < 0.98 * 6 * np.log(2) and abs(found / expected - 1) < 0.1
+
+
+def test_an_epoch_of_sgns_compiles_nothing_the_second_time(standard_promotion):
+    from experiments import ours
+
+    with jax.numpy_rank_promotion("allow"):
+        built = side(ours, tiny("sgns"))
+        spent = _count_compilation()
+        built.check()
+        first = len(spent)
+        for run, _ in built.runs:
+            run(1)
+    assert 0 < first == len(spent)
+
+
+def test_a_peer_that_compiles_in_every_unit_is_timed_all_the_same():
+    spent, calls = [], []
+
+    def run(n):
+        calls.append(n)
+        spent.append(1.0)
+
+    Stopwatch(Built(dict, [(run, 1.0)]), 0.0, spent)
+    assert 1 < len(calls) < 10
 
 
 class Silent:
