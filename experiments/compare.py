@@ -134,7 +134,9 @@ class Plan:
     def _base(self, flags: tuple[str, ...]) -> downstream.DownstreamConfig:
         more = split("downstream", self.config.downstream)
         args = [*self._preset, *more, *flags]
-        return settings(downstream.DownstreamConfig, "downstream", downstream.PRESETS, args)
+        base = settings(downstream.DownstreamConfig, "downstream", downstream.PRESETS, args)
+        tuned = base.source.finetune and base.source.features == "elmo"  # word vectors stay as they are
+        return dataclasses.replace(base, source=dataclasses.replace(base.source, finetune=tuned))
 
     @property
     def _preset(self) -> list[str]:

@@ -21,9 +21,9 @@ _ALL = _flags(HostsConfig) | {"--output", "--resume", "--overwrite"}
 _OWN = {
     "pretrain": _ALL | _DATA | {"--dry-run", "--corpus", "--valid-corpus", "--vocab"},
     "vectors": _ALL | _DATA | {"--method"},
-    # All methods alike: neither is for word vectors, and the figures stand beside those of all labels.
+    # The figures stand beside those of all labels and of a trained language model.
     "downstream": _ALL | {"--pretrained", "--vectors", "--features", "--combiner", "--seed", "--labels",
-                          "--finetune", "--untrained"},
+                          "--untrained"},
 }  # fmt: skip
 
 

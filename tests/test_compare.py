@@ -101,6 +101,13 @@ def test_it_makes_the_page_and_redoes_only_what_is_not_finished(folder, monkeypa
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_fine_tuning_is_for_the_language_model_alone(tmp_path):
+    config = compare.CompareConfig(downstream="--finetune")
+    plan = compare.Plan(config, config.data, tmp_path, Origins())
+    tuned = {method: plan.classifier(method, 0).settings.source.finetune for method in compare.METHODS}
+    assert tuned == {method: method.startswith("ELMo") for method in compare.METHODS}
+
+
 def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, capsys):
     loads = []
 
