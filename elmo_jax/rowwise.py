@@ -23,14 +23,20 @@ class RowSGD:
     The loss function is given those rows in place of the tables, so that neither its
     gradient nor the update is ever as large as a table.
 
+    A step adds up the moves of all places that name a row, none of which sees what the others
+    do. Of a row named very often that sum overshoots, and training diverges; it moves by the
+    mean of its places, `most` times.
+
     Attributes:
         rate: the learning rate of a step.
         rows: the tables' names and, for each, the int32 indices ``[...]`` of the rows that a
             batch needs, any number of times; the loss function gets ``[..., F]``.
+        most: places of a row whose moves are added up as they are.
     """
 
     rate: optax.Schedule
     rows: Callable[[Any, Array], Rows]
+    most: float
 
     def init(self, params: dict[str, Any]) -> dict[str, Any]:
         """It remembers nothing."""
@@ -45,8 +51,13 @@ class RowSGD:
     ) -> tuple[Any, Any]:
         """Parameters and state after a step; as they were if it is not sound."""
         down = -jnp.asarray(self.rate(step))
-        change = jax.tree.map(lambda g: jnp.where(sound, down * g, 0), gradients)
-        return {name: params[name].at[i].add(change[name]) for name, i in rows.items()}, state
+
+        def move(table: Array, i: Array, g: Array) -> Array:
+            places = jnp.zeros(len(table), g.dtype).at[i].add(1)[i]  # of the same row, for each place
+            share = jnp.minimum(1, self.most / places)[..., None]
+            return table.at[i].add(jnp.where(sound, down * share * g, 0))
+
+        return {name: move(params[name], i, gradients[name]) for name, i in rows.items()}, state
 
 
 @dataclass(frozen=True)

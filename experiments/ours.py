@@ -256,7 +256,7 @@ def _sgns(case: Case, arrays: Arrays) -> Built:
     ids, config = arrays["ids"], SGNSConfig()
     documents = Documents(ids, np.arange(0, len(ids) + 1, 1000), np.zeros(len(ids) // 1000, np.int32))
     stream = SpanStream(documents, case.vocabulary, 4, config, seed=0)
-    optimizer = sgns_optimizer(config, stream.steps_per_epoch)
+    optimizer = sgns_optimizer(config, stream.window, stream.steps_per_epoch)
     dispatch = make_dispatch(sgns_loss(config), optimizer)
 
     def run(n: int) -> TrainState:

@@ -81,7 +81,7 @@ def _count(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
 def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, dict[str, Any]]:
     size = len(data.vocabulary)
     stream = SpanStream(data.train, size, config.window, config.sgns, config.seed)
-    optimizer = sgns_optimizer(config.sgns, config.epochs * stream.steps_per_epoch)
+    optimizer = sgns_optimizer(config.sgns, config.window, config.epochs * stream.steps_per_epoch)
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
         rate = stream.tokens_per_epoch / sums["seconds"]

@@ -11,7 +11,7 @@ from elmo_jax.data import Documents
 from elmo_jax.loop import fit
 from elmo_jax.rowwise import RowSGD
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
-from elmo_jax.train import TrainState, train_step
+from elmo_jax.train import TrainState, make_dispatch, train_step
 
 V, F, WINDOW = 50, 6, 2
 CONFIG = SGNSConfig(negatives=3, subsample=0.02, rate=0.1)
@@ -48,7 +48,7 @@ def test_a_step_is_the_oracles(documents, rng):
     batch = first_batch(make_stream(documents))
     tables = {name: rng.normal(size=(V, F)).astype(np.float32) for name in ("centre", "context")}
     loss, d_centre, d_context = oracle(*(tables[n].astype(np.float64) for n in ("centre", "context")), batch)
-    optimizer = RowSGD(lambda step: 0.1, sgns_rows)
+    optimizer = RowSGD(lambda step: 0.1, sgns_rows, np.inf)
     state = TrainState.create(jax.tree.map(jnp.asarray, tables), optimizer)
     after, sums = train_step(state, batch, jax.random.key(0), sgns_loss(CONFIG), optimizer)
     np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
@@ -57,10 +57,47 @@ def test_a_step_is_the_oracles(documents, rng):
     np.testing.assert_allclose(after.params["context"], tables["context"] - 0.1 * d_context, atol=1e-4)
 
 
+def test_a_row_named_often_moves_by_the_mean_of_its_places(rng):
+    table = rng.normal(size=(5, F)).astype(np.float32)
+    rows = np.array([[3, 0, 3], [3, 3, 1]])
+    gradients = rng.normal(size=(*rows.shape, F)).astype(np.float32)
+    optimizer = RowSGD(lambda step: 0.1, lambda batch, key: {}, 2.0)
+    given = {"t": jnp.asarray(table)}, {"t": jnp.asarray(rows)}
+    moved = optimizer.update({"t": jnp.asarray(gradients)}, {}, *given, jnp.zeros(()), jnp.array(True))[0][
+        "t"
+    ]
+    want = table.astype(np.float64)
+    want[0] -= 0.1 * gradients[0, 1]
+    want[1] -= 0.1 * gradients[1, 2]
+    want[3] -= 0.1 * 2 * gradients[rows == 3].mean(0)
+    np.testing.assert_allclose(moved, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "window", "negatives"), [(20, 4, 5), (60, 4, 5), (60, 10, 15)])
+def test_training_of_few_words_settles(size, window, negatives):
+    """Each is in hundreds of a step's pairs; words of one topic end side by side."""
+    rng = np.random.default_rng(0)
+    topic = rng.integers(0, 4, 1500)
+    ids = np.concatenate([t + 4 * rng.integers(0, size // 4, 30) for t in topic]).astype(np.int32)
+    config = SGNSConfig(negatives=negatives)
+    stream = SpanStream(Documents(ids, np.arange(0, len(ids) + 1, 30), topic), size, window, config, seed=0)
+    optimizer = sgns_optimizer(config, window, 4 * stream.steps_per_epoch)
+    state = TrainState.create(sgns_init(size, 20, jax.random.key(0)), optimizer)
+    dispatch = make_dispatch(sgns_loss(config), optimizer)
+    for part in stream.dispatches(0, 4 * stream.steps_per_epoch):
+        state, sums = dispatch(state, part.batches, part.count, jax.random.key(0))
+    assert sums["steps"][: part.count].min() == 1
+    centre = np.asarray(state.params["centre"])
+    unit = centre / np.linalg.norm(centre, axis=1, keepdims=True)
+    near = (unit @ unit.T - 2 * np.eye(size)).argmax(1)
+    assert np.mean(near % 4 == np.arange(size) % 4) > 0.9
+    assert np.abs(np.asarray(state.params["context"])).max() < 20
+
+
 def test_no_array_of_a_step_is_as_large_as_a_table_but_the_tables(documents):
     """The gradient is of rows alone: the only table-sized results are the two scatters'."""
     size = 10_000
-    optimizer = sgns_optimizer(CONFIG, 10)
+    optimizer = sgns_optimizer(CONFIG, WINDOW, 10)
     state = TrainState.create(sgns_init(size, F, jax.random.key(0)), optimizer)
     step = lambda state, batch: train_step(state, batch, jax.random.key(0), sgns_loss(CONFIG), optimizer)  # noqa: E731
     program = jax.make_jaxpr(step)(state, first_batch(make_stream(documents)))
@@ -112,7 +149,7 @@ def test_frequent_tokens_are_thinned_and_negatives_follow_the_counts(rng):
 
 def run_fit(documents, path, epochs, resume=False):
     stream = make_stream(documents)
-    optimizer = sgns_optimizer(CONFIG, 3 * stream.steps_per_epoch)
+    optimizer = sgns_optimizer(CONFIG, WINDOW, 3 * stream.steps_per_epoch)
     state = TrainState.create(sgns_init(V, F, jax.random.key(0)), optimizer)
     run = Run.create(path, {}, monitor="loss", resume=resume)
     on_epoch = lambda state, sums: {"loss": float(sums["loss"] / sums["pairs"])}  # noqa: E731
