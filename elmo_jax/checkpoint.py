@@ -35,6 +35,9 @@ _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
 # May change, or are compared on their own; the others if asked for.
 _FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
+# Where what it is made from lies; what lies there is compared by its digests.
+PLACES = {"output", "data.dataset", "data.data_dir", "source.pretrained", "source.vectors"}
+_DIGESTS = {"texts", "model"}
 _ORDER = {"seed"}  # of the batches alone, once training has begun
 _PACE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # after steps that were not finite
 
@@ -113,7 +116,8 @@ class Run:
         Args:
             path: the folder; a new one, unless `resume` or `overwrite`.
             config: written to ``config.json``; to resume, all but "output", "epochs",
-                "save_every" and "steps_per_dispatch" must be what it was.
+                "save_every", "steps_per_dispatch" and the paths of what it reads must be what it
+                was, unless it made nothing yet.
             monitor: the record's figure that is lowest at the best epoch.
             resume: go on with a run that is there; begin one if none is.
             overwrite: remove a run that is there.
@@ -140,9 +144,9 @@ class Run:
             run = cls._lock_folder(path, monitor)
             try:
                 if (path / CONFIG).exists():
-                    if resume:
+                    if resume and not run._made_nothing():
                         run._compare(config, texts, allow_change)
-                    elif overwrite:
+                    elif resume or overwrite:
                         run.clear()
                     else:
                         raise InputError(
@@ -194,6 +198,8 @@ class Run:
         """Refuse to go on with other settings or other texts than the run began with."""
         before = read_config(self.path)
         changed = {name: text for name, text in changes(before, config).items() if name not in _FREE}
+        if not changed.keys() & _DIGESTS:
+            changed = {name: text for name, text in changed.items() if name not in PLACES}
         may = changed.keys() <= _ORDER | _PACE
         if changed and not (allow_change and may):
             told = "; ".join(f"{name} {text}" for name, text in changed.items())
@@ -212,6 +218,12 @@ class Run:
             if before["files"].get(name) != digest(data):
                 told = difference(self.path / name, data)
                 raise InputError(f"{self.path / name}: {told}; use the texts it was made from")
+
+    def _made_nothing(self) -> bool:
+        """Whether it ended before there was anything to go on with, as by a setting that cannot be."""
+        metrics = self.path / METRICS
+        logged = metrics.exists() and metrics.stat().st_size > 0
+        return not (logged or self.steps.saved() or (self.path / RESULTS).exists())
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else that may lie in the folder."""

@@ -62,8 +62,8 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """A sha256 of every part's ids, lengths and labels: the same for the same texts alone."""
-        hashed = hashlib.sha256()
+        """A sha256 of every part's ids, lengths and labels, and of what they number."""
+        hashed = hashlib.sha256("\n".join([*self.classes, "", *self.vocabulary.tokens]).encode())
         for part in (self.train, self.validation, self.test):
             for array in (part.ids, part.lengths, part.labels):
                 hashed.update(array.tobytes())

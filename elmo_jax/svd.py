@@ -11,7 +11,6 @@ from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
 from elmo_jax.data import Documents
-from elmo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,26 @@ def svd_vectors(
         documents: token ids in [0, size).
         size: V.
         window: steps to either side.
-        dimensions: F < V.
+        dimensions: F.
         config: weighting and p.
         seed: of the randomised decomposition.
 
     Returns:
-        float32 ``[V, F]``; a token that was never seen has a vector of zeros.
-
-    Raises:
-        InputError: there are not more tokens than dimensions.
+        float32 ``[V, F]``; a token that was never seen has a vector of zeros, and so has what is
+        beyond the V - 1 dimensions of so few tokens.
 
     Example:
         >>> documents = Documents(np.array([0, 1, 2, 1]), np.array([0, 4]), np.array([0]))
         >>> svd_vectors(documents, 3, window=1, dimensions=2, config=SVDConfig()).shape
         (3, 2)
     """
-    if dimensions >= size:
-        raise InputError(f"--dimensions {dimensions} must be below the vocabulary's {size} tokens; lower it")
     matrix = cooccurrence(documents, size, window)
     if config.weighting == "ppmi":
         matrix = ppmi(matrix)
-    svd = TruncatedSVD(dimensions, random_state=seed)
+    svd = TruncatedSVD(min(dimensions, size - 1), random_state=seed)
     scaled = svd.fit_transform(matrix.astype(np.float32))  # U Σ
     sigma = svd.singular_values_
     kept = sigma > 1e-6 * sigma[0]  # a matrix of lower rank has no further directions
     scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
-    return (scaled * scale).astype(np.float32)
+    found = (scaled * scale).astype(np.float32)
+    return np.pad(found, ((0, 0), (0, dimensions - found.shape[1])))

@@ -30,6 +30,12 @@ METHODS: Mapping[str, tuple[tuple[str, ...], float]] = {
     "ELMo, frozen λ": (("--combiner", "frozen"), 1.2),
     "SVD": (("--features", "svd"), 0.6),
 }
+_DEFAULT = vectors.VectorsConfig()
+# Settings of word vectors that a method does not read.
+_OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "svd": {"sgns": _DEFAULT.sgns, "epochs": _DEFAULT.epochs},
+    "sgns": {"svd": _DEFAULT.svd},
+}
 _LOCK = ".lock"
 _MOST_SEEDS = 1000
 
@@ -98,6 +104,7 @@ class Plan:
         for method, work in (("svd", 0.3), ("sgns", 1.0)):
             flags = ["--method", method, *split("vectors", self.config.vectors)]
             base = settings(vectors.VectorsConfig, "vectors", None, flags)
+            base = dataclasses.replace(base, **_OTHERS[method])  # else it would be made anew for them
             stages.append(Stage(method, method, work, vectors.vectors,
                                 self._at(base, method, data=self.data),
                                 origins=self._texts(spelled=False)))  # fmt: skip

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from elmo_jax.checkpoint import METRICS, RESULTS
+from elmo_jax.checkpoint import METRICS, PLACES, RESULTS
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, read_config, write_atomically
+from elmo_jax.integrity import CONFIG, changes, read_config, write_atomically
 from experiments import cli
 from experiments.measured import read_records
 
@@ -76,7 +76,8 @@ class Stage:
     def _changed(self) -> set[str]:
         """The settings that the run that is there has otherwise."""
         saved, wanted = read_config(self.path), cli.settings_of(self.settings)
-        return {name for name in wanted if saved.get(name) != wanted[name]}
+        saved = {name: value for name, value in saved.items() if name in wanted}
+        return changes(saved, wanted).keys() - PLACES
 
     def run(self, anew: bool) -> None:
         """Call the command, to replace what is there or to go on with it.

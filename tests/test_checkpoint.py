@@ -119,7 +119,9 @@ def test_texts_must_be_the_same_to_go_on_and_are_mended(tmp_path):
     def create(text):
         return Run.create(tmp_path / "run", {}, "loss", resume=True, files={"vocab.txt": text})
 
-    create("the\nbank\n").close()
+    run = create("the\nbank\n")
+    run.log([{"loss": 1.0}])  # there is something to go on with
+    run.close()
     with pytest.raises(InputError, match=r"vocab\.txt: line 2 is 'bank' there, 'river' now"):
         create("the\nriver\n")
     with pytest.raises(InputError, match=r"vocab\.txt: has 2 lines there, 1 now"):

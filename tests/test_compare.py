@@ -108,6 +108,34 @@ def test_fine_tuning_is_for_the_language_model_alone(tmp_path):
     assert tuned == {method: method.startswith("ELMo") for method in compare.METHODS}
 
 
+def test_a_comparison_may_be_moved_with_its_data(folder, monkeypatch, capsys):
+    (folder / "out").rename(folder / "moved")
+    (folder / "data").rename(folder / "texts")
+    args = flags(folder)
+    args[1], args[5] = (folder / "texts").absolute(), (folder / "moved").absolute()
+    said = lines(monkeypatch, capsys, args)
+    assert of(said, "finished before") == SOURCES | ELMO | STATIC
+
+
+def test_other_words_and_other_classes_are_other_texts(folder):
+    config = DataConfig(str(folder / "data"), min_count=1)
+    first = load_dataset(config).digest
+    for old, new in (("team", "teem"), ("s,", "sport,")):
+        for name in ("train.csv", "test.csv"):
+            path = folder / "data" / name
+            path.write_text(path.read_text().replace(old, new))
+        assert load_dataset(config).digest != first
+        first = load_dataset(config).digest
+
+
+def test_a_stage_that_made_nothing_may_have_other_flags(folder, monkeypatch, capsys):
+    wrong = flags(folder, vectors="--dimensions 4 --epochs 1 --exponent 1")
+    for name in ("results.json", "metrics.jsonl", "vectors.npz", "vectors.txt"):  # it failed
+        (folder / "out" / "svd" / name).unlink()
+    said = lines(monkeypatch, capsys, wrong)
+    assert of(said, "runs") >= {"svd"} and "sgns" in of(said, "finished before")
+
+
 def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, capsys):
     loads = []
 

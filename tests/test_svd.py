@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from elmo_jax.data import Documents
-from elmo_jax.errors import InputError
 from elmo_jax.svd import SVDConfig, cooccurrence, ppmi, svd_vectors
 
 WINDOW = 3
@@ -54,6 +53,7 @@ def test_a_matrix_of_low_rank_has_no_further_dimensions():
     assert np.linalg.matrix_rank(vectors, tol=1e-3) == 2
 
 
-def test_dimensions_must_be_fewer_than_tokens(documents):
-    with pytest.raises(InputError, match="--dimensions 50 must be below the vocabulary's 50"):
-        svd_vectors(documents, 50, WINDOW, 50, SVDConfig())
+def test_dimensions_beyond_the_vocabularys_are_zeros(documents):
+    most, more = (svd_vectors(documents, 50, WINDOW, f, SVDConfig()) for f in (49, 60))
+    np.testing.assert_array_equal(more[:, :49], most)
+    assert more.shape == (50, 60) and not more[:, 49:].any()
