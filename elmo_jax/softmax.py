@@ -59,14 +59,15 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
 def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array, Array]:
     """Of a chunk of R positions: values ``[R]``, exp(logit - largest) ``[R, V]`` and its sums ``[R]``.
 
-    The sums are a product, or XLA:CPU would work the exponentials out a second time for them.
+    The sums are a product, or XLA:CPU would work the exponentials out a second time for them;
+    an accelerator is not to round their terms.
     """
     sums = np.promote_types(h.dtype, np.float32)
     table, bias = table.astype(h.dtype), bias.astype(sums)
     logits = jnp.matmul(h, table.T, preferred_element_type=sums) + bias[None]
     largest = logits.max(-1)
     exps = jnp.exp(logits - largest[:, None])
-    total = exps @ jnp.ones(exps.shape[1], sums)
+    total = jnp.matmul(exps, jnp.ones(exps.shape[1], sums), precision="highest")
     reached = jnp.einsum("rp,rp->r", h, table[targets], preferred_element_type=sums) + bias[targets]
     return jnp.log(total) + largest - reached, exps, total
 
@@ -99,7 +100,8 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
         g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
         dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
         d_table += jnp.matmul(g.T, scaled, preferred_element_type=sums)
-        d_bias += scale @ d_logits  # a sum over rows, which XLA:CPU is slow at
+        # A sum over rows, which XLA:CPU is slow at.
+        d_bias += jnp.matmul(scale, d_logits, precision="highest")
         return (d_table, d_bias), (each, each * w, dh)
 
     parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
