@@ -81,15 +81,15 @@ def write(made: Studies, output: Path) -> None:
     figures = output / "figures"
     figures.mkdir(exist_ok=True)
     page = Page("What context is worth, measured")
-    for name, study in (
-        ("Data efficiency", _efficiency),
-        ("Convergence", _convergence),
-        ("Context", _context),
-        ("Transfer", _transfer),
+    for name, kind, study in (
+        ("Data efficiency", "Test accuracy by labelled documents", _efficiency),
+        ("Convergence", "Validation accuracy by updates", _convergence),
+        ("Context", "Senses told apart, by vectors", _context),
+        ("Transfer", "Test accuracy with pre-training and without", _transfer),
     ):
         path = figures / f"{study.__name__.removeprefix('_')}.png"
         page.heading(name)
-        page.figures((path, study(made, path)))
+        page.figures((path, kind, study(made, path)))
     page.write(output / "claims")
 
 

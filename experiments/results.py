@@ -154,23 +154,23 @@ def _curves(page: Page, found: Found, language_model: Path, figures: Path) -> No
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
     report.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
     best = min(record["perplexity"] for record in records)
-    drawn = [
-        (figures / "perplexity.png", f"Pre-training: held-out perplexity, full softmax; best {best:.1f}.")
-    ]
+    told = f"Pre-training: held-out perplexity, full softmax; best {best:.1f}."
+    drawn = [(figures / "perplexity.png", "Perplexity by epoch", told)]
     for method, runs in found.items():
         if "trainable" in method and runs[0].results["lambdas"]:
             records, which = runs[0].records, _first(runs)
             report.plot_lambdas(records, figures / "lambdas.png")
             last = ", ".join(f"{x:.2f}" for x in records[-1]["lambdas"])
             told = f"{method}{which}: the weight of each layer; after the last epoch {last}."
-            drawn.append((figures / "lambdas.png", told))
+            drawn.append((figures / "lambdas.png", "Layer weights by epoch", told))
     accuracies = {
         method: [{float(r["epoch"]): r["val_accuracy"] for r in run.records} for run in runs]
         for method, runs in found.items()
     }
     report.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
-    band = ", the mean in a band of one deviation" if len(next(iter(found.values()))) > 1 else ""
-    drawn.append((figures / "validation.png", f"Classifiers: validation accuracy{band}."))
+    band = ", the mean within one deviation" if len(next(iter(found.values()))) > 1 else ""
+    told = f"Classifiers: validation accuracy{band}."
+    drawn.append((figures / "validation.png", "Validation accuracy by epoch", told))
     page.figures(*drawn)
 
 
@@ -186,7 +186,7 @@ def _confusions(page: Page, results: Mapping[str, Sequence[Mapping]], figures: P
             path, found = figures / f"confusion_{i}_{part}.png", runs[0]
             title = f"{part}: accuracy {found[part]['accuracy']:.4f}"
             report.plot_confusion(found[part]["confusion_matrix"], found["classes"], title, path)
-            drawn.append((path, f"{method}, {part}{_first(runs)}"))
+            drawn.append((path, "Confusion matrix", f"{method}, {part}{_first(runs)}"))
         page.figures(*drawn)
 
 

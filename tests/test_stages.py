@@ -121,13 +121,15 @@ def test_a_page_holds_its_pictures_and_escapes_its_text(tmp_path):
     page = Page("A < B")
     page.text("run `x --y` & wait")
     page.table(["name", "n|m"], [["<b>", "1"]])
-    page.figures((picture, 'the "caption"'))
+    page.figures((picture, "a curve", 'the "caption"'))
     page.write(tmp_path / "page")
     html, markdown = ((tmp_path / f"page.{kind}").read_text() for kind in ("html", "md"))
     assert 'src="data:image/png;base64,iVBORw=="' in html and "http" not in html
     assert "<title>A &lt; B</title>" in html and "<code>x --y</code> &amp; wait" in html
     assert "<td>&lt;b&gt;</td>" in html and 'name="viewport"' in html
-    assert "](<figures/a b.png>)" in markdown and "| name | n\\|m |" in markdown
+    assert 'alt="a curve"' in html and html.count("&quot;caption&quot;") == 1
+    assert '![a curve](<figures/a b.png>)\n\nthe "caption"' in markdown
+    assert "| name | n\\|m |" in markdown
 
 
 def test_sentences_say_what_the_figures_show():
