@@ -180,6 +180,9 @@ def _first(runs: Sequence) -> str:
 
 def _confusions(page: Page, results: Mapping[str, Sequence[Mapping]], figures: Path) -> None:
     page.heading("Confusion matrices")
+    first = next(iter(results.values()))[0]
+    if key := report.class_key(first["classes"]):
+        page.text(key)
     for part in reversed(PARTS):
         drawn = []
         for i, (method, runs) in enumerate(results.items()):
