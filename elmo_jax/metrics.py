@@ -1,6 +1,6 @@
 """Sums counted on the device to the figures people read, divided once, here.
 
-Axes: C classes. A confusion matrix has a row a true class and a column a predicted one.
+Axes: C classes, S seeds, N documents. A confusion matrix has a row a true class and a column a predicted one.
 """
 
 from collections.abc import Mapping
@@ -80,6 +80,40 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
     only_a, only_b = (int(np.sum((x == labels) & (y != labels))) for x, y in ((a, b), (b, a)))
     p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return only_a, only_b, p
+
+
+def paired_bootstrap(
+    labels: np.ndarray, a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Whether two classifiers' mean accuracies over seeds differ, on other documents of the kind.
+
+    Documents are drawn anew with replacement, each with what all runs made of it
+    (Efron and Tibshirani 1993). Seeds are not drawn anew.
+
+    Args:
+        labels: ``[N]`` true classes.
+        a, b: ``[S, N]`` predicted classes, a row a seed; each its own S.
+        draws: how often.
+        seed: of the draws.
+
+    Returns:
+        The mean accuracy of a less that of b, and the two-sided p-value: twice the share of
+        draws in which the difference is none or turned round.
+
+    Example:
+        >>> labels = np.zeros(100, int)
+        >>> better, worse = (np.repeat([[0, 1]], [n, 100 - n], axis=1) for n in (90, 60))
+        >>> difference, p = paired_bootstrap(labels, better, worse)
+        >>> difference, p < 0.001
+        (0.3, True)
+    """
+    right_a, right_b = ((x == labels).sum(0) for x in (a, b))  # [N]
+    # In whole numbers, so that equals are equal; documents of the same gain are drawn as one kind.
+    gains, counts = np.unique(right_a * len(b) - right_b * len(a), return_counts=True)
+    n = len(labels)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ gains  # [draws]
+    tail = min(int(np.sum(drawn <= 0)), int(np.sum(drawn >= 0)))
+    return float(gains @ counts / (n * len(a) * len(b))), min(1.0, 2 * (tail + 1) / (draws + 1))
 
 
 def perplexities(sums: Sums) -> dict[str, float]:

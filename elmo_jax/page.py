@@ -71,9 +71,9 @@ class Page:
         """A table whose first column names the rows."""
         self._blocks.append(("table", [list(head), *map(list, rows)]))
 
-    def figures(self, *pairs: tuple[Path, str]) -> None:
-        """PNG files side by side, each with the sentence that stands under it."""
-        self._blocks.append(("figures", pairs))
+    def figures(self, *drawn: tuple[Path, str, str]) -> None:
+        """PNG files side by side, each with what kind of picture it is, and the sentence under it."""
+        self._blocks.append(("figures", drawn))
 
     def write(self, path: Path) -> None:
         """Write ``path.md``, which links to the pictures, and ``path.html``, which holds them."""
@@ -94,9 +94,9 @@ class Page:
             elif kind == "table":
                 out.append(_markdown_table(block))
             else:
-                for path, caption in _pairs(block):
+                for path, kind, caption in _drawn(block):
                     target = Path(os.path.relpath(path, folder)).as_posix()
-                    out.append(f"![{caption}](<{target}>)\n\n{caption}")
+                    out.append(f"![{kind}](<{target}>)\n\n{caption}")
         return "\n\n".join(out) + "\n"
 
     def html(self) -> str:
@@ -110,7 +110,7 @@ class Page:
             elif kind == "table":
                 out.append(_html_table(block))
             else:
-                figures = "".join(_html_figure(path, caption) for path, caption in _pairs(block))
+                figures = "".join(_html_figure(*figure) for figure in _drawn(block))
                 out.append(f'<div class="figures">{figures}</div>')
         title = html.escape(self.title)
         return (
@@ -122,7 +122,7 @@ class Page:
         )
 
 
-def _pairs(block: object) -> Sequence[tuple[Path, str]]:
+def _drawn(block: object) -> Sequence[tuple[Path, str, str]]:
     return block  # pyright: ignore[reportReturnType]
 
 
@@ -145,7 +145,7 @@ def _html_table(block) -> str:
     return f'<div class="table"><table><thead><tr>{first}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
-def _html_figure(path: Path, caption: str) -> str:
+def _html_figure(path: Path, kind: str, caption: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    said = html.escape(caption)
-    return f'<figure><img src="{source}" alt="{said}"><figcaption>{said}</figcaption></figure>'
+    alt, said = html.escape(kind), html.escape(caption)
+    return f'<figure><img src="{source}" alt="{alt}"><figcaption>{said}</figcaption></figure>'

@@ -11,10 +11,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 Record = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^Dv<"
 STYLE: Any = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
@@ -27,8 +30,17 @@ STYLE: Any = {
     "text.parse_math": False,  # a class may be named $^$
 }
 CENTRED: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+# Above the axes, where it covers no line, and no wider than they are.
+ABOVE: Any = {"frameon": False, "loc": "lower center", "bbox_to_anchor": (0.5, 1), "fontsize": 9}
+ABOVE |= {"ncols": 3, "columnspacing": 1.2, "handletextpad": 0.5}
 MANY = 25  # classes of a confusion matrix above which its cells hold no legible number
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def look(i: int) -> dict[str, Any]:
+    """The colour and the marker of the i-th of several; they repeat together only after 36."""
+    n = len(COLOURS)
+    return {"color": COLOURS[i % n], "marker": MARKERS[(i + i // n) % n]}
 
 
 def plot_curves(
@@ -46,17 +58,16 @@ def plot_curves(
     epochs = [record["epoch"] for record in records]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.2))
-        for (name, label), marker in zip(lines.items(), "os^Dv<", strict=False):
-            axes.plot(epochs, [record[name] for record in records], marker=marker, markersize=4, label=label)
+        for i, (name, label) in enumerate(lines.items()):
+            axes.plot(epochs, [record[name] for record in records], markersize=4, label=label, **look(i))
         axes.set(xlabel="epoch", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole_ticks(axes, epochs)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         if len(lines) > 1:
-            # Above the axes, where it covers no line.
-            axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
+            axes.legend(**ABOVE)
         figure.savefig(path)
         plt.close(figure)
 
@@ -70,6 +81,8 @@ def plot_bands(
 ) -> None:
     """The mean over repetitions against x, within a band of their standard deviation, as a PNG.
 
+    Where there is one x, a band has no width: bars stand in its place, side by side.
+
     Args:
         curves: by name, each repetition's figure at every x, the same x of all.
         path: of the PNG.
@@ -78,23 +91,34 @@ def plot_bands(
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.2, 3.8))
-        for (name, runs), marker in zip(curves.items(), "os^Dv<", strict=False):
-            x = sorted(runs[0])
+        for i, (name, runs) in enumerate(curves.items()):
+            x, style = sorted(runs[0]), look(i)
             y = np.array([[run[at] for at in x] for run in runs])
             mean, spread = y.mean(0), deviation(y)
-            (line,) = axes.plot(x, mean, marker=marker, markersize=4, label=name)
-            axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.18, lw=0)
+            if len(x) > 1:
+                axes.plot(x, mean, markersize=4, label=name, **style)
+                axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
+            else:
+                at = x[0] * (1 + (i - (len(curves) - 1) / 2) / 100)
+                bars = spread if len(runs) > 1 else None
+                axes.errorbar(at, mean, yerr=bars, markersize=4, capsize=3, label=name, **style)
         if log:
             ticks = sorted({at for runs in curves.values() for at in runs[0]})
             axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _whole_ticks(axes, sorted(next(iter(curves.values()))[0]))
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9)
+        axes.legend(**ABOVE)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _whole_ticks(axes: Axes, x: Sequence[float]) -> None:
+    """Ticks at whole numbers, for what is counted; of one x, there alone."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def plot_dots(
@@ -167,9 +191,8 @@ def plot_layers(
         for axes, xy, title in zip(panels[0], points, titles, strict=True):
             for i, name in enumerate(names):
                 chosen = [g == name for g in groups]
-                colour, marker = COLOURS[i % len(COLOURS)], "os^Dv<"[i % 6]
-                style: Any = {"marker": marker, "s": 34, "alpha": 0.75, "linewidths": 0.6}
-                axes.scatter(*xy[chosen].T, color=colour, edgecolors="white", label=name, **style)
+                style: Any = {**look(i), "s": 34, "alpha": 0.75, "linewidths": 0.6}
+                axes.scatter(*xy[chosen].T, edgecolors="white", label=name, **style)
             axes.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
             axes.set_facecolor("#f5f5f2")
             axes.set_title(title, fontsize=9)
@@ -186,7 +209,8 @@ def plot_layers(
 def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:
     """A confusion matrix as a PNG: counts, shaded by their share of the true class.
 
-    Of more than `MANY` classes the shades alone, and names of at most `MANY`, evenly spaced.
+    Of more than `MANY` classes the shades alone, and names of at most `MANY`, evenly spaced. For
+    names that the font cannot write see `class_key`.
     """
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -200,12 +224,34 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
             said = f"{count:,}\n{share[i, j]:.1%}"
             axes.text(j, i, said, ha="center", va="center", color=colour, fontsize=size)
         ticks = range(0, len(classes), -(-len(classes) // MANY))
-        names = [classes[i] for i in ticks]
+        unwritable = _unwritable(classes)
+        names = [unwritable.get(i, classes[i]) for i in ticks]
         axes.set_xticks(ticks, names, rotation=30, ha="right")
         axes.set_yticks(ticks, names)
         axes.set(xlabel="predicted", ylabel="true", title=title)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _unwritable(classes: Sequence[str]) -> dict[int, str]:
+    """What stands in a picture for each class whose name the font has not all characters of."""
+    font = get_font(findfont(FontProperties()))
+    return {
+        i: f"class {i + 1}"
+        for i, name in enumerate(classes)
+        if not all(font.get_char_index(ord(character)) for character in name)
+    }
+
+
+def class_key(classes: Sequence[str]) -> str:
+    """What the numbers in a confusion matrix's picture stand for, a sentence; empty if there are none.
+
+    Example:
+        >>> class_key(["Sports", "体育"])
+        'In pictures, whose font lacks these characters: class 2 is 体育.'
+    """
+    told = "; ".join(f"{number} is {classes[i]}" for i, number in _unwritable(classes).items())
+    return told and f"In pictures, whose font lacks these characters: {told}."
 
 
 def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:

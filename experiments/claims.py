@@ -81,15 +81,15 @@ def write(made: Studies, output: Path) -> None:
     figures = output / "figures"
     figures.mkdir(exist_ok=True)
     page = Page("What context is worth, measured")
-    for name, study in (
-        ("Data efficiency", _efficiency),
-        ("Convergence", _convergence),
-        ("Context", _context),
-        ("Transfer", _transfer),
+    for name, kind, study in (
+        ("Data efficiency", "Test accuracy by labelled documents", _efficiency),
+        ("Convergence", "Validation accuracy by updates", _convergence),
+        ("Context", "Senses told apart, by vectors", _context),
+        ("Transfer", "Test accuracy with pre-training and without", _transfer),
     ):
         path = figures / f"{study.__name__.removeprefix('_')}.png"
         page.heading(name)
-        page.figures((path, study(made, path)))
+        page.figures((path, kind, study(made, path)))
     page.write(output / "claims")
 
 
@@ -103,36 +103,51 @@ def _seeds(count: int) -> str:
 
 
 def _efficiency(made: Studies, path: Path) -> str:
-    runs = {method: {**shares, 1.0: made.full[method]} for method, shares in made.few.items()}
-    curves = {}
-    for method, shares in runs.items():
-        by_share = {share: _accuracies(some) for share, some in shares.items()}
-        seeds = range(len(made.full[method]))
-        curves[method] = [{100 * share: values[i] for share, values in by_share.items()} for i in seeds]
-    report.plot_bands(curves, path, "labelled documents used (% of training)", "test accuracy", log=True)
+    curves = {
+        method: [by_documents(runs) for runs in zip(*shares.values(), made.full[method], strict=True)]
+        for method, shares in made.few.items()
+    }
+    report.plot_bands(curves, path, "labelled documents of training", "test accuracy", log=True)
     return efficiency_sentence(curves)
+
+
+def by_documents(runs: Sequence[Stage]) -> dict[float, float]:
+    """A seed's test accuracies by the labelled documents trained on, which are one a class at least.
+
+    Of shares of the labels that come to the same documents the last and largest is kept.
+    """
+    found = [measure(run).results for run in runs]
+    return {float(np.sum(f["train"]["confusion_matrix"])): f["test"]["accuracy"] for f in found}
 
 
 def efficiency_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -> str:
     """What the curves of `_efficiency` show: accuracies at either end, and who leads by how much."""
-    at = lambda method, x: [run[x] for run in curves[method]]  # noqa: E731
-    shares = sorted(curves[ELMO][0])
-    parts, leads = [], []
-    for x in (shares[0], shares[-1]):
-        parts.append(f"with {x:g}% of the labels " + ", ".join(f"{m} {spread(at(m, x), 3)}" for m in curves))
-        best = max(float(np.mean(at(m, x))) for m in STATIC)
-        leads.append(round(float(np.mean(at(ELMO, x))) - best, 3) + 0.0)  # as shown, and no -0.000
-    low, high = leads
-    if max(leads) <= 0:
-        trend = "it leads at neither end"
-    elif min(leads) <= 0:
-        trend = f"it leads with {'few labels' if low > 0 else 'all labels'} alone"
-    else:
-        trend = f"its lead is {'larger' if low > high else 'no larger'} with few labels than with all"
+    x = sorted(curves[ELMO][0])
+    values = {m: np.array([[run[at] for at in x] for run in runs]) for m, runs in curves.items()}  # [S, X]
+    parts = []
+    for i in sorted({0, len(x) - 1}):
+        found = "; ".join(f"{m} {spread(y[:, i].tolist(), 3)}" for m, y in values.items())
+        parts.append(f"with {x[i]:,.0f} labelled documents ({100 * x[i] / x[-1]:.3g}%): {found}.")
+    static = np.stack([values[m] for m in STATIC])
+    better = static.mean(1).argmax(0)  # [X]
+    leads = values[ELMO] - np.take_along_axis(static, better[None, None], 0)[0]  # [S, X]
+    mean = leads.mean(0).round(3) + 0.0  # as shown, and no -0.000
+    told = ", ".join(f"{lead:+.3f} with {at:,.0f}" for lead, at in zip(mean, x, strict=True))
+    trend = f"It leads at {int((mean > 0).sum())} of {len(x)} points."
+    if len(x) > 1 and mean[0] > 0 and mean[-1] > 0:
+        gain, noise = mean[0] - mean[-1], report.deviation(leads[:, 0] - leads[:, -1])
+        trend += f" With the fewest labels its lead is {_than_with_all(gain, noise)}."
     return (
-        f"Test accuracy {'; '.join(parts)}. ELMo is {low:+.3f} against the better static vectors at the "
-        f"low end and {high:+.3f} at the high end: {trend}. {_seeds(len(curves[ELMO]))}"
+        f"Test accuracy {' Test accuracy '.join(parts)} ELMo against the better static vectors: {told}. "
+        f"{trend} {_seeds(len(curves[ELMO]))}"
     )
+
+
+def _than_with_all(gain: float, noise: float) -> str:
+    """How a lead compares, unless its gain is within its deviation over seeds."""
+    if gain and abs(gain) <= noise:
+        return "not shown to differ from that with all, by the deviation over seeds"
+    return f"{'larger than' if gain > 0 else 'smaller than' if gain < 0 else 'the same as'} with all"
 
 
 def _convergence(made: Studies, path: Path) -> str:
@@ -165,7 +180,7 @@ def convergence_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) 
         )
     return (
         f"After {steps[0]:,.0f} updates, the first point measured: "
-        + ", ".join(f"{m} {values[0]:.3f}" for m, values in mean.items())
+        + "; ".join(f"{m} {values[0]:.3f}" for m, values in mean.items())
         + f". {'. '.join(said)}. {_seeds(len(curves[ELMO]))}"
     )
 

@@ -224,7 +224,8 @@ def _run(
         f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."
     )
-    results.write(classifiers, plan.sources(), Path(plan.language_model), seconds, about, output)
+    results.write(classifiers, plan.sources(), Path(plan.language_model), seconds, about,
+                  plan.data.dataset, output)  # fmt: skip
     cli.say(f"written to {output / 'report.html'}")
     if studies:
         claims.write(studies, output)

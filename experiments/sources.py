@@ -38,7 +38,7 @@ class SourceConfig:
     untrained: bool = False
     """Give the language model new parameters, to see what its training is worth."""
     labels: float = 1.0
-    """Share of the training and validation documents that are used."""
+    """Share of the training and validation documents that are used, at least one of each class."""
 
 
 class Source(NamedTuple):

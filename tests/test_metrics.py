@@ -8,7 +8,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from elmo_jax.metrics import classification, confusion_matrix, perplexities, token_mask
+from elmo_jax.metrics import classification, confusion_matrix, paired_bootstrap, perplexities, token_mask
 
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
 
@@ -37,3 +37,22 @@ def test_perplexity_is_the_exponential_of_the_mean():
 
 def test_mask_is_true_on_real_steps():
     assert token_mask(jnp.array([2, 0]), 3).tolist() == [[True, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize(("better", "share"), [(0.5, 0.0), (0.56, 0.3), (0.6, 0.7), (0.75, 0.3)])
+def test_the_bootstrap_draws_documents_with_what_all_runs_made_of_them(rng, better, share):
+    labels = rng.integers(0, 3, 200)
+    hard = rng.random(200)  # documents that one run has wrong are wrong more often in the others
+    a, b = (
+        np.where(share * hard + (1 - share) * rng.random((3, 200)) < right, labels, (labels + 1) % 3)
+        for right in (better, 0.5)
+    )
+    difference, p = paired_bootstrap(labels, a, b)
+    gain = (a == labels).mean(0) - (b == labels).mean(0)
+    assert difference == pytest.approx((a == labels).mean() - (b == labels).mean())
+    drawn = gain[rng.integers(0, 200, (4000, 200))].mean(1)
+    want = min(1, 2 * min((drawn <= 1e-12).mean(), (drawn >= -1e-12).mean()))
+    assert p == pytest.approx(want, abs=0.04)
+    turned = paired_bootstrap(labels, b, a)
+    assert turned == (-difference, pytest.approx(p, abs=0.03))
+    assert paired_bootstrap(labels, a, a[[2, 0, 1, 0, 1, 2]]) == (0, 1)

@@ -64,3 +64,57 @@ def test_a_table_of_many_classes_is_one_line():
     assert len(report.confusion_table(np.eye(25, dtype=int).tolist(), few).splitlines()) == 26
     said = report.confusion_table(np.eye(600, dtype=int).tolist(), many)
     assert said == "600 classes: the confusion matrix is in results.json"
+
+
+def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
+    report.plot_lambdas([{"epoch": i, "lambdas": [j / 36 for j in range(9)]} for i in (1, 2)], tmp_path / "l")
+    curves = {f"ELMo, frozen {i}": [{1.0: i / 8, 2.0: 1.0}] for i in range(8)}
+    report.plot_bands(curves, tmp_path / "b.png", "epoch", "accuracy")
+    for figure, count in zip(drawn, (9, 8), strict=True):
+        (axes,) = figure.axes
+        assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == count
+        legend = axes.get_legend()
+        assert len(legend.get_texts()) == count
+        assert legend.get_window_extent().width <= axes.get_window_extent().width
+
+
+@pytest.mark.parametrize(
+    "x", [(1,), (2,), (1, 2), range(1, 11), (1960,), range(1960, 9801, 1960), (3 * 10**6,)]
+)
+def test_epochs_and_updates_are_whole_numbers(tmp_path, drawn, x):
+    report.plot_curves([{"epoch": i, "loss": 1.0} for i in x], {"loss": ""}, tmp_path / "c.png", "loss")
+    report.plot_bands({"SVD": [{float(i): 0.5 for i in x}]}, tmp_path / "b.png", "updates", "accuracy")
+    for figure in drawn:
+        (axes,) = figure.axes
+        low, high = axes.get_xlim()
+        labels = {
+            at: label.get_text() for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        }
+        seen = {at: label for at, label in labels.items() if low <= at <= high}
+        assert seen and all(float(label.replace(",", "")) == at == round(at) for at, label in seen.items())
+
+
+@pytest.mark.parametrize("repetitions", [1, 2])
+def test_the_deviation_of_a_single_point_is_seen(tmp_path, drawn, repetitions):
+    report.plot_bands(
+        {"SVD": [{1.0: 0.6}, {1.0: 0.8}][:repetitions]}, tmp_path / "b.png", "epoch", "accuracy"
+    )
+    (axes,) = drawn[0].axes
+    bars = [
+        segment for bar in axes.collections if hasattr(bar, "get_segments") for segment in bar.get_segments()
+    ]
+    deviation = np.std([0.6, 0.8], ddof=1)
+    want = [[[1, 0.7 - deviation], [1, 0.7 + deviation]]] if repetitions > 1 else []
+    np.testing.assert_allclose(bars, want)
+
+
+def test_classes_that_the_font_cannot_write_are_numbered_and_told(tmp_path, drawn):
+    names = ["Sports", "体育", "Äpfel", "财 经"]
+    report.plot_confusion(
+        np.eye(4, dtype=int).tolist(), names, "test", tmp_path / "c.png"
+    )  # without a warning
+    (axes,) = drawn[0].axes
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["Sports", "class 2", "Äpfel", "class 4"]
+    assert report.class_key(names).endswith(": class 2 is 体育; class 4 is 财 经.")
+    assert report.class_key(["Sports", "Äpfel", "$^$"]) == ""

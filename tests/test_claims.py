@@ -1,0 +1,103 @@
+"""What is said of the studies' figures, whichever way they fall."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import claims
+
+SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
+NONE = [[0.1] * 5]
+
+
+def curves(elmo, sgns, svd=NONE, sizes=SIZES):
+    """By method and seed, accuracies by labelled documents."""
+    every = {claims.ELMO: elmo, "SGNS": sgns, "SVD": svd * len(elmo) if svd is NONE else svd}
+    return {m: [dict(zip(sizes, row, strict=False)) for row in rows] for m, rows in every.items()}
+
+
+@pytest.mark.parametrize(
+    ("elmo", "sgns", "said"),
+    [
+        ([0.5, 0.5, 0.9, 0.9, 0.9], [0.5, 0.7, 0.7, 0.7, 0.8], "It leads at 3 of 5 points. One seed"),
+        ([0.9, 0.5, 0.5, 0.5, 0.5], [0.5, 0.7, 0.7, 0.7, 0.8], "It leads at 1 of 5 points. One seed"),
+        ([0.9, 0.5, 0.5, 0.5, 0.9], [0.5, 0.7, 0.7, 0.7, 0.8],
+         "It leads at 2 of 5 points. With the fewest labels its lead is larger than with all. One seed"),
+        ([0.9] * 5, [0.85, 0.7, 0.7, 0.7, 0.6], "5 points. With the fewest labels its lead is smaller than"),
+        ([0.9] * 5, [0.8, 0.7, 0.7, 0.7, 0.8], "5 points. With the fewest labels its lead is the same as w"),
+        ([0.5001] * 5, [0.5] * 5, "+0.000 with 400. It leads at 0 of 5 points. One seed each"),
+        ([0.5], [0.4], "+0.100 with 4. It leads at 1 of 1 points. One seed each"),
+    ],
+)  # fmt: skip
+def test_the_lead_is_counted_wherever_it_is_measured(elmo, sgns, said):
+    assert said in claims.efficiency_sentence(curves([elmo], [sgns]))
+
+
+def test_the_lead_is_over_the_better_of_the_static_vectors_at_each_point():
+    said = claims.efficiency_sentence(
+        curves([[0.9] * 5], [[0.8, 0.8, 0.5, 0.5, 0.5]], [[0.5, 0.7, 0.7, 0.95, 0.6]])
+    )
+    assert ": +0.100 with 4, +0.100 with 12, +0.200 with 40, -0.050 with 120, +0.300 with 400." in said
+
+
+def test_a_lead_is_larger_only_beyond_the_deviation_over_seeds():
+    sgns = [[0.5] * 5] * 2
+    clear = claims.efficiency_sentence(curves([[0.8, 0.6, 0.6, 0.6, 0.6], [0.82, 0.6, 0.6, 0.6, 0.6]], sgns))
+    assert "its lead is larger than with all. Means of 2 seeds." in clear
+    noisy = claims.efficiency_sentence(curves([[0.6, 0.6, 0.6, 0.6, 0.6], [0.9, 0.6, 0.6, 0.6, 0.6]], sgns))
+    assert "its lead is not shown to differ from that with all, by the deviation over seeds. Means" in noisy
+    assert "larger" not in noisy
+
+
+def test_shares_are_those_of_the_documents_that_were_trained_on(tmp_path, monkeypatch):
+    def run(documents, accuracy):
+        return {"train": {"confusion_matrix": [[documents, 0], [0, 0]]}, "test": {"accuracy": accuracy}}
+
+    monkeypatch.setattr(claims, "measure", lambda found: SimpleNamespace(results=found))
+    drawn = []
+    monkeypatch.setattr(claims.report, "plot_bands", lambda curves, *_, **__: drawn.append(curves))
+    methods = (claims.ELMO, *claims.STATIC)
+    shares = {0.01: [run(5, 0.3)], 0.03: [run(5, 0.4)], 0.1: [run(5, 0.5)], 0.3: [run(12, 0.6)]}
+    made = claims.Studies({m: [run(40, 0.7)] for m in methods}, dict.fromkeys(methods, shares), [], [])
+    said = claims._efficiency(made, tmp_path / "efficiency.png")
+    assert drawn == [{m: [{5.0: 0.5, 12.0: 0.6, 40.0: 0.7}] for m in methods}]
+    assert "Test accuracy with 5 labelled documents (12.5%): ELMo, trainable λ 0.500; SGNS 0.500;" in said
+    assert "of 3 points" in said
+
+
+def test_the_sentence_of_convergence():
+    leads = {claims.ELMO: (0.8, 0.9), "SGNS": (0.7, 0.88), "SVD": (0.6, 0.87)}
+    learned = {name: [dict(zip((1.0, 100.0), values, strict=True))] for name, values in leads.items()}
+    said = claims.convergence_sentence(learned)
+    assert "ELMo, trainable λ 0.800; SGNS 0.700; SVD 0.600. " in said
+    assert "SGNS is at its best, 0.880, after 100 updates; ELMo reaches that after 100" in said
+    never = {**learned, "SVD": [{1.0: 0.6, 100.0: 0.99}]}
+    assert "ELMo reaches that never" in claims.convergence_sentence(never)
+
+
+def test_sentences_about_pictures_of_dots():
+    said = claims.transfer_sentence([0.9], [0.8])
+    assert "gains by pre-training: 0.9000 with it, 0.8000" in said and "(+0.1000). One seed each" in said
+    assert "does not gain by pre-training" in claims.transfer_sentence([0.80001], [0.8])
+    said = claims.transfer_sentence([0.7, 0.8], [0.8, 0.9])
+    assert "does not gain" in said and "(-0.1000). Means of 2 seeds." in said
+    values = {"ELMo, token vectors": 0.5, "ELMo, LSTM layer 1": 0.75, "SVD": 0.9, "SGNS": 0.5}
+    said = claims.context_sentence(values, 0.4, 20)
+    assert "75.0% of the senses from the best of ELMo's layers (LSTM layer 1), and 90.0%" in said
+    assert "static vectors (SVD)" in said and "gets 40.0%" in said
+
+
+def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
+    words = ["bank", "match"] * 60
+    senses = [f"{w}/{rng.integers(2)}" for w in words]
+    part = claims.Occurrences([], [], words, senses)
+    known = {s: rng.normal(size=8) for s in sorted(set(senses))}
+    vectors = rng.normal(size=(120, 8)) * 0.1 + [known[s] for s in senses]
+    static = rng.normal(size=(120, 8)) * 0 + [[w == "bank"] * 8 for w in words]
+    assert claims.probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
+    floor = claims.commonest(
+        replace(part, words=words[:60], senses=senses[:60]),
+        replace(part, words=words[60:], senses=senses[60:]),
+    )
+    assert claims.probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)
