@@ -7,7 +7,18 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmark import BenchmarkConfig
-from experiments.cases import CASES, MACHINE, OURS, Case, Phase, Rates, floor_seconds, parameters, phases
+from experiments.cases import (
+    CASES,
+    MACHINE,
+    OURS,
+    SCAN,
+    Case,
+    Phase,
+    Rates,
+    floor_seconds,
+    parameters,
+    phases,
+)
 from experiments.inputs import make_inputs, make_weights
 from experiments.race import Lane, _compare, difference, race, ratio, results_of
 from experiments.worker import Built, Stopwatch, _count_compilation, is_weight
@@ -151,6 +162,29 @@ def test_a_worker_that_dies_says_why(tmp_path):
     case = Case("bad", "sgns", (OURS,), vocabulary=40)
     (lane,) = race(case, {}, tmp_path, 1, 0.0, lambda: None)
     assert lane.seconds == [] and "KeyError: 'ids'" in lane.why
+
+
+def test_a_worker_killed_between_rounds_leaves_the_others_to_be_timed(tmp_path, monkeypatch):
+    started, ticks = [], []
+
+    class Kept(Lane):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 3:  # both are ready, and one round is over
+            started[1]._process.kill()
+            started[1]._process.wait()
+
+    monkeypatch.setattr("experiments.race.Lane", Kept)
+    case = replace(tiny("lstm"), peers=(OURS, SCAN))
+    arrays, _ = make_inputs(case, seed=1)
+    ours, killed = race(case, arrays, tmp_path, 3, 0.0, tick)
+    assert ours.why is None and len(ours.seconds) == 3 and len(ticks) == 5
+    assert killed.why.startswith("ended with code -9")
+    assert [lane._process.returncode is None for lane in started] == [False, False]
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
