@@ -208,15 +208,12 @@ class Model(nn.Module):
         self.bias = nn.Parameter(tensor(arrays["softmax_bias"]))
         self.stacks = nn.ModuleList(load_stack(case, arrays, d) for d in range(DIRECTIONS))
 
-    def forward(self, words: list[Tensor], masks: list[Tensor]) -> Tensor:
-        """The mean loss of ``[T + 1, B]`` ids as each direction reads them; masks ``[T, B]``."""
-        total = torch.zeros((), device=DEVICE)
-        for stack, ids, mask in zip(self.stacks, words, masks, strict=True):
-            with precision(self.case):
-                h = self._drop(stack(self._drop(F.embedding(ids[:-1], self.table)))[0])
-                logits = F.linear(h[mask], self.softmax, self.bias)  # of real tokens alone
-            total = total + F.cross_entropy(logits.float(), ids[1:][mask], reduction="mean")
-        return total / DIRECTIONS
+    def forward(self, d: int, ids: Tensor, mask: Tensor) -> Tensor:
+        """A direction's share of the mean loss: ids ``[T + 1, B]`` as it reads them, mask ``[T, B]``."""
+        with precision(self.case):
+            h = self._drop(self.stacks[d](self._drop(F.embedding(ids[:-1], self.table)))[0])
+            logits = F.linear(h[mask], self.softmax, self.bias)  # of real tokens alone
+        return F.cross_entropy(logits.float(), ids[1:][mask], reduction="mean") / DIRECTIONS
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout else x
@@ -232,12 +229,17 @@ def reading(words: np.ndarray, lengths: np.ndarray) -> tuple[list[Tensor], list[
 
 
 def _stepper(model: Model, words: list[Tensor], masks: list[Tensor], optimizer: Any):
+    """A step; each direction goes backward before the other's logits are made, for memory's sake."""
+
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = model(words, masks)
-        loss.backward()
+        total = torch.zeros((), device=DEVICE)
+        for d in range(DIRECTIONS):
+            loss = model(d, words[d], masks[d])
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
-        return loss.detach()
+        return total
 
     return step
 
@@ -262,7 +264,8 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 
     def check() -> dict[str, np.ndarray]:
         with torch.no_grad():
-            loss = np.array(float(model(*read[0])))
+            words, masks = read[0]
+            loss = np.array(sum(float(model(d, words[d], masks[d])) for d in range(DIRECTIONS)))
         model.dropout = 0.1
         for stack in model.stacks:
             stack.dropout = 0.1  # type: ignore[assignment]

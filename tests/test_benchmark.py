@@ -88,6 +88,22 @@ def test_torch_computes_what_this_library_does(name, standard_promotion):
         assert difference(found[key], value) < 1e-5, key
 
 
+def test_torch_holds_the_logits_of_one_direction_alone(monkeypatch, standard_promotion):
+    pytest.importorskip("torch")
+    from experiments import peers
+
+    done = []
+
+    class Watched(peers.Model):
+        def forward(self, *args):
+            done.append([stack.weight_ih_l0.grad is not None for stack in self.stacks])
+            return super().forward(*args)
+
+    monkeypatch.setattr(peers, "Model", Watched)
+    side(peers, tiny("step")).runs[0][0](1)
+    assert done == [[False, False], [True, False]]
+
+
 @pytest.mark.parametrize("name", ["lstm", "softmax", "optimiser", "step"])
 def test_flax_computes_what_this_library_does(name, standard_promotion):
     from experiments import jax_peers, ours
