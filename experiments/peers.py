@@ -8,6 +8,7 @@ Axes: B batch, T time, D direction, H cells, P projection, V vocabulary.
 # pyright: reportMissingImports=false
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from experiments import torch_elmo
 from experiments.cases import DIRECTIONS, Case
-from experiments.worker import RATE, Built, is_weight
+from experiments.worker import B1, RATE, Built, is_weight
 
 Arrays = dict[str, np.ndarray]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +119,16 @@ def _ungated(g: Tensor) -> np.ndarray:
     return np.concatenate([i, j, f, o]).T
 
 
+def by_layer(case: Case, stacks: Sequence[Any], of: Callable[[Tensor], Any]) -> Arrays:
+    """The gradients of all layers by this library's names, `of` telling that of a parameter."""
+    names = (("input_kernel", "weight_ih"), ("recurrent_kernel", "weight_hh"), ("bias", "bias_ih"))
+    return {
+        f"d:lstm_{i}/{ours}": np.stack([_ungated(of(s.get_parameter(f"{theirs}_l{i}"))) for s in stacks])
+        for i in range(case.layers)
+        for ours, theirs in names
+    }
+
+
 def _lstm(case: Case, arrays: Arrays) -> Built:
     stacks = [load_stack(case, arrays, d) for d in range(DIRECTIONS)]
     xs = [tensor(np.ascontiguousarray(arrays["x"][:, d])).requires_grad_() for d in range(DIRECTIONS)]
@@ -138,15 +149,7 @@ def _lstm(case: Case, arrays: Arrays) -> Built:
     def check() -> dict[str, np.ndarray]:
         out = {"loss": step().cpu().numpy()}
         out["d:x"] = np.stack([x.grad.cpu().numpy() for x in xs], axis=1)  # type: ignore[union-attr]
-        for i in range(case.layers):
-            for ours, theirs in (
-                ("input_kernel", "weight_ih"),
-                ("recurrent_kernel", "weight_hh"),
-                ("bias", "bias_ih"),
-            ):
-                each = [_ungated(s.get_parameter(f"{theirs}_l{i}").grad) for s in stacks]  # type: ignore[arg-type]
-                out[f"d:lstm_{i}/{ours}"] = np.stack(each)
-        return out
+        return out | by_layer(case, stacks, lambda p: p.grad)
 
     return Built(check, [(repeat(step), 1.0)])
 
@@ -248,7 +251,17 @@ def _step(case: Case, arrays: Arrays) -> Built:
     model = Model(case, arrays)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], RATE, fused=True)
     run = repeat(_stepper(model, *reading(arrays["words"], arrays["lengths"]), optimizer))
-    return Built(lambda: {"loss": np.array([float(loss) for loss in run(3)])}, [(run, 1.0)])
+
+    def first_gradient(p: Tensor) -> Tensor:
+        return optimizer.state[p]["exp_avg"] / (1 - B1)  # after one step
+
+    def check() -> dict[str, np.ndarray]:
+        first = run(1)
+        out = by_layer(case, list(model.stacks), first_gradient)
+        out["d:softmax_bias"] = first_gradient(model.bias).cpu().numpy()
+        return out | {"loss": np.array([float(loss) for loss in (*first, *run(2))])}
+
+    return Built(check, [(run, 1.0)])
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:

@@ -170,6 +170,28 @@ def test_a_peer_of_another_loss_is_not_timed(tmp_path):
     assert found["peers"][OURS]["of_floor"] == 0.5 / 1.5
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_whole_step_is_told_from_another_models(precision, tmp_path, monkeypatch, standard_promotion):
+    """Losses of new models are all near log V; the first step's gradients are not alike."""
+    from experiments import jax_peers, ours
+
+    case = replace(tiny("step"), precision=precision)
+    arrays, _ = make_inputs(case, seed=1)
+    without = {n: 0 * a if "recurrent" in n else a for n, a in arrays.items()}
+    with jax.numpy_rank_promotion("allow"):
+        found = {OURS: ours.build(case, arrays).check()}
+        for peer, given in (("flax", arrays), ("memoryless", without)):
+            found[peer] = jax_peers.build_flax(case, given).check()
+        monkeypatch.setattr(jax_peers, "reverse_valid", lambda words, lengths: words)
+        found["unturned"] = jax_peers.build_flax(case, arrays).check()
+    assert {"d:lstm_1/recurrent_kernel", "d:softmax_bias"} < found[OURS].keys()
+    for peer in ("memoryless", "unturned"):
+        found[peer]["loss"] = found[OURS]["loss"]
+    lanes = [Silent(peer, tmp_path, values) for peer, values in found.items()]
+    _compare(case, lanes, tmp_path)  # type: ignore[arg-type]
+    assert [lane.why is None for lane in lanes] == [True, True, False, False]
+
+
 def test_a_ratio_is_taken_round_by_round():
     assert ratio([2.0, 40.0, 2.0], [1.0, 20.0, 1.0]) == 2.0
 
