@@ -57,6 +57,16 @@ def test_the_work_of_the_seed_shape_counted_by_hand():
     assert word.flops == 2 * (filters + 2 * 2048 * 2048 + 2048 * 128)
 
 
+def test_of_a_table_only_the_rows_that_a_step_names_need_be_moved():
+    case = replace(tiny("small"), vocabulary=3000)
+    arrays, counts = make_inputs(case, seed=1)
+    names = set(arrays["words"].ravel().tolist())
+    assert len(names) <= counts["rows"] <= len(names) + 7
+    update, dense = (phases(case, known)[2].bytes for known in (counts, counts | {"rows": 3000}))
+    assert dense == 20 * parameters(case)
+    assert dense - update == 20 * (3000 - counts["rows"]) * (4 + 1)  # a vector of 4 and a bias
+
+
 def test_phases_follow_each_other_and_each_is_bound_by_the_slower_of_two_rates():
     rates = Rates(flops=100.0, bytes=10.0)
     assert floor_seconds([Phase(200.0, 5.0), Phase(10.0, 30.0)], rates) == 2 + 3
