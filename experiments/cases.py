@@ -126,7 +126,8 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     Args:
         case: the work.
         counts: of the unit's data: ``positions`` predicted a direction, optimiser ``steps``,
-            distinct ``types`` of words spelled.
+            distinct ``types`` of words spelled, and of the softmax ``rows`` a step names if no
+            others need be moved.
 
     Returns:
         Phases that follow each other. Training counts a product three times, forward and
@@ -149,7 +150,8 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     if case.part in ("sgns", "pretrain"):
         return []  # the latency of rows here and there, or of much beside products, of which no rate tells
     moved = 5.0 if case.part == "official" else 7.0
-    update = counts.get("steps", 1) * moved * FLOAT * parameters(case)
+    left = case.vocabulary - counts.get("rows", case.vocabulary)
+    update = counts.get("steps", 1) * moved * FLOAT * (parameters(case) - left * (case.width + 1))
     spelled = counts.get("types", 0) * spelling_flops(case)
     return [
         Phase(3 * (n * lstm_flops(case) + spelled)),

@@ -205,7 +205,11 @@ def _official(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, A
     real = int(weight[:, 0].sum())
     ends = int((words[1:, 0] == 2).sum())
     types = len(np.unique(words[:-1] % len(spelled)))
-    counts = {"tokens": real - ends, "positions": case.batch * case.steps, "steps": 1, "types": types}
+    assert case.negatives is not None
+    drawn, _ = log_uniform_negatives(jax.random.key(0), case.vocabulary, case.negatives)
+    rows = len(np.union1d(words, drawn))
+    counts = {"tokens": real - ends, "positions": case.batch * case.steps, "steps": 1}
+    counts |= {"types": types, "rows": rows}
     return make_weights(case, rng) | data, counts
 
 

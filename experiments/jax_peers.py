@@ -17,7 +17,7 @@ from elmo_jax.cudnn import pack_weights
 from elmo_jax.lstm import reverse_valid
 from experiments.cases import DIRECTIONS, Case
 from experiments.inputs import Arrays, weights_of
-from experiments.ours import lstm_gradients, optimiser_steps, softmax_gradients
+from experiments.ours import first_gradients, lstm_gradients, optimiser_steps, softmax_gradients
 from experiments.worker import RATE, Built
 
 # One direction's layers: weights, x [T, B, I] -> h [T, B, H].
@@ -138,4 +138,9 @@ def _step(case: Case, arrays: Arrays, stack: Stack) -> Built:
             losses.append(value)
         return jax.block_until_ready((held, losses))[1]
 
-    return Built(lambda: {"loss": np.array(run(3))}, [(run, 1.0)])
+    def check() -> dict[str, np.ndarray]:
+        first = run(1)
+        gradients = first_gradients(held[1])
+        return {"loss": np.array([*first, *run(2)])} | gradients
+
+    return Built(check, [(run, 1.0)])

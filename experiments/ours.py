@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from elmo_jax.bilm import zero_state
@@ -25,7 +26,7 @@ from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, m
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, weights_of
 from experiments.rates import build_copy, build_product, compiled_once
-from experiments.worker import RATE, Built, pair_loss, sentences_of
+from experiments.worker import B1, RATE, Built, pair_loss, sentences_of
 
 _K = 8  # steps a dispatch, as by default
 
@@ -151,7 +152,7 @@ def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
 
 
 def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -> Built:
-    """Steps through `make_dispatch`, K at a time; their first losses are checked.
+    """Steps through `make_dispatch`, K at a time; the first losses and gradients are checked.
 
     Args:
         loss_fn: the task.
@@ -169,7 +170,22 @@ def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -
             held[0], sums = dispatch(held[0], batches, min(most, n - start), key)
         return jax.block_until_ready((held[0], sums))[1]
 
-    return Built(lambda: {"loss": np.array(run(3)["loss"][:3])}, [(run, 1.0)])
+    def check() -> dict[str, np.ndarray]:
+        first = run(1)["loss"][:1]
+        gradients = first_gradients(held[0].opt_state)
+        return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
+
+    return Built(check, [(run, 1.0)])
+
+
+def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
+    """What Adam was given in its one step so far, of the LSTM and the softmax's bias.
+
+    Its first moments hold it, so that nothing is compiled or kept for the check alone.
+    """
+    moments: Any = flatten_dict(optax.tree.get(opt_state, "mu"), sep="/")
+    checked = {n: m for n, m in moments.items() if n.startswith("lstm") or n == "softmax_bias"}
+    return {f"d:{name}": np.array(moment) / (1 - B1) for name, moment in checked.items()}
 
 
 def _repeated(tree: Any) -> Any:

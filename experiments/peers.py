@@ -8,6 +8,7 @@ Axes: B batch, T time, D direction, H cells, P projection, V vocabulary.
 # pyright: reportMissingImports=false
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from experiments import torch_elmo
 from experiments.cases import DIRECTIONS, Case
-from experiments.worker import RATE, Built, is_weight
+from experiments.worker import B1, RATE, Built, is_weight
 
 Arrays = dict[str, np.ndarray]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +119,16 @@ def _ungated(g: Tensor) -> np.ndarray:
     return np.concatenate([i, j, f, o]).T
 
 
+def by_layer(case: Case, stacks: Sequence[Any], of: Callable[[Tensor], Any]) -> Arrays:
+    """The gradients of all layers by this library's names, `of` telling that of a parameter."""
+    names = (("input_kernel", "weight_ih"), ("recurrent_kernel", "weight_hh"), ("bias", "bias_ih"))
+    return {
+        f"d:lstm_{i}/{ours}": np.stack([_ungated(of(s.get_parameter(f"{theirs}_l{i}"))) for s in stacks])
+        for i in range(case.layers)
+        for ours, theirs in names
+    }
+
+
 def _lstm(case: Case, arrays: Arrays) -> Built:
     stacks = [load_stack(case, arrays, d) for d in range(DIRECTIONS)]
     xs = [tensor(np.ascontiguousarray(arrays["x"][:, d])).requires_grad_() for d in range(DIRECTIONS)]
@@ -138,15 +149,7 @@ def _lstm(case: Case, arrays: Arrays) -> Built:
     def check() -> dict[str, np.ndarray]:
         out = {"loss": step().cpu().numpy()}
         out["d:x"] = np.stack([x.grad.cpu().numpy() for x in xs], axis=1)  # type: ignore[union-attr]
-        for i in range(case.layers):
-            for ours, theirs in (
-                ("input_kernel", "weight_ih"),
-                ("recurrent_kernel", "weight_hh"),
-                ("bias", "bias_ih"),
-            ):
-                each = [_ungated(s.get_parameter(f"{theirs}_l{i}").grad) for s in stacks]  # type: ignore[arg-type]
-                out[f"d:lstm_{i}/{ours}"] = np.stack(each)
-        return out
+        return out | by_layer(case, stacks, lambda p: p.grad)
 
     return Built(check, [(repeat(step), 1.0)])
 
@@ -208,15 +211,12 @@ class Model(nn.Module):
         self.bias = nn.Parameter(tensor(arrays["softmax_bias"]))
         self.stacks = nn.ModuleList(load_stack(case, arrays, d) for d in range(DIRECTIONS))
 
-    def forward(self, words: list[Tensor], masks: list[Tensor]) -> Tensor:
-        """The mean loss of ``[T + 1, B]`` ids as each direction reads them; masks ``[T, B]``."""
-        total = torch.zeros((), device=DEVICE)
-        for stack, ids, mask in zip(self.stacks, words, masks, strict=True):
-            with precision(self.case):
-                h = self._drop(stack(self._drop(F.embedding(ids[:-1], self.table)))[0])
-                logits = F.linear(h[mask], self.softmax, self.bias)  # of real tokens alone
-            total = total + F.cross_entropy(logits.float(), ids[1:][mask], reduction="mean")
-        return total / DIRECTIONS
+    def forward(self, d: int, ids: Tensor, mask: Tensor) -> Tensor:
+        """A direction's share of the mean loss: ids ``[T + 1, B]`` as it reads them, mask ``[T, B]``."""
+        with precision(self.case):
+            h = self._drop(self.stacks[d](self._drop(F.embedding(ids[:-1], self.table)))[0])
+            logits = F.linear(h[mask], self.softmax, self.bias)  # of real tokens alone
+        return F.cross_entropy(logits.float(), ids[1:][mask], reduction="mean") / DIRECTIONS
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout else x
@@ -232,12 +232,17 @@ def reading(words: np.ndarray, lengths: np.ndarray) -> tuple[list[Tensor], list[
 
 
 def _stepper(model: Model, words: list[Tensor], masks: list[Tensor], optimizer: Any):
+    """A step; each direction goes backward before the other's logits are made, for memory's sake."""
+
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = model(words, masks)
-        loss.backward()
+        total = torch.zeros((), device=DEVICE)
+        for d in range(DIRECTIONS):
+            loss = model(d, words[d], masks[d])
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
-        return loss.detach()
+        return total
 
     return step
 
@@ -246,7 +251,17 @@ def _step(case: Case, arrays: Arrays) -> Built:
     model = Model(case, arrays)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], RATE, fused=True)
     run = repeat(_stepper(model, *reading(arrays["words"], arrays["lengths"]), optimizer))
-    return Built(lambda: {"loss": np.array([float(loss) for loss in run(3)])}, [(run, 1.0)])
+
+    def first_gradient(p: Tensor) -> Tensor:
+        return optimizer.state[p]["exp_avg"] / (1 - B1)  # after one step
+
+    def check() -> dict[str, np.ndarray]:
+        first = run(1)
+        out = by_layer(case, list(model.stacks), first_gradient)
+        out["d:softmax_bias"] = first_gradient(model.bias).cpu().numpy()
+        return out | {"loss": np.array([float(loss) for loss in (*first, *run(2))])}
+
+    return Built(check, [(run, 1.0)])
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
@@ -262,7 +277,8 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 
     def check() -> dict[str, np.ndarray]:
         with torch.no_grad():
-            loss = np.array(float(model(*read[0])))
+            words, masks = read[0]
+            loss = np.array(sum(float(model(d, words[d], masks[d])) for d in range(DIRECTIONS)))
         model.dropout = 0.1
         for stack in model.stacks:
             stack.dropout = 0.1  # type: ignore[assignment]

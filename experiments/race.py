@@ -4,6 +4,7 @@ Nouns: a *lane* is a peer's process; a *round* is one measurement of every lane,
 the other, so that a noisy minute falls on all of them.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -107,8 +108,9 @@ class Lane:
             return
         self._timer.cancel()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
+            with contextlib.suppress(OSError):  # what a dead one was not told can no longer be
+                if pipe:
+                    pipe.close()
         self._process.terminate()
         self._process.wait()
 

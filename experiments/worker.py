@@ -21,6 +21,7 @@ from experiments.memory import process_peak, tame_malloc
 # JAX's products of float32; left alone, a GPU runs them in TF32.
 _PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 RATE = 1e-3  # learning rate of every peer
+B1 = 0.9  # of Adam's first moment, which every peer has so by default
 _WARM_UPS = 5  # at most; a peer that still compiles after them does so in every unit
 # Which function makes a peer's side.
 _MAKERS = {

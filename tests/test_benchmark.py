@@ -7,7 +7,18 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmark import BenchmarkConfig
-from experiments.cases import CASES, MACHINE, OURS, Case, Phase, Rates, floor_seconds, parameters, phases
+from experiments.cases import (
+    CASES,
+    MACHINE,
+    OURS,
+    SCAN,
+    Case,
+    Phase,
+    Rates,
+    floor_seconds,
+    parameters,
+    phases,
+)
 from experiments.inputs import make_inputs, make_weights
 from experiments.race import Lane, _compare, difference, race, ratio, results_of
 from experiments.worker import Built, Stopwatch, _count_compilation, is_weight
@@ -46,6 +57,16 @@ def test_the_work_of_the_seed_shape_counted_by_hand():
     assert word.flops == 2 * (filters + 2 * 2048 * 2048 + 2048 * 128)
 
 
+def test_of_a_table_only_the_rows_that_a_step_names_need_be_moved():
+    case = replace(tiny("small"), vocabulary=3000)
+    arrays, counts = make_inputs(case, seed=1)
+    names = set(arrays["words"].ravel().tolist())
+    assert len(names) <= counts["rows"] <= len(names) + 7
+    update, dense = (phases(case, known)[2].bytes for known in (counts, counts | {"rows": 3000}))
+    assert dense == 20 * parameters(case)
+    assert dense - update == 20 * (3000 - counts["rows"]) * (4 + 1)  # a vector of 4 and a bias
+
+
 def test_phases_follow_each_other_and_each_is_bound_by_the_slower_of_two_rates():
     rates = Rates(flops=100.0, bytes=10.0)
     assert floor_seconds([Phase(200.0, 5.0), Phase(10.0, 30.0)], rates) == 2 + 3
@@ -75,6 +96,22 @@ def test_torch_computes_what_this_library_does(name, standard_promotion):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert difference(found[key], value) < 1e-5, key
+
+
+def test_torch_holds_the_logits_of_one_direction_alone(monkeypatch, standard_promotion):
+    pytest.importorskip("torch")
+    from experiments import peers
+
+    done = []
+
+    class Watched(peers.Model):
+        def forward(self, *args):
+            done.append([stack.weight_ih_l0.grad is not None for stack in self.stacks])
+            return super().forward(*args)
+
+    monkeypatch.setattr(peers, "Model", Watched)
+    side(peers, tiny("step")).runs[0][0](1)
+    assert done == [[False, False], [True, False]]
 
 
 @pytest.mark.parametrize("name", ["lstm", "softmax", "optimiser", "step"])
@@ -143,6 +180,28 @@ def test_a_peer_of_another_loss_is_not_timed(tmp_path):
     assert found["peers"][OURS]["of_floor"] == 0.5 / 1.5
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_whole_step_is_told_from_another_models(precision, tmp_path, monkeypatch, standard_promotion):
+    """Losses of new models are all near log V; the first step's gradients are not alike."""
+    from experiments import jax_peers, ours
+
+    case = replace(tiny("step"), precision=precision)
+    arrays, _ = make_inputs(case, seed=1)
+    without = {n: 0 * a if "recurrent" in n else a for n, a in arrays.items()}
+    with jax.numpy_rank_promotion("allow"):
+        found = {OURS: ours.build(case, arrays).check()}
+        for peer, given in (("flax", arrays), ("memoryless", without)):
+            found[peer] = jax_peers.build_flax(case, given).check()
+        monkeypatch.setattr(jax_peers, "reverse_valid", lambda words, lengths: words)
+        found["unturned"] = jax_peers.build_flax(case, arrays).check()
+    assert {"d:lstm_1/recurrent_kernel", "d:softmax_bias"} < found[OURS].keys()
+    for peer in ("memoryless", "unturned"):
+        found[peer]["loss"] = found[OURS]["loss"]
+    lanes = [Silent(peer, tmp_path, values) for peer, values in found.items()]
+    _compare(case, lanes, tmp_path)  # type: ignore[arg-type]
+    assert [lane.why is None for lane in lanes] == [True, True, False, False]
+
+
 def test_a_ratio_is_taken_round_by_round():
     assert ratio([2.0, 40.0, 2.0], [1.0, 20.0, 1.0]) == 2.0
 
@@ -151,6 +210,29 @@ def test_a_worker_that_dies_says_why(tmp_path):
     case = Case("bad", "sgns", (OURS,), vocabulary=40)
     (lane,) = race(case, {}, tmp_path, 1, 0.0, lambda: None)
     assert lane.seconds == [] and "KeyError: 'ids'" in lane.why
+
+
+def test_a_worker_killed_between_rounds_leaves_the_others_to_be_timed(tmp_path, monkeypatch):
+    started, ticks = [], []
+
+    class Kept(Lane):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 3:  # both are ready, and one round is over
+            started[1]._process.kill()
+            started[1]._process.wait()
+
+    monkeypatch.setattr("experiments.race.Lane", Kept)
+    case = replace(tiny("lstm"), peers=(OURS, SCAN))
+    arrays, _ = make_inputs(case, seed=1)
+    ours, killed = race(case, arrays, tmp_path, 3, 0.0, tick)
+    assert ours.why is None and len(ours.seconds) == 3 and len(ticks) == 5
+    assert killed.why.startswith("ended with code -9")
+    assert [lane._process.returncode is None for lane in started] == [False, False]
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -69,10 +69,10 @@ def test_torch_stays_near_in_other_precisions(precision):
     from experiments import peers
 
     case = replace(tiny("step"), precision=precision)
-    expected, found = (side(module, case).check()["loss"] for module in (ours, peers))
-    assert difference(found, expected) < TOLERANCE[precision]
+    expected, found = (side(module, case).check() for module in (ours, peers))
+    assert max(difference(found[name], value) for name, value in expected.items()) < TOLERANCE[precision] / 2
     exact = side(peers, tiny("step")).check()["loss"]
-    assert np.array_equal(found, exact) == (precision == "tf32")  # which a CPU has not
+    assert np.array_equal(found["loss"], exact) == (precision == "tf32")  # which a CPU has not
 
 
 def test_training_on_cuda_is_timed_in_each_precision_beside_what_can_do_it():
