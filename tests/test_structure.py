@@ -24,7 +24,7 @@ ALLOWED = {
     "hdf5": {"errors", "integrity"},
     "pretrained": {"bilm", "characters", "data", "embedders", "errors", "hdf5", "integrity", "text"},
     "inference": {"bilm", "characters", "data", "recurrence", "text"},
-    "classifier": {"data", "lstm", "metrics", "text"},
+    "classifier": {"characters", "data", "lstm", "metrics", "text"},
     "integrity": {"errors"},
     "steps": {"errors", "integrity", "processes"},
     "checkpoint": {"errors", "integrity", "processes", "steps"},
