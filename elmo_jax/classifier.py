@@ -13,10 +13,11 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.characters import character_ids
 from elmo_jax.data import Batch
 from elmo_jax.lstm import LSTM, Kernel, reverse_valid
 from elmo_jax.metrics import confusion_matrix, token_mask
-from elmo_jax.text import UNK
+from elmo_jax.text import SPECIAL, UNK
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
 Features = Callable[[Any, Batch, Array | None], Array]
@@ -127,10 +128,13 @@ def classify(
 
 
 def _hide_words(batch: Batch, key: Array, share: float) -> Batch:
-    """That share of the words made unknown; markers and padding stay."""
-    words = jnp.asarray(batch.words)
-    hidden = jax.random.bernoulli(key, share, words.shape) & (words > UNK)
-    return replace(batch, words=jnp.where(hidden, UNK, words))
+    """That share of the words made unknown, in their spelling too; markers and padding stay."""
+    words, chars = jnp.asarray(batch.words), batch.chars
+    hidden = jax.random.bernoulli(key, share, words.shape) & (words >= UNK)  # an unknown word has a spelling
+    if chars is not None:
+        unknown = jnp.asarray(character_ids([SPECIAL[UNK]])[0, : chars.shape[-1]])
+        chars = jnp.where(hidden[..., None], unknown[None, None], chars)
+    return replace(batch, words=jnp.where(hidden, UNK, words), chars=chars)
 
 
 def static_features(params: Any, batch: Batch, key: Array | None) -> Array:

@@ -103,8 +103,8 @@ def fit(
         The last state and every epoch's record.
 
     Raises:
-        InputError: several losses or gradients in a row, or the figure the run is to lower,
-            were not finite; or a step could not be saved.
+        InputError: several losses or gradients in a row, or all of an epoch, or the figure
+            the run is to lower, were not finite; or a step could not be saved.
         Interrupted: SIGINT or SIGTERM came; the step was saved.
     """
     position = Position()
@@ -123,7 +123,8 @@ def fit(
         while len(ahead) > leave:
             _add(position, *ahead.popleft())
         if position.skipped >= PATIENCE:
-            raise InputError(f"{_why(position, state, stream)}; {_kept(run)}")
+            told = f"{position.skipped} steps in a row, up to step {position.step}"
+            raise _not_finite(told, position, state, stream, run)
 
     with _stop_signals() as caught, Meter(epochs * per_epoch, "step", position.step) as meter:
         while position.step < epochs * per_epoch:
@@ -154,6 +155,9 @@ def fit(
                         _leave(stop, run, position.step)
             settle()
             position.seconds = time.perf_counter() - began
+            if not position.sums["steps"]:
+                told = f"at any step of epoch {position.step // per_epoch}"
+                raise _not_finite(told, position, state, stream, run)
             _end_epoch(state, position, run, per_epoch, per, on_epoch)
             on_record(position.records[-1])
             _show(meter, position, per_epoch, per)
@@ -190,10 +194,7 @@ def _end_epoch(state: TrainState, position: Position, run: Run, per_epoch: int, 
     sums = {**position.sums, "seconds": position.seconds}
     record |= on_epoch(state, sums) | {"seconds": round(position.seconds, 3)}
     if not np.isfinite(record[run.monitor]):
-        raise InputError(
-            f"{run.monitor} is {record[run.monitor]} after epoch {epoch}; lower --learning-rate or "
-            f"--clip-norm; {_kept(run)}"
-        )
+        raise InputError(f"{run.monitor} is {record[run.monitor]} after epoch {epoch}; {run.steps.slower()}")
     position.records = [*position.records, record]
     position.sums, position.seconds = {}, 0.0
     run.save(_as_tree(state), position)
@@ -218,25 +219,14 @@ def _add(position: Position, count: int, sums: dict[str, Array]) -> None:
         position.step += 1
 
 
-def _why(position: Position, state: TrainState, stream: Stream) -> str:
+def _not_finite(told: str, position: Position, state: TrainState, stream: Stream, run: Run) -> InputError:
     """What is known of the steps that were skipped."""
     rates = optax.tree.get(state.opt_state, "hyperparams", {})
     rate = f"learning rate {float(rates['learning_rate']):g}, " if "learning_rate" in rates else ""
     rows = ", ".join(map(str, stream.rows(position.step - 1)))
     read = f"{rate}documents {rows}" if rows else rate.rstrip(", ")
-    return (
-        f"the loss or a gradient was not finite {position.skipped} steps in a row, up to step "
-        f"{position.step} ({read}); lower --learning-rate or --clip-norm"
-    )
-
-
-def _kept(run: Run) -> str:
-    """What there is to go on from, once the save under way is done."""
-    run.wait()
-    saved = run.steps.saved()
-    if not saved:
-        return "no step was saved yet, begin anew with --overwrite"
-    return f"step {saved[-1]} is saved, go on with --resume --allow-config-change"
+    read = f" ({read})" if read else ""
+    return InputError(f"the loss or a gradient was not finite {told}{read}; {run.steps.slower()}")
 
 
 def _show(meter: Meter, position: Position, per_epoch: int, per: str) -> None:

@@ -29,6 +29,7 @@ from elmo_jax.processes import first, led, together
 KEEP = 2  # newest steps kept beside the best
 _STATE, _POSITION = "state", "position.json"
 _PART, _DAMAGED = ".part", ".damaged"
+_SLOWER = "lower --learning-rate or --clip-norm"
 _ROOM = 2**24  # bytes to leave free beside a saved state, for all that is small
 
 
@@ -37,6 +38,9 @@ class Steps:
 
     Args:
         path: the folder; made by the first save.
+
+    Attributes:
+        remedy: of numbers that are not finite, where a command has other flags than training has.
 
     Example:
         >>> import tempfile
@@ -51,6 +55,7 @@ class Steps:
 
     def __init__(self, path: Path):
         self.path = path.absolute()
+        self.remedy: str | None = None
         self._checked: dict[int, bool] = {}
         self._saving: tuple[int, Future[None]] | None = None
         self._saver: ocp.AsyncCheckpointer | None = None
@@ -63,6 +68,16 @@ class Steps:
         if not self.path.is_dir():
             return []
         return sorted(int(p.name) for p in self.path.iterdir() if re.fullmatch(r"0|[1-9]\d{0,17}", p.name))
+
+    def slower(self) -> str:
+        """What to do where training was not finite, once the save under way is done."""
+        self.wait()
+        if self.remedy is not None:
+            return self.remedy
+        saved = self.saved()
+        if not saved:
+            return f"{_SLOWER}; no step was saved yet, begin anew with --overwrite"
+        return f"{_SLOWER}; step {saved[-1]} is saved, go on with --resume --allow-config-change"
 
     def tidy(self) -> None:
         """Remove what saves that a crash cut short have left."""
@@ -85,8 +100,8 @@ class Steps:
         self.wait()
         if not _finite(state):
             raise InputError(
-                f"{self.path}: step {step} holds numbers that are not finite, and is not saved; lower "
-                "--learning-rate or --clip-norm"
+                f"{self.path}: step {step} holds numbers that are not finite, and is not saved; "
+                f"{self.remedy or _SLOWER}"
             )
         led(lambda: self._begin(step, state, position))
         with self._reported(step):

@@ -124,16 +124,30 @@ def say(line: str) -> None:
 
 
 def create_run(
-    config: Any, output: str, monitor: str, files: Mapping[str, str] | None = None, **more: Any
+    config: Any,
+    output: str,
+    monitor: str,
+    files: Mapping[str, str] | None = None,
+    remedy: str | None = None,
+    **more: Any,
 ) -> Run:
-    """The run's folder, with everything in its configuration but how it was started."""
+    """The run's folder, with everything in its configuration but how it was started.
+
+    Args:
+        config: the command's flags.
+        output: the folder.
+        monitor: see `Run`.
+        files: see `Run.create`.
+        remedy: see `Steps`.
+        more: for the configuration, beside the flags.
+    """
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are two different things; give one")
     settings = settings_of(config) | {"output": output, **more}
     alike(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     run = Run.create(Path(output), settings, monitor, *started, files=files)
-
+    run.steps.remedy = remedy
     begun()
 
     def clear() -> None:

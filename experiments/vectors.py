@@ -53,7 +53,8 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
     data = load_dataset(config.data)
     output, files = config.output or f"runs/{config.method}", {VOCABULARY: data.vocabulary.text}
-    run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
+    remedy = "lower --rate, and begin anew with --overwrite"  # for a run keeps to its rate
+    run = cli.create_run(config, output, monitor="loss", files=files, remedy=remedy, texts=data.digest)
     cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
     matrix, results = (_count if config.method == "svd" else _train)(config, data, run)
     made = WordVectors(data.vocabulary.tokens[UNK:], matrix[UNK:])

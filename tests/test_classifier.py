@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,18 @@ import pytest
 from flax import linen as nn
 from reference import log_softmax, lstm as oracle, tree64
 
-from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify, static_features
+from elmo_jax.characters import spelling_table
+from elmo_jax.classifier import (
+    BiLSTMClassifier,
+    ClassifierConfig,
+    _hide_words,
+    classifier_loss,
+    classify,
+    static_features,
+)
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
 from elmo_jax.data import Batch
-from elmo_jax.text import UNK
+from elmo_jax.text import SPECIAL, UNK
 
 X = jax.random.normal(jax.random.key(0), (3, 5, 4))
 LENGTHS = jnp.array([5, 2, 1])
@@ -110,6 +120,33 @@ def test_hidden_words_are_unknown_in_training_alone():
     assert (words[hidden] == UNK).all()
     assert not hidden[:, batch.words <= UNK].any()
     assert 0.2 < hidden[:, batch.words > UNK].mean() < 0.8
+
+
+def test_hidden_words_are_spelled_as_the_unknown_one():
+    spelled = spelling_table([*SPECIAL, "goal", "rate", "bank", "unheard"])
+    ids = np.array([4, 5, 7, 6, 4, 7])  # the last type has a spelling, but is no class
+    plain = Batch.of([np.where(ids < 7, ids, UNK)], [1])
+    batch = replace(plain, chars=spelled[Batch.of([ids]).words])
+    unknown, hidden = spelled[UNK], np.zeros(plain.words.shape, bool)
+    for key in jax.random.split(jax.random.key(0), 20):
+        after = _hide_words(batch, key, 0.5)
+        words, chars = np.asarray(after.words), np.asarray(after.chars)
+        now = (chars == unknown).all(-1)
+        np.testing.assert_array_equal(chars[~now], batch.chars[~now])
+        assert (words[now] == UNK).all() and (words[~now] == plain.words[~now]).all()
+        hidden |= now
+    np.testing.assert_array_equal(hidden, plain.words >= UNK)  # in one draw or another
+
+
+def test_a_model_of_characters_hears_hidden_words():
+    batch = Batch.of([[4, 5, 6]], [1])
+    batch = replace(batch, chars=spelling_table([*SPECIAL, "goal", "rate", "bank"])[batch.words])
+    model, head = make(word_dropout=0.5)
+    letters = jax.random.normal(jax.random.key(3), (262, 4))
+    features = lambda params, batch, key: letters[batch.chars].sum(2)[None]  # noqa: E731
+    loss = classifier_loss(features, OneLayer(), model)
+    keys = [None, *jax.random.split(jax.random.key(0), 6)]
+    assert len({float(loss({"combiner": {}, "classifier": head}, batch, key)[0]) for key in keys}) > 2
 
 
 @pytest.mark.parametrize("variational", [True, False])

@@ -37,6 +37,11 @@ def loss_fn(params, batch, key):
     return each.sum() / batch.weight.sum(), {"documents": batch.weight.sum(), "error": each.sum()}
 
 
+def not_a_number(params, batch, key):
+    loss, sums = loss_fn(params, batch, key)
+    return loss * jnp.nan, sums
+
+
 def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, figure=None, **more):
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05), EPOCHS * stream.steps_per_epoch)
@@ -215,15 +220,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp
 
 
 def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
-    def sick(params, batch, key):
-        loss, sums = loss_fn(params, batch, key)
-        return loss * jnp.nan, sums
-
     with pytest.raises(
         InputError,
         match=r"5 steps in a row, up to step 5 .*; no step was saved yet, begin anew with --overwrite$",
     ):
-        run_fit(documents, tmp_path / "sick", loss=sick)
+        run_fit(documents, tmp_path / "sick", loss=not_a_number)
+
+
+def test_an_epoch_without_a_sound_step_stops_the_run(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PATIENCE", 1000)
+    with pytest.raises(InputError, match=r"not finite at any step of epoch 1 \(.*--clip-norm; no step was"):
+        run_fit(documents, tmp_path / "run", loss=not_a_number)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_commands_own_remedy_is_told_wherever_training_fails(documents, tmp_path, monkeypatch):
+    create = Run.create
+
+    def with_remedy(*args, **more):
+        run = create(*args, **more)
+        run.steps.remedy = "turn it down"
+        return run
+
+    monkeypatch.setattr(Run, "create", with_remedy)
+    for name, more in {"steps": {"loss": not_a_number}, "figure": {"figure": lambda: float("nan")}}.items():
+        with pytest.raises(InputError, match=r"(steps in a row|after epoch 1).*; turn it down$"):
+            run_fit(documents, tmp_path / name, **more)
+    run = with_remedy(tmp_path / "state", {}, monitor="loss")
+    with pytest.raises(InputError, match=r"not finite, and is not saved; turn it down$"):
+        run.steps.save(1, {"w": jnp.full(2, jnp.inf)}, {}, {})
+    run.close()
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):

@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "elmo_jax").glob("*.py")) + sorted((ROOT / "experiments
 ALLOWED = {
     "combiners": {"errors"},
     "text": {"errors"},
-    "rows": {"errors", "text"},
+    "rows": {"errors", "integrity", "text"},
     "data": {"text"},
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "cudnn": {"recurrence"},
@@ -24,7 +24,7 @@ ALLOWED = {
     "hdf5": {"errors", "integrity"},
     "pretrained": {"bilm", "characters", "data", "embedders", "errors", "hdf5", "integrity", "text"},
     "inference": {"bilm", "characters", "data", "recurrence", "text"},
-    "classifier": {"data", "lstm", "metrics", "text"},
+    "classifier": {"characters", "data", "lstm", "metrics", "text"},
     "integrity": {"errors"},
     "steps": {"errors", "integrity", "processes"},
     "checkpoint": {"errors", "integrity", "processes", "steps"},

@@ -1,0 +1,23 @@
+"""What experiments.vectors does with flags that are in bounds and yet too large or too small."""
+
+import pytest
+
+from experiments import vectors
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+ANEW = "lower --rate, and begin anew with --overwrite"
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A data set of two short texts and what goes before a test's own flags."""
+    for part in ("train", "test"):
+        rows = [f"{label},the {word} of the {word}" for label in "sb" for word in ("goal", "rate", "bank")]
+        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+    return ["--dataset", tmp_path, "--min-count", "1", "--dimensions", "3", "--output", tmp_path / "run"]
+
+
+@pytest.mark.parametrize("epochs", [3, 9])
+def test_a_rate_that_skips_every_step_ends_in_one_line(begin, tmp_path, refused, epochs):
+    refused(vectors.main, [*begin, "--subsample", "1", "--rate", "1e30", "--epochs", epochs], ANEW)
+    assert not (tmp_path / "run" / "vectors.npz").exists()
