@@ -114,6 +114,30 @@ def test_torch_holds_the_logits_of_one_direction_alone(monkeypatch, standard_pro
     assert done == [[False, False], [True, False]]
 
 
+def test_torch_moves_of_a_large_softmax_the_rows_that_a_step_names(monkeypatch, standard_promotion):
+    torch = pytest.importorskip("torch")
+    from experiments import peers
+
+    kept = []
+
+    class Kept(torch.optim.Adagrad):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    monkeypatch.setattr(torch.optim, "Adagrad", Kept)
+    case = replace(tiny("small"), vocabulary=3000)
+    arrays, counts = make_inputs(case, seed=1)
+    before = {name: arrays[name].copy() for name in ("softmax_table", "softmax_bias")}
+    peers.build(case, arrays).runs[0][0](1)
+    large = [p for group in kept[0].param_groups for p in group["params"] if len(p) == 3000]
+    for p, start in zip(large, before.values(), strict=True):
+        assert p.grad.is_sparse and 0 < p.grad.coalesce().indices().shape[1] <= 2 * counts["rows"]
+        g = p.grad.to_dense().numpy()
+        dense = start.reshape(p.shape) - 1e-3 * g / (np.sqrt(1 + g**2) + 1e-7)
+        assert np.abs(g).max() > 1e-3 and np.allclose(p.detach().numpy(), dense, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["lstm", "softmax", "optimiser", "step"])
 def test_flax_computes_what_this_library_does(name, standard_promotion):
     from experiments import jax_peers, ours
