@@ -24,6 +24,7 @@ from experiments.cases import (
     CASES,
     CUDA_GOALS,
     CUDA_MACHINE,
+    FLOAT,
     GOALS,
     MACHINE,
     OURS,
@@ -32,11 +33,13 @@ from experiments.cases import (
     Goal,
     cuda_cases,
     needed,
+    parameters,
     phases,
     rates_of,
 )
 from experiments.charts import plot_rates, plot_shares
 from experiments.inputs import make_inputs
+from experiments.memory import free_memory
 from experiments.race import judge, race, results_of
 
 RESULT = "benchmark.json"
@@ -95,13 +98,13 @@ def benchmark(
                 meter.add(len(case.peers) + rounds)
                 _keep(case, found, results, output)
                 continue
-            arrays, counts = make_inputs(case, config.seed)
-            short = too_large(case, arrays)
+            short = too_large(case)
             if short:
                 meter.add(len(case.peers) + rounds)
                 cli.say(f"{case.name:<15} not timed: {short}")
                 results["cases"][case.name] = {"not_timed": short}
                 continue
+            arrays, counts = make_inputs(case, config.seed)
             with tempfile.TemporaryDirectory() as folder:
                 lanes = race(case, arrays, Path(folder), rounds, least, lambda: meter.add(1), deadline)
             del arrays
@@ -128,15 +131,19 @@ def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]
     return chosen
 
 
-def too_large(case: Case, arrays: Mapping[str, Any]) -> str | None:
+def too_large(case: Case) -> str | None:
     """Why the peers' training of a case would not fit beside each other, if it would not."""
-    held = sum(array.nbytes for array in arrays.values())
-    copies = {"official": 6, "step": 5, "optimiser": 3}.get(case.part, 2)  # gradient, moments, update
+    matrix = case.part in ("product", "copy")
+    held = FLOAT * (case.steps**2 if matrix else parameters(case))
+    # The weights as given and as trained, their gradient, moments, update.
+    copies = {"official": 6, "step": 5, "optimiser": 6}.get(case.part, 2)
     logits = 4 * case.batch * case.steps * case.vocabulary * 3 if case.part == "step" else 0
     need = copies * held * len(case.peers) + 2 * logits
     device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")  # a CPU tells none
-    have = device or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free" if need > have else None
+    have = device or free_memory()
+    if have is None or need <= have:
+        return None
+    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free"
 
 
 def _keep(case: Case, found: dict[str, Any], results: dict[str, Any], output: Path) -> None:

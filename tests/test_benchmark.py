@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, memory
 from experiments.benchmark import BenchmarkConfig
 from experiments.cases import (
     CASES,
@@ -289,6 +289,23 @@ def test_from_flags_to_results(tmp_path, standard_promotion):
     assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["median"])
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(results))
     assert (tmp_path / "tokens.png").stat().st_size > 5000 and (tmp_path / "floors.png").exists()
+
+
+def test_what_does_not_fit_is_known_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "make_inputs", None)  # or it would be called
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 3000 kB\n")
+    original = _BY_NAME["original"]
+    results = benchmark.benchmark(BenchmarkConfig(output=str(tmp_path / "out")), (original,), ())
+    need = round(6 * 4 * parameters(original) * 2 / 1e9)
+    assert (
+        results["cases"] == {"original": {"not_timed": f"needs about {need} GB, and 0 GB are free"}}
+        and need > 10
+    )
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 90000000 kB\n")
+    assert benchmark.too_large(original) is None
+    (tmp_path / "meminfo").unlink()
+    assert (memory.free_memory() or 0) > 2**20
 
 
 def test_results_are_not_replaced_unasked(tmp_path, refused):
