@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 
 import jax
@@ -306,6 +307,23 @@ def test_what_does_not_fit_is_known_before_anything_is_drawn(tmp_path, monkeypat
     assert benchmark.too_large(original) is None
     (tmp_path / "meminfo").unlink()
     assert (memory.free_memory() or 0) > 2**20
+
+
+def test_what_the_time_does_not_reach_is_not_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "make_inputs", None)  # or it would be called
+    config = BenchmarkConfig(quick=True, only=("step", "lstm"), output=str(tmp_path))
+    results = benchmark.benchmark(config, CASES, MACHINE, began=time.monotonic() - 90)
+    assert results["cases"] == {name: {"not_timed": "the time was over"} for name in ("step", "lstm")}
+    assert results["rates"] == {} and capsys.readouterr().out.count("not timed: the time was over") == 4
+    assert json.loads((tmp_path / "benchmark.json").read_text())["cases"] == results["cases"]
+
+
+def test_pictures_of_older_results_go_with_them(tmp_path, monkeypatch):
+    for name in ("benchmark.json", "tokens.png", "floors.png", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(benchmark, "_measure", lambda case, *_: {"not_timed": "a test"})
+    benchmark.benchmark(BenchmarkConfig(overwrite=True, output=str(tmp_path)), CASES[:1], ())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "notes.txt"]
 
 
 def test_results_are_not_replaced_unasked(tmp_path, refused):
