@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+import time
+
+BEGAN = time.monotonic()  # before the imports of a command
 
 
 def _leave(number: int, _frame: object) -> None:

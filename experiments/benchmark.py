@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +19,12 @@ from elmo_jax.cudnn import on_cuda
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import write_atomically
 from elmo_jax.progress import Meter
-from experiments import cli, whole
+from experiments import BEGAN, cli, whole
 from experiments.cases import (
     CASES,
     CUDA_GOALS,
     CUDA_MACHINE,
+    FLOAT,
     GOALS,
     MACHINE,
     OURS,
@@ -32,14 +33,17 @@ from experiments.cases import (
     Goal,
     cuda_cases,
     needed,
+    parameters,
     phases,
     rates_of,
 )
 from experiments.charts import plot_rates, plot_shares
 from experiments.inputs import make_inputs
+from experiments.memory import free_memory
 from experiments.race import judge, race, results_of
 
 RESULT = "benchmark.json"
+_RATES, _SHARES = "tokens.png", "floors.png"
 _PANELS = {"step": "whole training step, full softmax", "lstm": "LSTM alone, forward and backward"}
 _QUICK_ROUNDS, _QUICK_SECONDS, _QUICK_END = 3, 0.2, 80.0  # the last leaves time to draw
 
@@ -67,21 +71,27 @@ class BenchmarkConfig:
 
 
 def benchmark(
-    config: BenchmarkConfig, known: tuple[Case, ...] = CASES, machine: tuple[Case, ...] = MACHINE
+    config: BenchmarkConfig,
+    known: tuple[Case, ...] = CASES,
+    machine: tuple[Case, ...] = MACHINE,
+    began: float | None = None,
 ) -> dict[str, Any]:
-    """Run the command; returns what ``benchmark.json`` holds."""
+    """Run the command; returns what ``benchmark.json`` holds. --quick counts from `began`, or from now."""
     output = Path(config.output)
     if (output / RESULT).exists() and not config.overwrite:
         raise InputError(f"{output / RESULT} is there; give another --output, or --overwrite to replace it")
     if config.quick and config.data_dir:
         raise InputError("--data-dir: AG News takes longer than --quick allows; leave out one of the two")
-    deadline = time.monotonic() + _QUICK_END if config.quick else None
+    began = time.monotonic() if began is None else began
+    deadline = began + _QUICK_END if config.quick else None
     if on_cuda():
         known, machine = cuda_cases(known), CUDA_MACHINE
     cases = choose(config, (*known, whole.CASE) if config.data_dir else known)
     machine = needed(machine, cases)
-    rounds, least = (_QUICK_ROUNDS, _QUICK_SECONDS) if config.quick else (config.rounds, config.least)
+    rounds = _QUICK_ROUNDS if config.quick else config.rounds
     output.mkdir(parents=True, exist_ok=True)
+    for picture in (_RATES, _SHARES) if config.overwrite else ():
+        (output / picture).unlink(missing_ok=True)
     results: dict[str, Any] = {"machine": _machine(), "rounds": rounds, "rates": {}, "cases": {}}
     cli.say(f"{results['machine']['name']}, {results['machine']['backend']}; {rounds} rounds")
     if not on_cuda():
@@ -90,23 +100,9 @@ def benchmark(
     total = sum(len(case.peers) + rounds for case in (*machine, *cases))
     with Meter(total, "piece") as meter:
         for case in (*machine, *cases):
-            if case == whole.CASE:
-                found = whole.pretraining(whole.flags_of(str(config.data_dir)))
-                meter.add(len(case.peers) + rounds)
-                _keep(case, found, results, output)
-                continue
-            arrays, counts = make_inputs(case, config.seed)
-            short = too_large(case, arrays)
-            if short:
-                meter.add(len(case.peers) + rounds)
-                cli.say(f"{case.name:<15} not timed: {short}")
-                results["cases"][case.name] = {"not_timed": short}
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                lanes = race(case, arrays, Path(folder), rounds, least, lambda: meter.add(1), deadline)
-            del arrays
-            rates = rates_of(results["rates"], case.precision)
-            found = results_of(case, lanes, counts, phases(case, counts), rates)
+            after = meter.done + len(case.peers) + rounds
+            found = _measure(case, config, results["rates"], deadline, lambda: meter.add(1))
+            meter.add(after - meter.done)
             _keep(case, found, results, output)
     results["goals"] = [line for goal in _goals() if (line := judge(goal, results["cases"]))]
     for goal in results["goals"]:
@@ -114,6 +110,30 @@ def benchmark(
     write_atomically(output / RESULT, json.dumps(results, indent=2) + "\n")
     draw(results, output)
     return results
+
+
+def _measure(
+    case: Case,
+    config: BenchmarkConfig,
+    machine: Mapping[str, float],
+    deadline: float | None,
+    tick: Callable[[], None],
+) -> dict[str, Any]:
+    """A case's figures, or why it has none; `machine` holds the rates measured so far."""
+    if case == whole.CASE:
+        return whole.pretraining(whole.flags_of(str(config.data_dir)))
+    over = {"not_timed": "the time was over"}
+    if deadline is not None and time.monotonic() > deadline:
+        return over
+    if short := too_large(case):
+        return {"not_timed": short}
+    rounds, least = (_QUICK_ROUNDS, _QUICK_SECONDS) if config.quick else (config.rounds, config.least)
+    arrays, counts = make_inputs(case, config.seed)
+    if deadline is not None and time.monotonic() > deadline:
+        return over
+    with tempfile.TemporaryDirectory() as folder:
+        lanes = race(case, arrays, Path(folder), rounds, least, tick, deadline)
+    return results_of(case, lanes, counts, phases(case, counts), rates_of(machine, case.precision))
 
 
 def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]:
@@ -128,20 +148,24 @@ def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]
     return chosen
 
 
-def too_large(case: Case, arrays: Mapping[str, Any]) -> str | None:
+def too_large(case: Case) -> str | None:
     """Why the peers' training of a case would not fit beside each other, if it would not."""
-    held = sum(array.nbytes for array in arrays.values())
-    copies = {"official": 6, "step": 5, "optimiser": 3}.get(case.part, 2)  # gradient, moments, update
+    matrix = case.part in ("product", "copy")
+    held = FLOAT * (case.steps**2 if matrix else parameters(case))
+    # The weights as given and as trained, their gradient, moments, update.
+    copies = {"official": 6, "step": 5, "optimiser": 6}.get(case.part, 2)
     logits = 4 * case.batch * case.steps * case.vocabulary * 3 if case.part == "step" else 0
     need = copies * held * len(case.peers) + 2 * logits
     device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")  # a CPU tells none
-    have = device or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free" if need > have else None
+    have = device or free_memory()
+    if have is None or need <= have:
+        return None
+    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free"
 
 
 def _keep(case: Case, found: dict[str, Any], results: dict[str, Any], output: Path) -> None:
     """Write down a case's figures and print them; of the machine's the best peer's median is its rate."""
-    timed = [peer["median"] for peer in found["peers"].values() if "median" in peer]
+    timed = [peer["median"] for peer in found.get("peers", {}).values() if "median" in peer]
     if case.part not in ("product", "copy"):
         results["cases"][case.name] = found
     elif timed:
@@ -161,6 +185,8 @@ def header() -> str:
 
 def rows(case: Case, found: Mapping[str, Any]) -> list[str]:
     """A case's lines of the table."""
+    if "not_timed" in found:
+        return [f"{case.name:<15} not timed: {found['not_timed']}"]
     lines = []
     for peer, record in found["peers"].items():
         start = f"{case.name:<15} {peer:<9}"
@@ -202,14 +228,14 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
     panels = {title: curves_of(part, timed.values()) for part, title in _PANELS.items()}
     many = {title: curves for title, curves in panels.items() if curves}
     if many:
-        plot_rates(many, output / "tokens.png", "batch size (rows)", "real tokens/s")
+        plot_rates(many, output / _RATES, "batch size (rows)", "real tokens/s")
     shares = {
         name: {peer: r["of_floor"] for peer, r in found["peers"].items() if "of_floor" in r}
         for name, found in timed.items()
     }
     shares = {name: share for name, share in shares.items() if share}
     if shares:
-        plot_shares(shares, output / "floors.png", "share of what the machine could do (floor / time)")
+        plot_shares(shares, output / _SHARES, "share of what the machine could do (floor / time)")
     drawn = " and its pictures" if many or shares else ""
     cli.say(f"written to {output / RESULT}{drawn}")
 
@@ -260,7 +286,7 @@ def _versions(names: Sequence[str]) -> dict[str, str | None]:
 def main() -> int:
     """The command; returns its exit code."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is the peers'
-    return cli.run(BenchmarkConfig, benchmark, "experiments.benchmark")
+    return cli.run(BenchmarkConfig, lambda config: benchmark(config, began=BEGAN), "experiments.benchmark")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ products and copies, phase after phase.
 Axes: B batch, T time, H cells, P width of states and token vectors, V vocabulary, S negatives.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -274,7 +275,7 @@ def needed(machine: tuple[Case, ...], cases: tuple[Case, ...]) -> tuple[Case, ..
     return tuple(case for case in machine if case.part == "copy" or case.precision in kinds)
 
 
-def rates_of(rates: dict[str, float], precision: Precision) -> Rates | None:
+def rates_of(rates: Mapping[str, float], precision: Precision) -> Rates | None:
     """The machine's rates in a precision, from those of its cases by name, if they were measured."""
     product = next(f"product{end}" for end, kind in PRECISIONS if kind == precision)
     return Rates(rates[product], rates["copy"]) if {product, "copy"} <= rates.keys() else None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _LONG = 0.2  # seconds of a compilation that leaves much behind; to look for it takes time too
 
@@ -58,3 +59,20 @@ def process_peak() -> int | None:
     # For want of better: on Linux this begins with the peak of the process that started this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def free_memory() -> int | None:
+    """Bytes that processes can still have; None where the system does not tell.
+
+    Example:
+        >>> free_memory() > 2**20
+        True
+    """
+    lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []
+    told = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    if told:
+        return 1024 * told[0]
+    try:  # for want of better: this leaves out the files that the system holds in memory
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

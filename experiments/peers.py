@@ -154,14 +154,6 @@ def _lstm(case: Case, arrays: Arrays) -> Built:
     return Built(check, [(repeat(step), 1.0)])
 
 
-def sampled_sum(h: Tensor, table: Tensor, bias: Tensor, targets: Tensor, drawn: Tensor, log_expected: Tensor):
-    """Sampled softmax over the target and shared negatives, summed; see `elmo_jax.sampled_nll`."""
-    true = (h * table[targets]).sum(-1) + bias[targets] - log_expected[targets]
-    noise = h @ table[drawn].T + (bias[drawn] - log_expected[drawn])
-    noise = noise.masked_fill(drawn[None] == targets[:, None], -1e30)
-    return (torch.logsumexp(torch.cat([true[:, None], noise], 1), 1) - true).sum()
-
-
 def _softmax(case: Case, arrays: Arrays) -> Built:
     leaves = {n: tensor(arrays[n]).requires_grad_() for n in ("hidden", "table", "bias")}
     hidden, table, bias = leaves.values()
@@ -172,7 +164,8 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
         for leaf in leaves.values():
             leaf.grad = None
         if sampled:
-            loss = sampled_sum(hidden, table, bias, targets, *sampled)
+            rows = lambda ids: (table[ids], bias[ids])  # noqa: E731
+            loss = torch_elmo.sampled_sum(hidden, rows, targets, *sampled)
         else:
             loss = F.cross_entropy(F.linear(hidden, table, bias), targets, reduction="sum")
         loss.backward()

@@ -7,6 +7,7 @@ Axes: B batch, T time, N words, C characters, D direction, H cells, P projection
 
 # pyright: reportMissingImports=false
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -151,15 +152,45 @@ def build_embedding(case: Case, arrays: Arrays) -> Built:
     return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
 
 
+def sampled_sum(
+    h: Tensor,
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]],
+    targets: Tensor,
+    drawn: Tensor,
+    log_expected: Tensor,
+) -> Tensor:
+    """Sampled softmax over the target and shared negatives, summed; see `elmo_jax.sampled_nll`.
+
+    Args:
+        h: ``[N, P]``.
+        rows: classes to their vectors and biases.
+        targets: ``[N]``.
+        drawn: ``[S]``.
+        log_expected: ``[V]``.
+    """
+    vectors, biases = rows(targets)
+    true = (h * vectors).sum(-1) + biases - log_expected[targets]
+    vectors, biases = rows(drawn)
+    noise = h @ vectors.T + (biases - log_expected[drawn])
+    noise = noise.masked_fill(drawn[None] == targets[:, None], -1e30)
+    return (torch.logsumexp(torch.cat([true[:, None], noise], 1), 1) - true).sum()
+
+
 def build_training(case: Case, arrays: Arrays) -> Built:
-    """Steps over a window with the state carried on; full softmax to check, sampled to time."""
-    from experiments.peers import sampled_sum, tensor
+    """Steps over a window with the state carried on; full softmax to check, sampled to time.
+
+    Of the softmax a step moves the rows it names alone: their gradients are sparse, and so is Adagrad.
+    """
+    from experiments.peers import tensor
 
     model = TorchELMo(case, arrays)
     chars, words, weight = (tensor(arrays[name]) for name in ("chars", "words", "weight"))
     carried = [model.zero_states(case.batch) for _ in range(DIRECTIONS)]
-    optimizer = torch.optim.Adagrad(model.parameters(), RATE, initial_accumulator_value=1.0, eps=1e-7)
-    table, bias = model.get("softmax_table"), model.get("softmax_bias")
+    bias = nn.Parameter(model.w.pop("softmax_bias").detach()[:, None])  # [V, 1], as rows are looked up
+    table = model.w.pop("softmax_table")
+    groups = [{"params": list(model.parameters())}, {"params": [table, bias]}]  # dense and sparse
+    torch.sparse.check_sparse_tensor_invariants.disable()  # PyTorch warns where that is not said
+    optimizer = torch.optim.Adagrad(groups, RATE, initial_accumulator_value=1.0, eps=1e-7)
     k = torch.arange(case.vocabulary, device=_DEVICE, dtype=torch.float64)
     expected = torch.log((k + 2) / (k + 1)) / np.log(case.vocabulary + 1) * (case.negatives or 0)
     log_expected = expected.log().float()
@@ -174,6 +205,9 @@ def build_training(case: Case, arrays: Arrays) -> Built:
         mask = weight[:, d, :rows].T.reshape(-1) > 0
         return h.reshape(-1, h.shape[-1])[mask], words[1:, d, :rows].T.reshape(-1)[mask], after
 
+    def rows(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return F.embedding(ids, table, sparse=True), F.embedding(ids, bias, sparse=True)[:, 0]
+
     def step() -> Tensor:
         optimizer.zero_grad()
         drawn = (
@@ -183,7 +217,7 @@ def build_training(case: Case, arrays: Arrays) -> Built:
         for d in range(DIRECTIONS):
             h, targets, after = hidden(d, case.batch, carried[d])
             carried[d] = [(c.detach(), h.detach()) for c, h in after]
-            nll = sampled_sum(h, table, bias, targets, drawn.clamp(0, case.vocabulary - 1), log_expected)
+            nll = sampled_sum(h, rows, targets, drawn.clamp(0, case.vocabulary - 1), log_expected)
             total = total + nll / (DIRECTIONS * len(targets))
         total.backward()
         optimizer.step()
@@ -194,7 +228,7 @@ def build_training(case: Case, arrays: Arrays) -> Built:
         with torch.no_grad():
             for d in range(DIRECTIONS):
                 h, targets, _ = hidden(d, 2, model.zero_states(2))
-                total += float(F.cross_entropy(F.linear(h, table, bias), targets)) / DIRECTIONS
+                total += float(F.cross_entropy(F.linear(h, table, bias[:, 0]), targets)) / DIRECTIONS
         return {"loss": np.array(total)}
 
     def run(n: int) -> None:

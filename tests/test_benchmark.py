@@ -1,11 +1,12 @@
 import json
+import time
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, memory
 from experiments.benchmark import BenchmarkConfig
 from experiments.cases import (
     CASES,
@@ -112,6 +113,30 @@ def test_torch_holds_the_logits_of_one_direction_alone(monkeypatch, standard_pro
     monkeypatch.setattr(peers, "Model", Watched)
     side(peers, tiny("step")).runs[0][0](1)
     assert done == [[False, False], [True, False]]
+
+
+def test_torch_moves_of_a_large_softmax_the_rows_that_a_step_names(monkeypatch, standard_promotion):
+    torch = pytest.importorskip("torch")
+    from experiments import peers
+
+    kept = []
+
+    class Kept(torch.optim.Adagrad):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    monkeypatch.setattr(torch.optim, "Adagrad", Kept)
+    case = replace(tiny("small"), vocabulary=3000)
+    arrays, counts = make_inputs(case, seed=1)
+    before = {name: arrays[name].copy() for name in ("softmax_table", "softmax_bias")}
+    peers.build(case, arrays).runs[0][0](1)
+    large = [p for group in kept[0].param_groups for p in group["params"] if len(p) == 3000]
+    for p, start in zip(large, before.values(), strict=True):
+        assert p.grad.is_sparse and 0 < p.grad.coalesce().indices().shape[1] <= 2 * counts["rows"]
+        g = p.grad.to_dense().numpy()
+        dense = start.reshape(p.shape) - 1e-3 * g / (np.sqrt(1 + g**2) + 1e-7)
+        assert np.abs(g).max() > 1e-3 and np.allclose(p.detach().numpy(), dense, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["lstm", "softmax", "optimiser", "step"])
@@ -265,6 +290,40 @@ def test_from_flags_to_results(tmp_path, standard_promotion):
     assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["median"])
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(results))
     assert (tmp_path / "tokens.png").stat().st_size > 5000 and (tmp_path / "floors.png").exists()
+
+
+def test_what_does_not_fit_is_known_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "make_inputs", None)  # or it would be called
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 3000 kB\n")
+    original = _BY_NAME["original"]
+    results = benchmark.benchmark(BenchmarkConfig(output=str(tmp_path / "out")), (original,), ())
+    need = round(6 * 4 * parameters(original) * 2 / 1e9)
+    assert (
+        results["cases"] == {"original": {"not_timed": f"needs about {need} GB, and 0 GB are free"}}
+        and need > 10
+    )
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 90000000 kB\n")
+    assert benchmark.too_large(original) is None
+    (tmp_path / "meminfo").unlink()
+    assert (memory.free_memory() or 0) > 2**20
+
+
+def test_what_the_time_does_not_reach_is_not_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "make_inputs", None)  # or it would be called
+    config = BenchmarkConfig(quick=True, only=("step", "lstm"), output=str(tmp_path))
+    results = benchmark.benchmark(config, CASES, MACHINE, began=time.monotonic() - 90)
+    assert results["cases"] == {name: {"not_timed": "the time was over"} for name in ("step", "lstm")}
+    assert results["rates"] == {} and capsys.readouterr().out.count("not timed: the time was over") == 4
+    assert json.loads((tmp_path / "benchmark.json").read_text())["cases"] == results["cases"]
+
+
+def test_pictures_of_older_results_go_with_them(tmp_path, monkeypatch):
+    for name in ("benchmark.json", "tokens.png", "floors.png", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(benchmark, "_measure", lambda case, *_: {"not_timed": "a test"})
+    benchmark.benchmark(BenchmarkConfig(overwrite=True, output=str(tmp_path)), CASES[:1], ())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "notes.txt"]
 
 
 def test_results_are_not_replaced_unasked(tmp_path, refused):
