@@ -11,7 +11,6 @@ import io
 import sys
 import tempfile
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import numpy as np
 import pooch
 
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import read_arrays
 from elmo_jax.text import decode, tokenize
 
 TextColumns = Literal["title+description", "description"]
@@ -213,12 +213,10 @@ def _save_cache(rows: Rows, cache: Path) -> None:
 
 def _load_cache(cache: Path, path: Path) -> Rows | None:
     try:
-        # Opened here, since a load that fails leaves open what it opened itself.
-        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            types = arrays["types"].tobytes().decode().split("\n")
-            labels = arrays["labels"].tobytes().decode().split("\x00")
-            cells = arrays["header"].tobytes().decode()
-            header = tuple(cells.split("\x00")) if cells else ()
-            return Rows(str(path), types, arrays["codes"], arrays["offsets"], labels, arrays["lines"], header)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        names = ("codes", "offsets", "lines", "types", "labels", "header")
+        codes, offsets, lines, *texts = read_arrays(cache, names)
+        types, labels, cells = (text.tobytes().decode() for text in texts)
+    except ValueError:
         return None
+    header = tuple(cells.split("\x00")) if cells else ()
+    return Rows(str(path), types.split("\n"), codes, offsets, labels.split("\x00"), lines, header)

@@ -6,8 +6,6 @@ Axes: C classes.
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +15,7 @@ import numpy as np
 
 from elmo_jax.checkpoint import METRICS, RESULTS
 from elmo_jax.errors import InputError
+from elmo_jax.integrity import read_arrays
 from elmo_jax.metrics import classification
 from experiments.downstream import PARTS, PREDICTIONS
 
@@ -211,10 +210,8 @@ def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
     """Each part's predicted and true classes."""
     names = [f"{part}{which}" for part in PARTS for which in ("", "_labels")]
     try:
-        with (path / PREDICTIONS).open("rb") as file, np.load(file, allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in names}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error,
-            zipfile.BadZipFile) as error:  # fmt: skip
+        arrays = dict(zip(names, read_arrays(path / PREDICTIONS, names), strict=True))
+    except ValueError as error:
         raise _refusal(path, PREDICTIONS, f"cannot be read ({error})") from None
     for part in PARTS:
         pair = (arrays[part], arrays[f"{part}_labels"])

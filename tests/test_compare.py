@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import archives
 import filelock
 import numpy as np
 import pytest
@@ -223,6 +224,11 @@ DAMAGES = {
     ),
     "empty predictions": (NPZ, lambda p: p.write_bytes(b""), "cannot be read"),
     "garbage": (NPZ, lambda p: p.write_bytes(b"garbage"), "cannot be read"),
+    "encrypted": (
+        NPZ,
+        lambda p: p.write_bytes(archives.damaged(p.read_bytes())["encrypted"]),
+        "cannot be read",
+    ),
     "half of them": (NPZ, lambda p: p.write_bytes(p.read_bytes()[:300]), "cannot be read"),
     "predictions of nothing": (NPZ, lambda p: np.savez(p, a=np.zeros(1)), "cannot be read"),
     "one array": (NPZ, one_array, "cannot be read"),

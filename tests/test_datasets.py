@@ -2,6 +2,7 @@ import errno
 import gzip
 import os
 
+import archives
 import numpy as np
 import pytest
 import requests
@@ -131,11 +132,12 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, monkeypatch)
     assert load_dataset(config).test.labels.tolist() == [1]
 
 
-def test_a_broken_cache_is_made_again(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", *archives.FIELDS])
+def test_a_broken_cache_is_made_again(tmp_path, damage):
     config = write(tmp_path / "d")
     first = load_dataset(config)
     for path in (rows_module.cache_folder()).iterdir():
-        path.write_bytes(path.read_bytes()[:-40])
+        path.write_bytes(archives.damaged(path.read_bytes())[damage])
     assert load_dataset(config).train.ids.tolist() == first.train.ids.tolist()
 
 

@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "elmo_jax").glob("*.py")) + sorted((ROOT / "experiments
 ALLOWED = {
     "combiners": {"errors"},
     "text": {"errors"},
-    "rows": {"errors", "text"},
+    "rows": {"errors", "integrity", "text"},
     "data": {"text"},
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "cudnn": {"recurrence"},
