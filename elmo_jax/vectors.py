@@ -1,19 +1,24 @@
 """A vector a token: saved, loaded and compared.
 
-The text format is word2vec's: a line ``V F``, then a line a token, its name and F numbers.
+The text format is word2vec's: a line ``V F``, then a line a token, its name and F numbers,
+between them the ASCII space; names may hold any other space.
 Axes: V tokens, F features.
 """
 
 import io
-import zipfile
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import write_atomically
+from elmo_jax.integrity import read_arrays, write_atomically
 from elmo_jax.text import UNK, Vocabulary, read_text
+
+# What no token may hold; surrogates are no UTF-8.
+_UNFIT, _UNFIT_TEXT = re.compile("[\n\ud800-\udfff]"), re.compile("[\n \0\ud800-\udfff]")
 
 
 class WordVectors:
@@ -61,7 +66,13 @@ class WordVectors:
         return np.stack(ends + [rows.get(token, unknown) for token in vocabulary.tokens[UNK:]])
 
     def save(self, path: Path) -> None:
-        """Write ``.npz`` if the path ends so, else word2vec's text format; either is exact."""
+        """Write ``.npz`` if the path ends so, else word2vec's text format; either is exact.
+
+        Raises:
+            InputError: what was written could not be read: a number is not finite, or a token
+                stands twice, is empty, holds a line feed, or in the text a space or NUL.
+        """
+        self._check(path)
         if path.suffix == ".npz":
             names = np.frombuffer("\n".join(self.tokens).encode(), np.uint8)
             file = io.BytesIO()
@@ -80,21 +91,33 @@ class WordVectors:
         Raises:
             InputError: it is missing or malformed, with the line in a text file.
         """
-        vectors = _load_npz(path) if path.suffix == ".npz" else _load_text(path)
-        if not np.isfinite(vectors.matrix).all():
-            token = vectors.tokens[int(np.flatnonzero(~np.isfinite(vectors.matrix).all(1))[0])]
-            raise InputError(f"{path}: the vector of {token!r} is not finite; make the vectors again")
-        if len(set(vectors.tokens)) < len(vectors.tokens):
-            raise InputError(f"{path}: a token stands twice; make the vectors again")
+        with np.errstate(over="ignore"):  # what is too large for float32 is refused below
+            vectors = _load_npz(path) if path.suffix == ".npz" else _load_text(path)
+        vectors._check(path)
         return vectors
+
+    def _check(self, path: Path) -> None:
+        """Refuse what the file at `path` must not, or cannot, hold."""
+        if not np.isfinite(self.matrix).all():
+            token = self.tokens[int(np.flatnonzero(~np.isfinite(self.matrix).all(1))[0])]
+            raise InputError(f"{path}: the vector of {token!r} is not finite; make the vectors again")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise InputError(f"{path}: a token stands twice; make the vectors again")
+        if not self.matrix.shape[1]:
+            raise InputError(f"{path}: the vectors have no numbers; make the vectors again")
+        unfit = _UNFIT if path.suffix == ".npz" else _UNFIT_TEXT
+        for token in self.tokens:
+            if not token or unfit.search(token):
+                told = "leave it out" + " or save as .npz" * bool(token and not _UNFIT.search(token))
+                raise InputError(f"{path}: {reprlib.repr(token)} is no token such a file can hold; {told}")
 
 
 def _load_npz(path: Path) -> WordVectors:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tokens, matrix = arrays["tokens"].tobytes().decode().split("\n"), arrays["matrix"]
+        names, matrix = read_arrays(path, ("tokens", "matrix"))
+        tokens = names.tobytes().decode().split("\n") if names.size else []
         return WordVectors(tokens, matrix.astype(np.float32, casting="same_kind"))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: holds no word vectors ({reason}); make them again") from None
 
@@ -107,12 +130,13 @@ def _load_text(path: Path) -> WordVectors:
         raise InputError(f"{path}:1: is {first[:40]!r}, not the line 'tokens features'; add it") from None
     if count != len(lines):
         raise InputError(f"{path}:1: announces {count} tokens, but {len(lines)} lines follow; mend the line")
-    if lines and not 0 < width <= len(lines[0]):
+    if not 0 < width <= (len(lines[0]) if lines else 2**31):
         raise InputError(f"{path}:1: announces vectors of {width} numbers; mend the line")
     tokens, matrix = [], np.empty((count, width), np.float32)
     for i, line in enumerate(lines):
-        token, *numbers = line.split()[: width + 2] or [""]
-        if len(numbers) != width:
+        # As gensim does: other spaces than these, in any script, may be of the token.
+        token, *numbers = line.rstrip(" \t\r\v\f").split(" ", width + 1)
+        if not token or len(numbers) != width:
             raise InputError(f"{path}:{i + 2}: is not a token and {width} numbers; mend or remove the line")
         try:
             matrix[i] = numbers
