@@ -43,7 +43,7 @@ def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_mat
     ids = documents.ids
     owner = np.repeat(np.arange(len(documents)), documents.lengths)
     counts = sparse.csr_matrix((size, size), dtype=np.float64)
-    for distance in range(1, window + 1):
+    for distance in range(1, min(window + 1, documents.lengths.max(initial=0))):
         together = owner[:-distance] == owner[distance:]
         pairs = ids[:-distance][together], ids[distance:][together]
         ones = np.ones(len(pairs[0]))

@@ -54,6 +54,14 @@ def test_a_matrix_of_low_rank_has_no_further_dimensions():
     assert np.linalg.matrix_rank(vectors, tol=1e-3) == 2
 
 
+def test_a_window_beyond_every_document_is_the_longest_ones(documents):
+    beyond = cooccurrence(documents, 50, 10**9)
+    longest = int(documents.lengths.max())
+    assert abs(beyond - cooccurrence(documents, 50, longest - 1)).nnz == 0
+    assert abs(beyond - cooccurrence(documents, 50, longest - 2)).nnz > 0  # the widest pair counts
+    assert beyond.sum() == (documents.lengths * (documents.lengths - 1)).sum()
+
+
 def test_dimensions_must_be_fewer_than_tokens(documents):
     with pytest.raises(InputError, match="--dimensions 50 must be below the vocabulary's 50"):
         svd_vectors(documents, 50, WINDOW, 50, SVDConfig())

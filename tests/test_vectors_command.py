@@ -2,6 +2,7 @@
 
 import pytest
 
+from elmo_jax.vectors import WordVectors
 from experiments import vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -21,3 +22,11 @@ def begin(tmp_path):
 def test_a_rate_that_skips_every_step_ends_in_one_line(begin, tmp_path, refused, epochs):
     refused(vectors.main, [*begin, "--subsample", "1", "--rate", "1e30", "--epochs", epochs], ANEW)
     assert not (tmp_path / "run" / "vectors.npz").exists()
+
+
+@pytest.mark.parametrize("method", ["svd", "sgns"])
+def test_a_window_beyond_every_text_is_no_trouble(begin, tmp_path, monkeypatch, method):
+    args = ["--method", method, "--window", 2**31 - 1, "--subsample", "1", "--epochs", "2"]
+    monkeypatch.setattr("sys.argv", ["prog", *map(str, [*begin, *args])])
+    assert vectors.main() == 0
+    assert WordVectors.load(tmp_path / "run" / "vectors.npz").matrix.any()
