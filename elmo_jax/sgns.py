@@ -86,7 +86,8 @@ class SpanStream:
         self.window = min(window, max(1, int(documents.lengths.max()) - 1))
         self.steps_per_dispatch = steps_per_dispatch
         counts = np.bincount(documents.ids, minlength=size).astype(np.float64)
-        share = counts / counts.sum() / config.subsample
+        with np.errstate(over="ignore"):
+            share = np.minimum(counts / counts.sum() / config.subsample, 1e300)
         self._keep = np.minimum(1, (np.sqrt(share) + 1) / np.maximum(share, 1e-12))  # word2vec.c's
         noise = counts**0.75
         self._noise = np.cumsum(noise / noise.sum())

@@ -86,7 +86,8 @@ def svd_vectors(
         float32 ``[V, F]``; a token that was never seen has a vector of zeros.
 
     Raises:
-        InputError: there are not more tokens than dimensions.
+        InputError: there are not more tokens than dimensions, or the vectors would be of no use:
+            of infinite length, or all 0.
 
     Example:
         >>> documents = Documents(np.array([0, 1, 2, 1]), np.array([0, 4]), np.array([0]))
@@ -98,9 +99,18 @@ def svd_vectors(
     matrix = cooccurrence(documents, size, window)
     if config.weighting == "ppmi":
         matrix = ppmi(matrix)
+    if not matrix.nnz:
+        raise InputError("no two tokens stand together, or none more often than by chance; give longer texts")
     svd = TruncatedSVD(dimensions, random_state=seed)
     scaled = svd.fit_transform(matrix.astype(np.float32))  # U Σ
     sigma = svd.singular_values_
     kept = sigma > 1e-6 * sigma[0]  # a matrix of lower rank has no further directions
-    scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
-    return (scaled * scale).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
+        vectors = (scaled * scale).astype(np.float32)
+        lengths = np.linalg.norm(vectors, axis=1)  # by which the vectors are compared
+    if not np.isfinite(lengths).all() or not lengths.any():
+        raise InputError(
+            f"--exponent {config.exponent:g} makes vectors of infinite length, or of 0; lower it"
+        )
+    return vectors

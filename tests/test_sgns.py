@@ -126,6 +126,12 @@ def test_spans_are_no_wider_than_a_document_needs_and_hold_the_same_pairs(docume
     assert made.left.sum() + made.right.sum() == (documents.lengths * (documents.lengths - 1)).sum()
 
 
+def test_the_least_share_thins_out_every_token_seen(documents):
+    stream = SpanStream(documents, V, WINDOW, SGNSConfig(subsample=5e-324), seed=0)
+    assert stream._keep[np.unique(documents.ids)].max() < 1e-9
+    assert stream.steps_per_epoch == 1 and not first_batch(stream).left.any()
+
+
 def run_fit(documents, path, epochs, resume=False):
     stream = make_stream(documents)
     optimizer = sgns_optimizer(CONFIG, 3 * stream.steps_per_epoch)

@@ -62,6 +62,19 @@ def test_a_window_beyond_every_document_is_the_longest_ones(documents):
     assert beyond.sum() == (documents.lengths * (documents.lengths - 1)).sum()
 
 
+@pytest.mark.parametrize("exponent", [200.0, 1e300])
+def test_vectors_out_of_bounds_are_refused(documents, exponent):
+    with pytest.raises(InputError, match=r"--exponent .* makes vectors of infinite length, or of 0"):
+        svd_vectors(documents, 50, WINDOW, 6, SVDConfig(exponent=exponent))
+
+
+@pytest.mark.parametrize("weighting", ["ppmi", "counts"])
+def test_texts_of_one_token_are_refused(weighting):
+    alone = Documents(np.array([4, 5, 6, 4], np.int32), np.arange(5), np.zeros(4, np.int32))
+    with pytest.raises(InputError, match="no two tokens stand together"):
+        svd_vectors(alone, 8, WINDOW, 2, SVDConfig(weighting))
+
+
 def test_dimensions_must_be_fewer_than_tokens(documents):
     with pytest.raises(InputError, match="--dimensions 50 must be below the vocabulary's 50"):
         svd_vectors(documents, 50, WINDOW, 50, SVDConfig())

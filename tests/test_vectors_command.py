@@ -24,6 +24,22 @@ def test_a_rate_that_skips_every_step_ends_in_one_line(begin, tmp_path, refused,
     assert not (tmp_path / "run" / "vectors.npz").exists()
 
 
+REFUSED = {
+    "nearly no share": (
+        ["--subsample", "1e-320"],
+        "no epoch held two neighbouring tokens; raise",
+    ),
+    "a power that overflows": (["--method", "svd", "--exponent", "200"], "--exponent 200 makes vectors"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vectors_of_no_use_are_not_saved(name, begin, tmp_path, refused):
+    args, said = REFUSED[name]
+    refused(vectors.main, [*begin, *args], said)
+    assert not (tmp_path / "run" / "vectors.npz").exists()
+
+
 @pytest.mark.parametrize("method", ["svd", "sgns"])
 def test_a_window_beyond_every_text_is_no_trouble(begin, tmp_path, monkeypatch, method):
     args = ["--method", method, "--window", 2**31 - 1, "--subsample", "1", "--epochs", "2"]
