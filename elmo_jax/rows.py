@@ -213,8 +213,8 @@ def _save_cache(rows: Rows, cache: Path) -> None:
 
 def _load_cache(cache: Path, path: Path) -> Rows | None:
     try:
-        codes, offsets, lines = read_arrays(cache, ("codes", "offsets", "lines"))
-        texts = read_arrays(cache, ("types", "labels", "header"))
+        names = ("codes", "offsets", "lines", "types", "labels", "header")
+        codes, offsets, lines, *texts = read_arrays(cache, names)
         types, labels, cells = (text.tobytes().decode() for text in texts)
     except ValueError:
         return None

@@ -66,7 +66,7 @@ class SpanStream:
     Args:
         documents: at least one.
         size: V.
-        window: W.
+        window: W; the spans' own is no wider than the longest document.
         config: of the thinning.
         seed: of the order and the draws.
         spans: G.
@@ -83,10 +83,12 @@ class SpanStream:
         spans: int = 32,
         steps_per_dispatch: int = 32,
     ):
-        self.documents, self.window, self.seed, self.batch_size = documents, window, seed, spans
+        self.documents, self._reach, self.seed, self.batch_size = documents, window, seed, spans
+        self.window = min(window, max(1, int(documents.lengths.max()) - 1))
         self.steps_per_dispatch = steps_per_dispatch
         counts = np.bincount(documents.ids, minlength=size).astype(np.float64)
-        share = counts / counts.sum() / config.subsample
+        with np.errstate(over="ignore"):
+            share = np.minimum(counts / counts.sum() / config.subsample, 1e300)
         self._keep = np.minimum(1, (np.sqrt(share) + 1) / np.maximum(share, 1e-12))  # word2vec.c's
         noise = counts**0.75
         self._noise = np.cumsum(noise / noise.sum())
@@ -105,7 +107,7 @@ class SpanStream:
         owner = np.repeat(np.arange(len(text)), text.lengths)[kept]
         lengths = np.bincount(owner, minlength=len(text))
         place = np.arange(len(kept)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        reach = rng.integers(1, w + 1, len(kept))
+        reach = rng.integers(1, self._reach + 1, len(kept))
         left = np.zeros(n, np.int32)
         right = np.zeros(n, np.int32)
         left[: len(kept)] = np.minimum(reach, place)

@@ -11,6 +11,7 @@ from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
 from elmo_jax.data import Documents
+from elmo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_mat
     ids = documents.ids
     owner = np.repeat(np.arange(len(documents)), documents.lengths)
     counts = sparse.csr_matrix((size, size), dtype=np.float64)
-    for distance in range(1, window + 1):
+    for distance in range(1, min(window + 1, documents.lengths.max(initial=0))):
         together = owner[:-distance] == owner[distance:]
         pairs = ids[:-distance][together], ids[distance:][together]
         ones = np.ones(len(pairs[0]))
@@ -85,6 +86,9 @@ def svd_vectors(
         float32 ``[V, F]``; a token that was never seen has a vector of zeros, and so has what is
         beyond the V - 1 dimensions of so few tokens.
 
+    Raises:
+        InputError: the vectors would be of no use: of infinite length, or all 0.
+
     Example:
         >>> documents = Documents(np.array([0, 1, 2, 1]), np.array([0, 4]), np.array([0]))
         >>> svd_vectors(documents, 3, window=1, dimensions=2, config=SVDConfig()).shape
@@ -93,10 +97,18 @@ def svd_vectors(
     matrix = cooccurrence(documents, size, window)
     if config.weighting == "ppmi":
         matrix = ppmi(matrix)
+    if not matrix.nnz:
+        raise InputError("no two tokens stand together, or none more often than by chance; give longer texts")
     svd = TruncatedSVD(min(dimensions, size - 1), random_state=seed)
     scaled = svd.fit_transform(matrix.astype(np.float32))  # U Σ
     sigma = svd.singular_values_
     kept = sigma > 1e-6 * sigma[0]  # a matrix of lower rank has no further directions
-    scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
-    found = (scaled * scale).astype(np.float32)
-    return np.pad(found, ((0, 0), (0, dimensions - found.shape[1])))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
+        vectors = (scaled * scale).astype(np.float32)
+        lengths = np.linalg.norm(vectors, axis=1)  # by which the vectors are compared
+    if not np.isfinite(lengths).all() or not lengths.any():
+        raise InputError(
+            f"--exponent {config.exponent:g} makes vectors of infinite length, or of 0; lower it"
+        )
+    return np.pad(vectors, ((0, 0), (0, dimensions - vectors.shape[1])))

@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax.checkpoint import VOCABULARY, Run
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
+from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.svd import SVDConfig, svd_vectors
@@ -82,7 +83,7 @@ def _count(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
 def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, dict[str, Any]]:
     size = len(data.vocabulary)
     stream = SpanStream(data.train, size, config.window, config.sgns, config.seed)
-    optimizer = sgns_optimizer(config.sgns, config.window, config.epochs * stream.steps_per_epoch)
+    optimizer = sgns_optimizer(config.sgns, stream.window, config.epochs * stream.steps_per_epoch)
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
         rate = stream.tokens_per_epoch / sums["seconds"]
@@ -101,6 +102,9 @@ def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
         on_epoch=on_epoch,
         per="pairs",
     )
+    if not any(record["loss"] for record in records):
+        told = "no epoch held two neighbouring tokens; raise --subsample, or give longer texts"
+        raise InputError(f"{told}, and begin anew with --overwrite")
     return np.asarray(state.params["centre"]), cli.speed(records, stream)
 
 

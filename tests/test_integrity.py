@@ -63,6 +63,11 @@ def test_any_header_of_an_array_is_an_error(tmp_path, text):
     assert not read_or_refused(tmp_path / "f", archive(zipfile.ZIP_STORED, lambda data: head + data[128:]))
 
 
+def test_a_smaller_shape_is_an_error_though_numpy_could_read_it(tmp_path):
+    whole = archive(zipfile.ZIP_STORED)
+    assert not read_or_refused(tmp_path / "f", whole.replace(b"(3000,)", b"(1000,)"))
+
+
 def test_each_damage_of_the_archive_is_an_error(tmp_path):
     for data in archives.damaged(archive(zipfile.ZIP_DEFLATED)).values():
         assert not read_or_refused(tmp_path / "f", data)

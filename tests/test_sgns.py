@@ -10,7 +10,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import Documents
 from elmo_jax.loop import fit
 from elmo_jax.rowwise import RowSGD
-from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
+from elmo_jax.sgns import SPAN, SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
 from elmo_jax.train import TrainState, make_dispatch, train_step
 
 V, F, WINDOW = 50, 6, 2
@@ -145,6 +145,28 @@ def test_frequent_tokens_are_thinned_and_negatives_follow_the_counts(rng):
         drawn[4:] / drawn.sum(), share**0.75 / (share**0.75).sum(), rtol=0.25, atol=1e-3
     )
     assert drawn[:4].sum() == 0
+
+
+def test_spans_are_no_wider_than_a_document_needs_and_hold_the_same_pairs(documents):
+    longest, every = int(documents.lengths.max()), SGNSConfig(subsample=1.0)
+
+    def spans(window):
+        stream = SpanStream(documents, V, window, every, seed=0, spans=2)
+        return stream._epoch(0), stream.window
+
+    for window in (1, longest - 1):
+        made, width = spans(window)
+        assert width == window and made.words.shape[-1] == SPAN + 2 * window
+    made, width = spans(2**31 - 1)
+    assert width == longest - 1
+    # So wide a reach is all of a document: its pairs are every two of its tokens.
+    assert made.left.sum() + made.right.sum() == (documents.lengths * (documents.lengths - 1)).sum()
+
+
+def test_the_least_share_thins_out_every_token_seen(documents):
+    stream = SpanStream(documents, V, WINDOW, SGNSConfig(subsample=5e-324), seed=0)
+    assert stream._keep[np.unique(documents.ids)].max() < 1e-9
+    assert stream.steps_per_epoch == 1 and not first_batch(stream).left.any()
 
 
 def run_fit(documents, path, epochs, resume=False):

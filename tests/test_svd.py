@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from elmo_jax.data import Documents
+from elmo_jax.errors import InputError
 from elmo_jax.svd import SVDConfig, cooccurrence, ppmi, svd_vectors
 
 WINDOW = 3
@@ -51,6 +52,27 @@ def test_a_matrix_of_low_rank_has_no_further_dimensions():
     vectors = svd_vectors(documents, 5, 1, 4, SVDConfig(exponent=0.0))
     assert np.isfinite(vectors).all()
     assert np.linalg.matrix_rank(vectors, tol=1e-3) == 2
+
+
+def test_a_window_beyond_every_document_is_the_longest_ones(documents):
+    beyond = cooccurrence(documents, 50, 10**9)
+    longest = int(documents.lengths.max())
+    assert abs(beyond - cooccurrence(documents, 50, longest - 1)).nnz == 0
+    assert abs(beyond - cooccurrence(documents, 50, longest - 2)).nnz > 0  # the widest pair counts
+    assert beyond.sum() == (documents.lengths * (documents.lengths - 1)).sum()
+
+
+@pytest.mark.parametrize("exponent", [200.0, 1e300])
+def test_vectors_out_of_bounds_are_refused(documents, exponent):
+    with pytest.raises(InputError, match=r"--exponent .* makes vectors of infinite length, or of 0"):
+        svd_vectors(documents, 50, WINDOW, 6, SVDConfig(exponent=exponent))
+
+
+@pytest.mark.parametrize("weighting", ["ppmi", "counts"])
+def test_texts_of_one_token_are_refused(weighting):
+    alone = Documents(np.array([4, 5, 6, 4], np.int32), np.arange(5), np.zeros(4, np.int32))
+    with pytest.raises(InputError, match="no two tokens stand together"):
+        svd_vectors(alone, 8, WINDOW, 2, SVDConfig(weighting))
 
 
 def test_dimensions_beyond_the_vocabularys_are_zeros(documents):

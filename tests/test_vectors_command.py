@@ -2,6 +2,7 @@
 
 import pytest
 
+from elmo_jax.vectors import WordVectors
 from experiments import vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -18,6 +19,31 @@ def begin(tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [3, 9])
-def test_a_rate_that_skips_every_step_ends_in_one_line(begin, tmp_path, refused, epochs):
+def test_a_rate_that_skips_every_step_ends_in_one_line(begin, tmp_path, refused, epochs, monkeypatch):
+    monkeypatch.setattr("elmo_jax.sgns._MOST", 1e40)  # without this bound a rate can diverge
     refused(vectors.main, [*begin, "--subsample", "1", "--rate", "1e30", "--epochs", epochs], ANEW)
     assert not (tmp_path / "run" / "vectors.npz").exists()
+
+
+REFUSED = {
+    "nearly no share": (
+        ["--subsample", "1e-320"],
+        "no epoch held two neighbouring tokens; raise",
+    ),
+    "a power that overflows": (["--method", "svd", "--exponent", "1e6"], "--exponent 1e+06 makes vectors"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vectors_of_no_use_are_not_saved(name, begin, tmp_path, refused):
+    args, said = REFUSED[name]
+    refused(vectors.main, [*begin, *args], said)
+    assert not (tmp_path / "run" / "vectors.npz").exists()
+
+
+@pytest.mark.parametrize("method", ["svd", "sgns"])
+def test_a_window_beyond_every_text_is_no_trouble(begin, tmp_path, monkeypatch, method):
+    args = ["--method", method, "--window", 2**31 - 1, "--subsample", "1", "--epochs", "2"]
+    monkeypatch.setattr("sys.argv", ["prog", *map(str, [*begin, *args])])
+    assert vectors.main() == 0
+    assert WordVectors.load(tmp_path / "run" / "vectors.npz").matrix.any()
