@@ -22,15 +22,12 @@ from elmo_jax.progress import Meter
 from experiments import BEGAN, cli, whole
 from experiments.cases import (
     CASES,
-    CUDA_GOALS,
     CUDA_MACHINE,
     FLOAT,
-    GOALS,
     MACHINE,
     OURS,
     QUICK,
     Case,
-    Goal,
     cuda_cases,
     needed,
     parameters,
@@ -38,9 +35,10 @@ from experiments.cases import (
     rates_of,
 )
 from experiments.charts import plot_rates, plot_shares
+from experiments.goals import CUDA_GOALS, GOALS, Goal, judge
 from experiments.inputs import make_inputs
 from experiments.memory import free_memory
-from experiments.race import judge, race, results_of
+from experiments.race import race, results_of
 
 RESULT = "benchmark.json"
 _RATES, _SHARES = "tokens.png", "floors.png"
@@ -201,7 +199,7 @@ def rows(case: Case, found: Mapping[str, Any]) -> list[str]:
         times = f"{record['times']:.2f}x" if "times" in record else ""
         compiled = f"{record['compile_seconds']:.1f} s" if record.get("compile_seconds") else ""
         spread = f"±{record['spread']:.0%}"
-        memory = f"{record['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in record else ""
+        memory = f"{record['peak_bytes'] / 1e6:,.0f}" if record.get("peak_bytes") else ""
         goals = [g for g in _goals() if g.case == case.name and g.figure == "speed"]
         said = [f"at least {g.bound:g}x" for g in goals if g.peer == peer]
         said += [f"at least {g.bound:.0%} of the floor" for g in goals if g.peer is None and peer == OURS]

@@ -166,24 +166,6 @@ def floor_seconds(work: list[Phase], rates: Rates) -> float:
     return sum(max(phase.flops / rates.flops, phase.bytes / rates.bytes) for phase in work)
 
 
-class Goal(NamedTuple):
-    """What a ratio is to reach.
-
-    Attributes:
-        case: the work in which this library is measured.
-        peer: whom it is compared with, None for the floor.
-        figure: "speed", or "products" (the share of the machine's product rate that useful products
-            reach), at least; "memory", "host" (the share of `fit`'s time outside compiled code) or
-            "seconds", at most.
-        bound: of the ratio.
-    """
-
-    case: str
-    peer: str | None
-    bound: float
-    figure: Literal["speed", "products", "memory", "host", "seconds"] = "speed"
-
-
 _RELEASED = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 _PLAIN = (OURS, "flax", "torch")
 _SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _RELEASED}
@@ -225,28 +207,9 @@ CASES = (
 # With the peers that time allows.
 QUICK = {"step": (OURS, "torch"), "lstm": _PLAIN, "softmax": (OURS, "torch"), "embed": (OURS, "torch")}
 
-GOALS = (
-    Goal("step", "torch", 2.2),
-    Goal("lstm", "torch", 0.9),
-    Goal("lstm", "flax", 1.5),
-    Goal("softmax", None, 0.5),
-    Goal("recipe", "torch", 8.0),
-    Goal("step", "torch", 0.5, "memory"),
-    Goal("embed", "torch", 3.0),
-    Goal("fit", REPLAY, 0.02, "host"),
-)
-
-
 CUDA_MACHINE = (
     *(Case(f"product{end}", "product", steps=8192, precision=kind) for end, kind in PRECISIONS),
     MACHINE[1],
-)
-
-CUDA_GOALS = (
-    *(Goal(f"step{end}", "torch", 2.0) for end, _ in PRECISIONS),
-    Goal("step-b1024-bfloat16", None, 0.4, "products"),
-    Goal("fit", REPLAY, 0.02, "host"),
-    Goal(AG_NEWS, None, 60.0, "seconds"),
 )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cases import OURS, Case, Goal, Phase, Rates, floor_seconds
+from experiments.cases import OURS, Case, Phase, Rates, floor_seconds
 
 TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}  # of losses and gradients, relative
 _LOOSE = {"sgns": 0.1}  # negatives are drawn apart, and gensim's threads race
@@ -236,43 +236,3 @@ def results_of(
             record["times"] = ratio(lane.seconds, ours)
         out["peers"][lane.peer] = record
     return out
-
-
-def judge(goal: Goal, cases: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What became of a goal, or None where it was not measured."""
-    peers = cases.get(goal.case, {}).get("peers", {})
-    value = _figure(goal, peers.get(OURS, {}), peers.get(goal.peer, {}))
-    if value is None:
-        return None
-    low = goal.figure in ("memory", "host", "seconds")
-    met = value <= goal.bound if low else value >= goal.bound
-    said = {
-        "speed": f"{value:.0%} of the floor" if goal.peer is None else f"{value:.2f}x as fast as {goal.peer}",
-        "products": f"{value:.0%} of the machine's product rate",
-        "memory": f"peak memory {value:.2f}x {goal.peer}'s",
-        "host": f"{value:.1%} of fit's time outside compiled code",
-        "seconds": f"trained in {value:.0f} s",
-    }[goal.figure]
-    ratio = goal.figure == "memory" or (goal.figure == "speed" and goal.peer is not None)
-    bound = (
-        f"{goal.bound:g}x"
-        if ratio
-        else f"{goal.bound:g} s"
-        if goal.figure == "seconds"
-        else f"{goal.bound:.0%}"
-    )
-    least = "at most" if low else "at least"
-    line = f"{goal.case}: {said}, goal {least} {bound}: {'met' if met else 'missed'}"
-    return {**goal._asdict(), "value": value, "met": met, "line": line}
-
-
-def _figure(goal: Goal, ours: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """The number that a goal bounds, of what was measured of this library and the peer."""
-    if goal.figure == "memory":
-        both = "median" in ours and "median" in other
-        return ours["peak_bytes"] / other["peak_bytes"] if both else None
-    if goal.figure == "host":
-        return 1 - other["times"] if "times" in other else None
-    if goal.peer is not None:
-        return other.get("times")
-    return ours.get({"products": "of_products", "seconds": "median"}.get(goal.figure, "of_floor"))

@@ -12,7 +12,6 @@ from experiments import benchmark, host, jax_peers, ours, whole
 from experiments.benchmark import BenchmarkConfig
 from experiments.cases import (
     CASES,
-    CUDA_GOALS,
     CUDA_MACHINE,
     CUDNN,
     MACHINE,
@@ -20,14 +19,14 @@ from experiments.cases import (
     REPLAY,
     SCAN,
     Case,
-    Goal,
     Rates,
     cuda_cases,
     needed,
     rates_of,
 )
+from experiments.goals import CUDA_GOALS, Goal, judge
 from experiments.inputs import make_inputs
-from experiments.race import TOLERANCE, difference, judge, results_of
+from experiments.race import TOLERANCE, difference, results_of
 from experiments.worker import _MAKERS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -147,6 +146,29 @@ def test_goals_are_judged(goal, found, value, said):
     assert judged is not None and judged["value"] == pytest.approx(value) and judged["line"] == f"x: {said}"
     assert judged["met"] == said.endswith(": met")
     assert judge(goal, {}) is None and judge(goal, _found(elmo_jax={"not_timed": "?"})) is None
+
+
+def test_a_peak_that_is_not_known_meets_no_goal():
+    known, unknown = {"median": 1, "peak_bytes": 4}, {"median": 1, "peak_bytes": 0}
+    for ours_, other in ((known, unknown), (unknown, known)):
+        assert judge(Goal("x", "torch", 0.5, "memory"), _found(elmo_jax=ours_, torch=other)) is None
+
+
+def test_a_ratio_within_the_noise_of_its_bound_is_judged_and_says_so():
+    def said(goal, times):
+        found = _found(elmo_jax={"median": 1, "spread": 0.1}, torch={"times": times, "spread": 0.05})
+        return judge(goal, found)["line"].rpartition(": ")[2]
+
+    speed, host = Goal("x", "torch", 2.0), Goal("x", "torch", 0.02, "host")
+    assert said(speed, 2.3) == said(speed, 2.35) == "met (within the noise)"
+    assert said(speed, 2.36) == "met" and said(speed, 1.7) == "missed"
+    assert said(speed, 1.8) == said(host, 0.9) == "missed (within the noise)"
+    assert said(host, 0.8) == "missed" and said(host, 1.2) == "met"
+
+
+def test_a_host_that_took_no_time_is_not_said_to_have_given_some():
+    judged = judge(Goal("x", REPLAY, 0.02, "host"), _found(replay={"times": 1.01}))
+    assert judged["line"].startswith("x: 0.0% of fit's") and judged["met"] and judged["value"] < 0
 
 
 def test_from_flags_to_results_as_on_cuda(tmp_path, monkeypatch, capsys):
