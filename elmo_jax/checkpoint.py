@@ -18,7 +18,7 @@ import numpy as np
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import (
     CONFIG,
-    changes,
+    binding,
     difference,
     digest,
     read_config,
@@ -33,11 +33,6 @@ from elmo_jax.steps import Steps, check_kinds
 METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
 _STEPS, _LOCK = "checkpoints", ".lock"
 _OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
-# May change, or are compared on their own; the others if asked for.
-_FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
-# Where what it is made from lies; what lies there is compared by its digests.
-PLACES = {"output", "data.dataset", "data.data_dir", "source.pretrained", "source.vectors"}
-_DIGESTS = {"texts", "model"}
 _ORDER = {"seed"}  # of the batches alone, once training has begun
 _PACE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # after steps that were not finite
 
@@ -115,9 +110,8 @@ class Run:
 
         Args:
             path: the folder; a new one, unless `resume` or `overwrite`.
-            config: written to ``config.json``; to resume, all but "output", "epochs",
-                "save_every", "steps_per_dispatch" and the paths of what it reads must be what it
-                was, unless it made nothing yet.
+            config: written to ``config.json``; to resume a run that made something, what is
+                `binding` in it must be what it was.
             monitor: the record's figure that is lowest at the best epoch.
             resume: go on with a run that is there; begin one if none is.
             overwrite: remove a run that is there.
@@ -149,9 +143,8 @@ class Run:
                     elif resume or overwrite:
                         run.clear()
                     else:
-                        raise InputError(
-                            f"{path}: holds a run; go on with --resume, replace it with --overwrite"
-                        )
+                        told = "holds a run; go on with --resume, replace it with --overwrite"
+                        raise InputError(f"{path}: {told}")
                 write_config(path, config, digests)
                 for name, data in texts.items():
                     write_atomically(path / name, data)
@@ -197,9 +190,7 @@ class Run:
     def _compare(self, config: Mapping[str, Any], texts: Mapping[str, bytes], allow_change: bool) -> None:
         """Refuse to go on with other settings or other texts than the run began with."""
         before = read_config(self.path)
-        changed = {name: text for name, text in changes(before, config).items() if name not in _FREE}
-        if not changed.keys() & _DIGESTS:
-            changed = {name: text for name, text in changed.items() if name not in PLACES}
+        changed = binding(before, config)
         may = changed.keys() <= _ORDER | _PACE
         if changed and not (allow_change and may):
             told = "; ".join(f"{name} {text}" for name, text in changed.items())
@@ -210,8 +201,7 @@ class Run:
             position = self._position(step)
             if changed.keys() & _ORDER and not position.ended:
                 raise InputError(f"{self.path}: stopped within an epoch; seed may change after it")
-            if fewer and config["epochs"] < len(position.records):
-                ran = len(position.records)
+            if fewer and config["epochs"] < (ran := len(position.records)):
                 raise InputError(f"{self.path}: has run {ran} epochs; give --epochs that many")
             break
         for name, data in texts.items():
@@ -221,9 +211,8 @@ class Run:
 
     def _made_nothing(self) -> bool:
         """Whether it ended before there was anything to go on with, as by a setting that cannot be."""
-        metrics = self.path / METRICS
-        logged = metrics.exists() and metrics.stat().st_size > 0
-        return not (logged or self.steps.saved() or (self.path / RESULTS).exists())
+        files = (self.path / METRICS, self.path / RESULTS)
+        return not (self.steps.saved() or any(f.exists() and f.stat().st_size for f in files))
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else that may lie in the folder."""
@@ -268,9 +257,8 @@ class Run:
             check_kinds(self.steps.kinds(step), template, f"{self.steps.path / str(step)}")
             return self.steps.load(step, template), self._position(step)
         if self.steps.saved():
-            raise InputError(
-                f"{self.path}: no saved step is whole; restore a copy, or begin anew with --overwrite"
-            )
+            told = "no saved step is whole; restore a copy, or begin anew with --overwrite"
+            raise InputError(f"{self.path}: {told}")
         return None
 
     def restore_best(self, names: tuple[str, ...] = ()) -> Any:
@@ -284,9 +272,9 @@ class Run:
         """
         whole = list(self.steps.whole())
         if not whole:
-            damaged = "no saved step is whole; restore a copy, or train again"
-            none = "holds no saved step; let the training run reach one"
-            raise InputError(f"{self.path}: {damaged if self.steps.saved() else none}")
+            told = "no saved step is whole; restore a copy, or train again"
+            told = told if self.steps.saved() else "holds no saved step; let the training run reach one"
+            raise InputError(f"{self.path}: {told}")
         figures = self._figures(self._position(whole[0]))
         measured = [step for step in whole if step in figures]  # on equal figures, the earliest
         best = min(measured, key=lambda step: (figures[step], step), default=whole[0])

@@ -34,6 +34,11 @@ _DAMAGE = (OSError, ValueError, TypeError, SyntaxError, KeyError, EOFError, Memo
            Warning, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError)  # fmt: skip
 _MOST_JSON = 2**24  # bytes; a configuration or manifest is never that long
 
+# Settings of a run that may change, or are compared on their own; and where it reads and writes.
+_FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
+PLACES = {"output", "data.dataset", "data.data_dir", "source.pretrained", "source.vectors"}
+_DIGESTS = {"texts", "model"}
+
 
 def digest(data: bytes | Path) -> dict[str, Any]:
     """The size and sha256 of bytes, or of a file's."""
@@ -236,6 +241,20 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         elif old != new:
             found[name] = f"{old!r} -> {new!r}"
     return found
+
+
+def binding(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Those `changes` of a run's settings that make it another run.
+
+    Where it reads and writes does not, as long as what lies there has the same digests.
+
+    Example:
+        >>> binding({"epochs": 1, "data": {"data_dir": "a"}}, {"epochs": 2, "data": {"data_dir": "b"}})
+        {}
+    """
+    changed = changes(before, now)
+    free = _FREE if changed.keys() & _DIGESTS else _FREE | PLACES
+    return {name: text for name, text in changed.items() if name not in free}
 
 
 def difference(path: Path, data: bytes) -> str:

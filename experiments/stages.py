@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from elmo_jax.checkpoint import METRICS, PLACES, RESULTS
+from elmo_jax.checkpoint import METRICS, RESULTS
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, changes, read_config, write_atomically
+from elmo_jax.integrity import CONFIG, PLACES, changes, read_config, write_atomically
 from experiments import cli
 from experiments.measured import read_records
 
