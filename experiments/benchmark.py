@@ -86,7 +86,7 @@ def benchmark(
         known, machine = cuda_cases(known), CUDA_MACHINE
     cases = choose(config, (*known, whole.CASE) if config.data_dir else known)
     machine = needed(machine, cases)
-    rounds = _QUICK_ROUNDS if config.quick else config.rounds
+    rounds, _ = _pace(config)
     output.mkdir(parents=True, exist_ok=True)
     for picture in (_RATES, _SHARES) if config.overwrite else ():
         (output / picture).unlink(missing_ok=True)
@@ -110,6 +110,11 @@ def benchmark(
     return results
 
 
+def _pace(config: BenchmarkConfig) -> tuple[int, float]:
+    """Rounds, and the least seconds of a measurement."""
+    return (_QUICK_ROUNDS, _QUICK_SECONDS) if config.quick else (config.rounds, config.least)
+
+
 def _measure(
     case: Case,
     config: BenchmarkConfig,
@@ -125,7 +130,7 @@ def _measure(
         return over
     if short := too_large(case):
         return {"not_timed": short}
-    rounds, least = (_QUICK_ROUNDS, _QUICK_SECONDS) if config.quick else (config.rounds, config.least)
+    rounds, least = _pace(config)
     arrays, counts = make_inputs(case, config.seed)
     if deadline is not None and time.monotonic() > deadline:
         return over

@@ -48,10 +48,9 @@ def process_peak() -> int | None:
         >>> process_peak() > 2**20
         True
     """
-    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
-    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    if own:
-        return 1024 * own[0]
+    own = _told(_STATUS, "VmHWM")
+    if own is not None:
+        return own
     try:
         import resource  # Windows has none
     except ImportError:
@@ -68,11 +67,16 @@ def free_memory() -> int | None:
         >>> free_memory() > 2**20
         True
     """
-    lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []
-    told = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    if told:
-        return 1024 * told[0]
+    told = _told(_MEMINFO, "MemAvailable")
+    if told is not None:
+        return told
     try:  # for want of better: this leaves out the files that the system holds in memory
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _told(path: Path, name: str) -> int | None:
+    """Bytes that a file of Linux's /proc gives under that name, if it does."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
