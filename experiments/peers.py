@@ -204,34 +204,37 @@ class Model(nn.Module):
         self.bias = nn.Parameter(tensor(arrays["softmax_bias"]))
         self.stacks = nn.ModuleList(load_stack(case, arrays, d) for d in range(DIRECTIONS))
 
-    def forward(self, d: int, ids: Tensor, mask: Tensor) -> Tensor:
-        """A direction's share of the mean loss: ids ``[T + 1, B]`` as it reads them, mask ``[T, B]``."""
+    def forward(self, d: int, ids: Tensor, real: Tensor) -> Tensor:
+        """A direction's share of the mean loss: ids ``[T + 1, B]`` as it reads them, the numbers of the
+        real ones among the T B to predict; known beforehand, or a GPU would wait to be told."""
         with precision(self.case):
             h = self._drop(self.stacks[d](self._drop(F.embedding(ids[:-1], self.table)))[0])
-            logits = F.linear(h[mask], self.softmax, self.bias)  # of real tokens alone
-        return F.cross_entropy(logits.float(), ids[1:][mask], reduction="mean") / DIRECTIONS
+            logits = F.linear(h.flatten(0, 1).index_select(0, real), self.softmax, self.bias)
+        targets = ids[1:].flatten().index_select(0, real)
+        return F.cross_entropy(logits.float(), targets, reduction="mean") / DIRECTIONS
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout else x
 
 
 def reading(words: np.ndarray, lengths: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
-    """Ids ``[T + 1, B]`` and masks ``[T, B]`` of each direction, from ``[B, T + 1]``."""
+    """Of each direction ids ``[T + 1, B]``, from ``[B, T + 1]``, and which of those to predict are real."""
     turned = words.copy()
     for row, n in zip(turned, lengths, strict=True):
         row[:n] = row[:n][::-1]
-    mask = torch.from_numpy(np.arange(words.shape[1] - 1)[:, None] < lengths[None] - 1).to(DEVICE)
-    return [tensor(np.ascontiguousarray(w.T)) for w in (words, turned)], [mask] * DIRECTIONS
+    mask = np.arange(words.shape[1] - 1)[:, None] < lengths[None] - 1
+    real = torch.from_numpy(np.flatnonzero(mask)).to(DEVICE)
+    return [tensor(np.ascontiguousarray(w.T)) for w in (words, turned)], [real] * DIRECTIONS
 
 
-def _stepper(model: Model, words: list[Tensor], masks: list[Tensor], optimizer: Any):
+def _stepper(model: Model, words: list[Tensor], real: list[Tensor], optimizer: Any):
     """A step; each direction goes backward before the other's logits are made, for memory's sake."""
 
     def step() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=DEVICE)
         for d in range(DIRECTIONS):
-            loss = model(d, words[d], masks[d])
+            loss = model(d, words[d], real[d])
             loss.backward()
             total += loss.detach()
         optimizer.step()
@@ -264,14 +267,14 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
     runs: list[Any] = []
     read: list[Any] = []
     for bound, steps in zip(arrays["bounds"].tolist(), arrays["steps"].tolist(), strict=True):
-        words, masks = reading(arrays[f"words:{bound}"][0], arrays[f"lengths:{bound}"][0])
-        read.append((words, masks))
-        runs.append((repeat(_stepper(model, words, masks, optimizer)), float(steps)))
+        words, real = reading(arrays[f"words:{bound}"][0], arrays[f"lengths:{bound}"][0])
+        read.append((words, real))
+        runs.append((repeat(_stepper(model, words, real, optimizer)), float(steps)))
 
     def check() -> dict[str, np.ndarray]:
         with torch.no_grad():
-            words, masks = read[0]
-            loss = np.array(sum(float(model(d, words[d], masks[d])) for d in range(DIRECTIONS)))
+            words, real = read[0]
+            loss = np.array(sum(float(model(d, words[d], real[d])) for d in range(DIRECTIONS)))
         model.dropout = 0.1
         for stack in model.stacks:
             stack.dropout = 0.1  # type: ignore[assignment]
