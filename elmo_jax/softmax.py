@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-CHUNK_BYTES = 24 << 20  # of float32 logits alive at once; larger is hardly faster
+# Of float32 logits alive at once. Larger is hardly faster on a CPU; a GPU waits for every launch.
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 1 << 30
+# Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
+_ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
 _MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
 
@@ -41,7 +44,15 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
         >>> round(float(total), 3)  # 3 ln 10
         6.908
     """
+    if not _on_cpu():
+        columns, rows = (0, -hidden.shape[-1] % _ALIGNED), (0, -len(table) % _SPLIT)
+        hidden, table = jnp.pad(hidden, ((0, 0), columns)), jnp.pad(table, (rows, columns))
+        bias = jnp.pad(bias, rows, constant_values=_MASKED)
     return _full_nll(hidden, table, bias, targets, weight)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 @jax.custom_vjp
@@ -75,7 +86,8 @@ def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Arr
 def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
     """The arrays cut into equal chunks of positions, the last filled with zeros, and N."""
     n = arrays[0].shape[0]
-    most = max(_ROWS, CHUNK_BYTES // (4 * classes) // _ROWS * _ROWS)
+    alive = CHUNK_BYTES if _on_cpu() else ACCELERATOR_CHUNK_BYTES
+    most = max(_ROWS, alive // (4 * classes) // _ROWS * _ROWS)
     count = max(1, -(-n // most))
     rows = n if count == 1 else -(-n // count // _ROWS) * _ROWS
     fill = count * rows - n
@@ -96,7 +108,11 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
         h, t, w = part
         each, exps, total = _chunk_nll(h, table, bias, t)
         scale = w.astype(sums) / total
-        d_logits = exps.at[jnp.arange(len(t)), t].add(-total, unique_indices=True)
+        if _on_cpu():
+            d_logits = exps.at[jnp.arange(len(t)), t].add(-total, unique_indices=True)
+        else:  # which writes no exponentials down, but works them out where they are wanted
+            reached = jnp.arange(exps.shape[1], dtype=t.dtype)[None] == t[:, None]
+            d_logits = jnp.where(reached, exps - total[:, None], exps)
         g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
         dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
         d_table += jnp.matmul(g.T, scaled, preferred_element_type=sums)
