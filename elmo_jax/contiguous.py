@@ -77,6 +77,10 @@ class ContiguousStream:
             yield Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), count)
             step += count
 
+    def shapes(self) -> list[Any]:
+        """None: there is one alone."""
+        return []
+
     def rows(self, step: int) -> np.ndarray:
         """``[N]`` the documents that a step reads of, counted from the first epoch."""
         return np.unique(self._places(step, ALL)[0])

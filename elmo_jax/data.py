@@ -193,6 +193,10 @@ class Stream(Protocol):
         """The documents of a step, to name them when it fails."""
         ...
 
+    def shapes(self) -> list[Any]:
+        """Batches of a dispatch in every shape there is; none where there is one alone."""
+        ...
+
 
 class BatchStream:
     """Documents as batches; the batch of a step is a function of (seed, step) alone.
@@ -242,6 +246,13 @@ class BatchStream:
         pairs = zip(self._buckets, self.bounds, strict=True)
         steps = sum(-(-len(rows) // self.batch_size) * self.batch_size * bound for rows, bound in pairs)
         return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / steps
+
+    def shapes(self) -> list[Batch]:
+        """See `Stream.shapes`."""
+        pairs = zip(self.bounds, self._buckets, strict=True)
+        return [
+            self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows in pairs if len(rows)
+        ]
 
     def order(self, epoch: int = 0) -> np.ndarray:
         """The documents' numbers ``[N]`` in the order of an epoch's rows, fillers left out."""

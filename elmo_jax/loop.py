@@ -113,7 +113,10 @@ def fit(
         tree, position = restored
         state = replace(state, **tree)
     run.log(position.records)
-    dispatch_fn, mesh = make_dispatch(loss_fn, optimizer, state), mesh_of(state)
+    mesh = mesh_of(state)
+    # A GPU's compiler is slow and leaves most of a host idle; on a CPU training would wait for all.
+    shapes = stream.shapes() if mesh is None and jax.default_backend() == "gpu" else []
+    dispatch_fn = make_dispatch(loss_fn, optimizer, state, shapes)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     meeting, dispatches = MEETING if several() else 1, 0

@@ -124,6 +124,10 @@ class SpanStream:
             np.minimum(drawn, len(self._noise) - 1).astype(np.int32),
         )
 
+    def shapes(self) -> list[Any]:
+        """None: there is one alone."""
+        return []
+
     def rows(self, step: int) -> np.ndarray:
         """None: a span goes from one document into the next."""
         return np.zeros(0, np.int64)

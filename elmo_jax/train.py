@@ -5,7 +5,8 @@ one call of the device that takes several steps.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -108,12 +109,17 @@ def _first_state(optimizer: Optimizer, params: Params) -> Any:
 
 
 def train_step(
-    state: TrainState, batch: Batch, key: Array, loss_fn: LossFn, optimizer: Optimizer
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    wanted: Array | bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step; its randomness is ``fold_in(key, state.step)``.
 
     If the loss or a gradient is not finite, the step is skipped: it is counted in
-    ``state.step``, and changes nothing else.
+    ``state.step``, and changes nothing else. One that is not wanted changes nothing at all.
 
     Returns:
         The next state, and the task's sums with the ``loss`` among them, and ``steps``,
@@ -126,12 +132,13 @@ def train_step(
     rows = by_rows.rows(batch, key)
     given_params = by_rows.given(state.params, rows)
     (loss, sums), gradients = jax.value_and_grad(task, has_aux=True)(given_params)
-    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients)) & wanted
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
         params, opt_state = by_rows.update(gradients, state.opt_state, state.params, rows, state.step, sound)
     after = {name: sums[name] for name in state.carry}
     carry = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, state.carry)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, carry=carry)
+    counted = state.step + jnp.asarray(wanted, state.step.dtype)
+    state = replace(state, step=counted, params=params, opt_state=opt_state, carry=carry)
     sums = {name: value for name, value in sums.items() if name not in carry}
     sums |= {"loss": loss, "steps": jnp.ones(())}
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
@@ -151,13 +158,17 @@ def _options() -> dict[str, Any]:
     return options if jax.default_backend() == "cpu" else {}
 
 
-def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None):
+def make_dispatch(
+    loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Sequence[Any] = ()
+):
     """Compile `train_step` over up to K batches in one call, the state donated.
 
     Args:
         loss_fn: the task.
         optimizer: as the state was created with.
-        like: a state on a mesh, for every next one lies as it does; else None.
+        like: a state as every next one will be, if it lies on a mesh or anything is given `ahead`.
+        ahead: batches of shapes that will come, which are compiled from now on, side by side;
+            others are when they come.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
@@ -165,6 +176,9 @@ def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None
     """
 
     mesh, places = mesh_of(like), None
+    # Whether a loop of unknown length goes on, an accelerator asks its host at every step. Of a known
+    # one it takes all steps, the few of a part-filled dispatch in vain.
+    known = jax.default_backend() != "cpu"
     if like is not None and mesh is not None:
         places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
 
@@ -175,23 +189,39 @@ def make_dispatch(loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None
         def body(i: Array, carry):
             state, filled = carry
             batch = jax.tree.map(lambda a: a[i], batches)
-            state, sums = train_step(state, batch, key, loss_fn, optimizer)
+            state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
             return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
 
         first = jax.tree.map(lambda a: a[0], batches)
         shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)
         steps = batches.words.shape[0]
         filled = {name: jnp.zeros((steps, *s.shape), s.dtype) for name, s in shapes.items()}
-        state, filled = jax.lax.fori_loop(0, count, body, (state, filled))
+        state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))
         return replace(state, frozen={}), filled
 
-    def dispatch(state: TrainState, batches: Batch, count: int, key: Array):
+    def compiled(batches: Any) -> Any:
+        assert like is not None
+        return run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0)).compile()
+
+    programs = {}
+    if ahead:
+        pool = ThreadPoolExecutor(len(ahead))
+        programs = {_shapes(batches): pool.submit(compiled, batches) for batches in ahead}
+        pool.shutdown(wait=False)
+
+    def dispatch(state: TrainState, batches: Any, count: int, key: Array):
+        program = programs.get(_shapes(batches)) if programs else None
         # What is frozen stays the caller's: it is neither donated nor copied.
         with on(mesh):
-            after, sums = run(replace(state, frozen={}), state.frozen, batches, count, key)
+            go = program.result() if program else run
+            after, sums = go(replace(state, frozen={}), state.frozen, batches, count, key)
         return replace(after, frozen=state.frozen), sums
 
     return dispatch
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, np.ndarray]:
