@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights
 
 # Settings of jax_default_matmul_precision that leave products at least as rough as TF32.
-_ROUGH = (None, "default", "fastest", "bfloat16", "bfloat16_3x", "tensorfloat32", "high")
+ROUGH = (None, "default", "fastest", "bfloat16", "bfloat16_3x", "tensorfloat32", "high")
 
 
 def on_cuda() -> bool:
@@ -95,7 +95,7 @@ def run_cudnn(x: Array, lengths: Array, state: State, w_x: Array, w: Weights) ->
     from jax.experimental import rnn  # most runs have no use for it
 
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    precision = jax.lax.Precision.HIGH if asked in _ROUGH else jax.lax.Precision.HIGHEST
+    precision = jax.lax.Precision.HIGH if asked in ROUGH else jax.lax.Precision.HIGHEST
     directions, _, _, inputs = x.shape
     sizes = inputs, w.recurrent.shape[1], 1, 0.0, False, precision  # one layer, no dropout, one direction
     some = jnp.maximum(lengths, 1)  # cuDNN refuses rows without a step

@@ -13,11 +13,14 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from elmo_jax.cudnn import obstacle, run_cudnn
+from elmo_jax.cudnn import obstacle as obstacle_to_cudnn
+from elmo_jax.cudnn import run_cudnn
 from elmo_jax.errors import InputError
+from elmo_jax.persistent import obstacle as obstacle_to_persistent
+from elmo_jax.persistent import run_persistent
 from elmo_jax.recurrence import Clips, State, Weights, batched_product, fast_recurrence, lstm_step
 
-Kernel = Literal["auto", "fast", "plain", "cudnn"]
+Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 
 # Glorot's fans, with the direction axis left out of them.
 _glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
@@ -80,18 +83,22 @@ class LSTM(nn.Module):
     def choose(self) -> Kernel:
         """The kernel that runs here.
 
-        "fast" is `fast_recurrence`, "plain" is `nn.scan` over `lstm_step`, "cudnn" is
-        `run_cudnn`. "auto" is cuDNN on CUDA where it knows such layers, else "fast".
+        "fast" is `fast_recurrence`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
+        `run_persistent`, "cudnn" is `run_cudnn`. "auto" is "persistent" where it can
+        run the layer, else "fast".
 
         Raises:
-            InputError: cuDNN is asked for, and cannot run the layer.
+            InputError: the kernel that is asked for cannot run the layer.
         """
-        if self.kernel in ("fast", "plain"):
-            return self.kernel
-        against = obstacle(self.projection, self.clips, self.dtype)
-        if self.kernel == "cudnn" and against:
-            raise InputError(f"--kernel cudnn: {against}; give --kernel auto")
-        return "fast" if against else "cudnn"
+        against = {
+            "persistent": obstacle_to_persistent(self.cells, self.projection, self.dtype),
+            "cudnn": obstacle_to_cudnn(self.projection, self.clips, self.dtype),
+        }
+        if self.kernel == "auto":
+            return "fast" if against["persistent"] else "persistent"
+        if reason := against.get(self.kernel):
+            raise InputError(f"--kernel {self.kernel}: {reason}; give --kernel auto")
+        return self.kernel
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array, state: State | None = None) -> tuple[Array, State]:
@@ -127,8 +134,10 @@ class LSTM(nn.Module):
             return run_cudnn(x, lengths, state, w_x, w)
 
         gates = batched_product(x, w_x.astype(self.dtype))  # [D, B, T, 4H]
-        if kernel == "fast":
-            states: Any = fast_recurrence(state, gates, w, self.clips)
+        if kernel == "persistent":
+            states: Any = run_persistent(state, gates, w, self.clips)
+        elif kernel == "fast":
+            states = fast_recurrence(state, gates, w, self.clips)
         else:
 
             def body(_, state: State, gates: Array):

@@ -47,7 +47,7 @@ def batched_product(x: Array, w: Array) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
+def weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
     """``[D, ..., I] x [D, ..., O] -> [D, I, O]``: the product summed over all steps and rows."""
     sums = np.promote_types(dtype, np.float32)
     x, g = _rows(x).astype(dtype), _rows(g).astype(dtype)
@@ -232,9 +232,9 @@ def _fast_backward(clips: Clips, residuals, grads: State):
     d_first, dz, dh = jax.lax.fori_loop(0, steps, body, (zero[0], by_gate, zero[1]))
     d_projection = None
     if slopes.m is not None:
-        d_projection = _weight_gradient(slopes.m, dh, w.recurrent.dtype)
+        d_projection = weight_gradient(slopes.m, dh, w.recurrent.dtype)
     before = jnp.concatenate([jnp.expand_dims(first.h, _TIME), h[:, :, :-1]], axis=_TIME)
-    d_recurrent = _weight_gradient(before, dz, w.recurrent.dtype)
+    d_recurrent = weight_gradient(before, dz, w.recurrent.dtype)
     return d_first, dz, Weights(d_recurrent, dz.sum((1, 2)).astype(w.bias.dtype), d_projection)
 
 
