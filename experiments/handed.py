@@ -17,7 +17,7 @@ def _flags(config: type) -> set[str]:
 
 
 _DATA = _flags(DataConfig)
-_ALL = _flags(HostsConfig) | {"--output", "--resume", "--overwrite"}
+_ALL = _flags(HostsConfig) | {"--output", "--resume", "--overwrite", "--allow-config-change"}
 _OWN = {
     "pretrain": _ALL | _DATA | {"--dry-run", "--corpus", "--valid-corpus", "--vocab"},
     "vectors": _ALL | _DATA | {"--method"},
