@@ -211,7 +211,7 @@ def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
 def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
     cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
     cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
-    if key := report.class_key(classes):
+    if key := report.key(classes, "class"):
         cli.say(f"\n{key}")
 
 

@@ -227,7 +227,7 @@ def _first(runs: Sequence) -> str:
 def _confusions(page: Page, results: Mapping[str, Sequence[Mapping]], figures: Path) -> None:
     page.heading("Confusion matrices")
     first = next(iter(results.values()))[0]
-    if key := report.class_key(first["classes"]):
+    if key := report.key(first["classes"], "class"):
         page.text(key)
     for part in reversed(PARTS):
         drawn = []

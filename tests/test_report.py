@@ -133,5 +133,5 @@ def test_classes_that_the_font_cannot_write_are_numbered_and_told(tmp_path, draw
     (axes,) = drawn[0].axes
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["Sports", "class 2", "Äpfel", "class 4"]
-    assert report.class_key(names).endswith(": class 2 is 体育; class 4 is 财 经.")
-    assert report.class_key(["Sports", "Äpfel", "$^$"]) == ""
+    assert report.key(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
+    assert report.key(["Sports", "Äpfel", "$^$"], "class") == ""
