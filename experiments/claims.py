@@ -2,7 +2,7 @@
 
 Nouns: a *study* is the runs behind one picture and the sentence under it, which says what
 the figures show, whichever way they fall.
-Axes: N occurrences, F features.
+Axes: S seeds, X points of a curve.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from elmo_jax import report
 from elmo_jax.checkpoint import METRICS
@@ -23,9 +20,11 @@ from elmo_jax.datasets import DataConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.page import Page
-from elmo_jax.sample import Text, sample_corpus
+from elmo_jax.sample import sample_corpus
 from elmo_jax.vectors import WordVectors
+from experiments import cli
 from experiments.results import measure, spread
+from experiments.senses import Occurrences, commonest, probe
 from experiments.sources import VECTORS
 from experiments.stages import Stage
 
@@ -63,11 +62,25 @@ def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
             plan.classifier(method, seed, labels=share, epochs=epochs) for seed in range(len(full[method]))
         ]
 
-    by_share = {method: {share: few(method, share) for share in SHARES} for method in (ELMO, *STATIC)}
+    shares = distinct_shares(plan)
+    by_share = {method: {share: few(method, share) for share in shares} for method in (ELMO, *STATIC)}
     untrained = [plan.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
     context = type(plan)(plan.config, DataConfig(), plan.output / "context", plan.origins).sources()
     renamed = [replace(s, name=f"context {s.name}", kind=f"context {s.kind}") for s in context]
     return Studies(full, by_share, untrained, renamed)
+
+
+def distinct_shares(plan: Plan) -> list[float]:
+    """Those of `SHARES` that come to other documents than the next one; of a small corpus, fewer.
+
+    Each is of the documents of any larger one, and of no others, so seed 0 speaks for all.
+    """
+    documents = {share: plan.origins.texts(plan.data, labels=share) for share in (*SHARES, 1.0)}
+    last = {digest: share for share, digest in documents.items()}  # the largest of as many documents
+    for share in SHARES:
+        if (same := last[documents[share]]) != share:
+            cli.say(f"{share:.0%} of the labels are the same documents as {same:.0%} of them, and left out")
+    return [share for share in SHARES if last[documents[share]] == share]
 
 
 def stages(made: Studies) -> list[Stage]:
@@ -205,9 +218,6 @@ def transfer_sentence(pretrained: Sequence[float], untrained: Sequence[float]) -
     )
 
 
-# --- senses in context ------------------------------------------------------------------
-
-
 def _context(made: Studies, path: Path) -> str:
     language_model, *static = made.context
     corpus = sample_corpus()
@@ -238,49 +248,3 @@ def context_sentence(values: Mapping[str, float], floor: float, occurrences: int
         f"layers ({best.removeprefix('ELMo, ')}), and {values[static]:.1%} from the better static vectors "
         f"({static}); always guessing a word's commonest sense (broken line) gets {floor:.1%}."
     )
-
-
-@dataclass(frozen=True)
-class Occurrences:
-    """Where words of several senses stand in texts.
-
-    Attributes:
-        texts: tokens of each text.
-        places: N pairs of a text's number and a token's.
-        words, senses: of each.
-    """
-
-    texts: list[list[str]]
-    places: list[tuple[int, int]]
-    words: list[str]
-    senses: list[str]
-
-    @classmethod
-    def of(cls, corpus: Sequence[Text]) -> Occurrences:
-        """Those of the embedded corpus."""
-        texts = [text.text.split() for text in corpus]
-        found = [(i, at, sense) for i, text in enumerate(corpus) for at, sense in text.senses]
-        words = [texts[i][at] for i, at, _ in found]
-        return cls(texts, [(i, at) for i, at, _ in found], words, [sense for *_, sense in found])
-
-    def layers(self, elmo: Elmo) -> np.ndarray:
-        """The layer states of each occurrence in its text, ``[L, N, F]``."""
-        states = elmo.embed(self.texts)
-        return np.stack([states[i][:, at] for i, at in self.places], axis=1)
-
-
-def probe(train: np.ndarray, senses: Sequence[str], test: np.ndarray, truth: Sequence[str]) -> float:
-    """Accuracy of one logistic regression from vectors ``[N, F]`` to senses, on other vectors."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    return float(model.fit(train, senses).score(test, truth))
-
-
-def commonest(train: Occurrences, test: Occurrences) -> float:
-    """Accuracy of guessing the sense that a word has most often in `train`."""
-    counts: dict[str, dict[str, int]] = {}
-    for word, sense in zip(train.words, train.senses, strict=True):
-        of_word = counts.setdefault(word, {})
-        of_word[sense] = of_word.get(sense, 0) + 1
-    guess = {word: max(of_word, key=lambda sense: of_word[sense]) for word, of_word in counts.items()}
-    hits = [guess.get(word) == sense for word, sense in zip(test.words, test.senses, strict=True)]
-    return float(np.mean(hits))

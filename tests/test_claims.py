@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from elmo_jax.datasets import DataConfig
 from experiments import claims
+from experiments.compare import METHODS, CompareConfig, Plan
+from experiments.origins import Origins
+from experiments.senses import Occurrences, commonest, probe
 
 SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
 NONE = [[0.1] * 5]
@@ -66,6 +70,29 @@ def test_shares_are_those_of_the_documents_that_were_trained_on(tmp_path, monkey
     assert "of 3 points" in said
 
 
+@pytest.mark.parametrize(
+    ("rows", "shares", "said"),
+    [
+        (20, [0.03, 0.1, 0.3], "1% of the labels are the same documents as 3% of them, and left out\n"),
+        (2, [], "".join(f"{n}% of the labels are the same documents as 100% of them, and left out\n"
+                        for n in (1, 3, 10, 30))),
+        (2000, [0.01, 0.03, 0.1, 0.3], ""),
+    ],
+)  # fmt: skip
+def test_shares_that_come_to_the_same_documents_are_trained_once(tmp_path, capsys, rows, shares, said):
+    (tmp_path / "data").mkdir()
+    for part, count in (("train", rows), ("test", 1)):
+        texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
+        (tmp_path / "data" / f"{part}.csv").write_text(texts)
+    config = CompareConfig(DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2))
+    plan = Plan(config, config.data, tmp_path / "out", Origins())
+    made = claims.studies(plan, {method: [plan.classifier(method, 0)] for method in METHODS})
+    assert capsys.readouterr().out == said
+    assert [list(of_method) for of_method in made.few.values()] == [shares] * 3
+    digests = [Origins().texts(config.data, labels=share) for share in (*claims.SHARES, 1.0)]
+    assert len(set(digests)) == len(shares) + 1
+
+
 def test_the_sentence_of_convergence():
     leads = {claims.ELMO: (0.8, 0.9), "SGNS": (0.7, 0.88), "SVD": (0.6, 0.87)}
     learned = {name: [dict(zip((1.0, 100.0), values, strict=True))] for name, values in leads.items()}
@@ -91,13 +118,13 @@ def test_sentences_about_pictures_of_dots():
 def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
     words = ["bank", "match"] * 60
     senses = [f"{w}/{rng.integers(2)}" for w in words]
-    part = claims.Occurrences([], [], words, senses)
+    part = Occurrences([], [], words, senses)
     known = {s: rng.normal(size=8) for s in sorted(set(senses))}
     vectors = rng.normal(size=(120, 8)) * 0.1 + [known[s] for s in senses]
     static = rng.normal(size=(120, 8)) * 0 + [[w == "bank"] * 8 for w in words]
-    assert claims.probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
-    floor = claims.commonest(
+    assert probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
+    floor = commonest(
         replace(part, words=words[:60], senses=senses[:60]),
         replace(part, words=words[60:], senses=senses[60:]),
     )
-    assert claims.probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)
+    assert probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)
