@@ -82,14 +82,14 @@ def measure(run: Stage) -> Classifier:
     return measured.classifier(run.path, run.settings.epochs)
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and standard deviation if there are several.
+def spread(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str = "") -> str:
+    """Mean, and standard deviation if there are several; a difference with the sign "+".
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.5])
-        ('0.6000 ±\\xa00.1414', '0.5000')
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([-0.00001], sign="+")
+        ('0.6000 ±\\xa00.1414', '0.5000', '+0.0000')
     """
-    mean = f"{np.mean(values):.{digits}f}"
+    mean = f"{np.mean(values):{sign}z.{digits}f}"
     # A narrow column breaks the line before the sign alone.
     return (
         mean

@@ -103,12 +103,64 @@ def test_the_sentence_of_convergence():
     assert "ELMo reaches that never" in claims.convergence_sentence(never)
 
 
+@pytest.mark.parametrize(
+    ("pretrained", "untrained", "said"),
+    [
+        ([0.9, 0.92], [0.8, 0.81], "gains by pre-training by more than the deviation over seeds: 0.9100 ±"),
+        ([0.7, 0.8], [0.8, 0.9], "loses by pre-training by more than the deviation over seeds: 0.7500 ±"),
+        (
+            [0.8, 0.9],
+            [0.8, 0.85],
+            "is not shown to gain or to lose by pre-training, by the deviation over",
+        ),
+        (
+            [0.8, 0.81],
+            [0.85, 0.8],
+            "is not shown to gain or to lose by pre-training, by the deviation over",
+        ),
+        ([0.8, 0.9], [0.8, 0.9], "neither gains nor loses by pre-training: 0.8500 ±"),
+    ],
+)
+def test_what_pre_training_is_worth_is_said_beyond_the_deviation_alone(pretrained, untrained, said):
+    sentence = claims.transfer_sentence(pretrained, untrained).replace("\N{NO-BREAK SPACE}", " ")
+    assert said in sentence and sentence.endswith("). Means of 2 seeds.")
+
+
+def test_a_difference_is_shown_with_its_deviation():
+    said = claims.transfer_sentence([0.9, 0.92], [0.8, 0.81])
+    assert "(+0.1050 ±\N{NO-BREAK SPACE}0.0071)" in said
+
+
+def test_leads_within_the_deviation_over_seeds_are_none():
+    elmo, sgns = [[0.6, 0.5, 0.5, 0.6, 0.62], [0.9, 0.7, 0.5, 0.7, 0.6]], [[0.5] * 5, [0.58] * 5]
+    said = claims.efficiency_sentence(curves(elmo, sgns)).replace("\N{NO-BREAK SPACE}", " ")
+    assert ": +0.210 ± 0.156 with 4, +0.060 ± 0.085 with 12, -0.040 ± 0.057 with 40, " in said
+    assert "It leads at 2 of 5 points by more than the deviation over seeds. Means of 2 seeds." in said
+
+
+def test_what_is_reached_within_the_deviation_alone_is_told_from_what_is_passed():
+    def said(*elmo):
+        static = [[0.6, 0.8], [0.6, 0.82]]
+        learned = {claims.ELMO: elmo, "SGNS": static, "SVD": static}
+        made = {m: [dict(zip((1.0, 100.0), row, strict=True)) for row in rows] for m, rows in learned.items()}
+        return claims.convergence_sentence(made).replace("\N{NO-BREAK SPACE}", " ")
+
+    assert "SVD is at its best, 0.810 ± 0.014, after 100 updates; ELMo reaches" in said(
+        [0.7, 0.9], [0.7, 0.9]
+    )
+    told = "ELMo reaches that in the mean after 1, and by more than the deviation over seeds exceeds it"
+    assert f"{told} after 100. " in said([0.78, 0.9], [0.88, 0.9])
+    assert f"{told} never. " in said([0.78, 0.82], [0.88, 0.82])
+    assert "reaches that never in the mean, but comes within the deviation over seeds. " in said(
+        [0.7, 0.8], [0.8, 0.8]
+    )
+    assert "ELMo reaches that never. " in said([0.7, 0.7], [0.7, 0.72])
+
+
 def test_sentences_about_pictures_of_dots():
     said = claims.transfer_sentence([0.9], [0.8])
     assert "gains by pre-training: 0.9000 with it, 0.8000" in said and "(+0.1000). One seed each" in said
-    assert "does not gain by pre-training" in claims.transfer_sentence([0.80001], [0.8])
-    said = claims.transfer_sentence([0.7, 0.8], [0.8, 0.9])
-    assert "does not gain" in said and "(-0.1000). Means of 2 seeds." in said
+    assert "neither gains nor loses by pre-training: " in claims.transfer_sentence([0.80001], [0.8])
     values = {"ELMo, token vectors": 0.5, "ELMo, LSTM layer 1": 0.75, "SVD": 0.9, "SGNS": 0.5}
     said = claims.context_sentence(values, 0.4, 20)
     assert "75.0% of the senses from the best of ELMo's layers (LSTM layer 1), and 90.0%" in said
