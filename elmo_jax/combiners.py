@@ -159,6 +159,8 @@ def _weighted(weights: Array, layers: Array, config: CombinerConfig) -> Array:
 
 
 COMBINERS: dict[str, Any] = {"trainable": ScalarMix, "frozen": FrozenMix, "function": LearnedFunction}
+# What each of these reads of its configuration; one that is not here may read all.
+READS = {"trainable": {"normalize", "layer_norm"}, "frozen": {"layer_norm"}, "function": {"activation"}}
 
 
 def make_combiner(config: CombinerConfig) -> Any:

@@ -34,8 +34,10 @@ _DAMAGE = (OSError, ValueError, TypeError, SyntaxError, KeyError, EOFError, Memo
            Warning, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError)  # fmt: skip
 _MOST_JSON = 2**24  # bytes; a configuration or manifest is never that long
 
-# Settings of a run that may change, or are compared on their own; and where it reads and writes.
-_FREE = {"output", "epochs", "save_every", "steps_per_dispatch", "files"}
+# Settings of a run that may change, or are compared on their own; those of them that no figure
+# hangs on; and where it reads and writes.
+PACING = {"save_every", "steps_per_dispatch"}
+_FREE = {"output", "epochs", "files"} | PACING
 PLACES = {"output", "data.dataset", "data.data_dir", "source.pretrained", "source.vectors"}
 _DIGESTS = {"texts", "model"}
 

@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from elmo_jax.checkpoint import Position, Run
-from elmo_jax.data import Dispatch, Stream
+from elmo_jax.data import Stream
 from elmo_jax.errors import InputError
 from elmo_jax.mesh import feed, mesh_of
 from elmo_jax.processes import agree, several
@@ -134,8 +134,7 @@ def fit(
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            coming = feed(stream, position.step, end, mesh)
-            coming = map(_placed, coming) if mesh is None else coming
+            coming = feed(stream, position.step, end, mesh, ahead=True)
             following = next(coming, None)
             while following is not None:
                 state, sums = dispatch_fn(state, following.batches, following.count, key)
@@ -167,11 +166,6 @@ def fit(
             _leave(agree(max(caught, default=0)), run, position.step)
     run.wait()
     return state, position.records
-
-
-def _placed(dispatch: Dispatch) -> Dispatch:
-    """Its batches on their way to the device, which nobody waits for."""
-    return Dispatch(jax.device_put(dispatch.batches), dispatch.count)
 
 
 def _leave(stop: int, run: Run, step: int) -> None:

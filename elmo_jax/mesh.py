@@ -98,16 +98,19 @@ def put(make: Callable[..., T], mesh: Mesh | None, *given: Any, tables: Sequence
     return jax.jit(make, out_shardings=places)(*given)
 
 
-def feed(stream: Stream, first: int, last: int, mesh: Mesh | None) -> Iterator[Dispatch]:
-    """A stream's dispatches on the mesh; each process reads its own rows alone.
+def feed(stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool = False) -> Iterator[Dispatch]:
+    """A stream's dispatches where programs take them from; each process reads its own rows alone.
 
     Args:
         stream: the same in every process.
         first, last: steps, as in `Stream.dispatches`.
-        mesh: of all devices; None leaves them on the host.
+        mesh: of all devices, where they are to lie.
+        ahead: without a mesh, send them on their way to the device, which nobody waits for; else
+            they stay on the host, where a step is cut out of a dispatch for nothing.
     """
     if mesh is None:
-        yield from stream.dispatches(first, last)
+        for batches, count in stream.dispatches(first, last):
+            yield Dispatch(jax.device_put(batches) if ahead else batches, count)
         return
     size = stream.batch_size
     held = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()

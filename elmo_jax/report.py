@@ -180,7 +180,8 @@ def plot_layers(
 
     Args:
         points: of each layer, ``[N, 2]``.
-        groups: what kind each of the N is, for the legend: a colour and a marker a kind.
+        groups: what kind each of the N is, for the legend: a colour and a marker a kind. For
+            those that the font cannot write see `key`.
         titles: of the panels.
         path: of the PNG.
     """
@@ -192,16 +193,17 @@ def plot_layers(
             for i, name in enumerate(names):
                 chosen = [g == name for g in groups]
                 style: Any = {**look(i), "s": 34, "alpha": 0.75, "linewidths": 0.6}
-                axes.scatter(*xy[chosen].T, edgecolors="white", label=name, **style)
+                axes.scatter(*xy[chosen].T, edgecolors="white", **style)
             axes.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
             axes.set_facecolor("#f5f5f2")
             axes.set_title(title, fontsize=9)
             if np.ptp(xy, axis=0).max() < 1e-3 * size:
                 axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **CENTRED)
         figure.tight_layout(w_pad=1.0)
-        handles, labels = panels[0][0].get_legend_handles_labels()
+        unwritable = _unwritable(names, "word")
+        labels = [unwritable.get(i, name) for i, name in enumerate(names)]
         legend: Any = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, 0.04)}
-        figure.legend(handles, labels, ncols=2, handletextpad=0.2, fontsize=9, **legend)
+        figure.legend(panels[0][0].collections, labels, ncols=2, handletextpad=0.2, fontsize=9, **legend)
         figure.savefig(path)
         plt.close(figure)
 
@@ -210,7 +212,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
     """A confusion matrix as a PNG: counts, shaded by their share of the true class.
 
     Of more than `MANY` classes the shades alone, and names of at most `MANY`, evenly spaced. For
-    names that the font cannot write see `class_key`.
+    names that the font cannot write see `key`.
     """
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -224,7 +226,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
             said = f"{count:,}\n{share[i, j]:.1%}"
             axes.text(j, i, said, ha="center", va="center", color=colour, fontsize=size)
         ticks = range(0, len(classes), -(-len(classes) // MANY))
-        unwritable = _unwritable(classes)
+        unwritable = _unwritable(classes, "class")
         names = [unwritable.get(i, classes[i]) for i in ticks]
         axes.set_xticks(ticks, names, rotation=30, ha="right")
         axes.set_yticks(ticks, names)
@@ -233,24 +235,28 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
         plt.close(figure)
 
 
-def _unwritable(classes: Sequence[str]) -> dict[int, str]:
-    """What stands in a picture for each class whose name the font has not all characters of."""
+def _unwritable(names: Sequence[str], kind: str) -> dict[int, str]:
+    """What stands in a picture for each name that the font has not all characters of."""
     font = get_font(findfont(FontProperties()))
     return {
-        i: f"class {i + 1}"
-        for i, name in enumerate(classes)
+        i: f"{kind} {i + 1}"
+        for i, name in enumerate(names)
         if not all(font.get_char_index(ord(character)) for character in name)
     }
 
 
-def class_key(classes: Sequence[str]) -> str:
-    """What the numbers in a confusion matrix's picture stand for, a sentence; empty if there are none.
+def key(names: Sequence[str], kind: str) -> str:
+    """What the numbers in a picture stand for, a sentence; empty if there are none.
+
+    Args:
+        names: of classes in a confusion matrix, or of the groups of `plot_layers`.
+        kind: "class", or "word".
 
     Example:
-        >>> class_key(["Sports", "体育"])
+        >>> key(["Sports", "体育"], "class")
         'In pictures, whose font lacks these characters: class 2 is 体育.'
     """
-    told = "; ".join(f"{number} is {classes[i]}" for i, number in _unwritable(classes).items())
+    told = "; ".join(f"{number} is {names[i]}" for i, number in _unwritable(names, kind).items())
     return told and f"In pictures, whose font lacks these characters: {told}."
 
 

@@ -2,7 +2,7 @@
 
 Nouns: a *study* is the runs behind one picture and the sentence under it, which says what
 the figures show, whichever way they fall.
-Axes: N occurrences, F features.
+Axes: S seeds, X points of a curve.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from elmo_jax import report
 from elmo_jax.checkpoint import METRICS
@@ -23,9 +20,11 @@ from elmo_jax.datasets import DataConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.page import Page
-from elmo_jax.sample import Text, sample_corpus
+from elmo_jax.sample import sample_corpus
 from elmo_jax.vectors import WordVectors
+from experiments import cli
 from experiments.results import measure, spread
+from experiments.senses import Occurrences, commonest, probe
 from experiments.sources import VECTORS
 from experiments.stages import Stage
 
@@ -63,11 +62,25 @@ def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
             plan.classifier(method, seed, labels=share, epochs=epochs) for seed in range(len(full[method]))
         ]
 
-    by_share = {method: {share: few(method, share) for share in SHARES} for method in (ELMO, *STATIC)}
+    shares = distinct_shares(plan)
+    by_share = {method: {share: few(method, share) for share in shares} for method in (ELMO, *STATIC)}
     untrained = [plan.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
     context = type(plan)(plan.config, DataConfig(), plan.output / "context", plan.origins).sources()
     renamed = [replace(s, name=f"context {s.name}", kind=f"context {s.kind}") for s in context]
     return Studies(full, by_share, untrained, renamed)
+
+
+def distinct_shares(plan: Plan) -> list[float]:
+    """Those of `SHARES` that come to other documents than the next one; of a small corpus, fewer.
+
+    Each is of the documents of any larger one, and of no others, so seed 0 speaks for all.
+    """
+    documents = {share: plan.origins.texts(plan.data, labels=share) for share in (*SHARES, 1.0)}
+    last = {digest: share for share, digest in documents.items()}  # the largest of as many documents
+    for share in SHARES:
+        if (same := last[documents[share]]) != share:
+            cli.say(f"{share:.0%} of the labels are the same documents as {same:.0%} of them, and left out")
+    return [share for share in SHARES if last[documents[share]] == share]
 
 
 def stages(made: Studies) -> list[Stage]:
@@ -126,28 +139,41 @@ def efficiency_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -
     values = {m: np.array([[run[at] for at in x] for run in runs]) for m, runs in curves.items()}  # [S, X]
     parts = []
     for i in sorted({0, len(x) - 1}):
-        found = "; ".join(f"{m} {spread(y[:, i].tolist(), 3)}" for m, y in values.items())
+        found = "; ".join(f"{m} {spread(y[:, i], 3)}" for m, y in values.items())
         parts.append(f"with {x[i]:,.0f} labelled documents ({100 * x[i] / x[-1]:.3g}%): {found}.")
     static = np.stack([values[m] for m in STATIC])
     better = static.mean(1).argmax(0)  # [X]
     leads = values[ELMO] - np.take_along_axis(static, better[None, None], 0)[0]  # [S, X]
-    mean = leads.mean(0).round(3) + 0.0  # as shown, and no -0.000
-    told = ", ".join(f"{lead:+.3f} with {at:,.0f}" for lead, at in zip(mean, x, strict=True))
-    trend = f"It leads at {int((mean > 0).sum())} of {len(x)} points."
-    if len(x) > 1 and mean[0] > 0 and mean[-1] > 0:
-        gain, noise = mean[0] - mean[-1], report.deviation(leads[:, 0] - leads[:, -1])
-        trend += f" With the fewest labels its lead is {_than_with_all(gain, noise)}."
+    told = ", ".join(f"{spread(lead, 3, '+')} with {at:,.0f}" for lead, at in zip(leads.T, x, strict=True))
+    signs = [_sign(lead, 3) for lead in leads.T]
+    trend = f"It leads at {signs.count(1)} of {len(x)} points{_beyond(len(leads))}."
+    if len(x) > 1 and signs[0] == signs[-1] == 1:
+        trend += f" With the fewest labels its lead is {_than_with_all(leads[:, 0] - leads[:, -1])}."
     return (
         f"Test accuracy {' Test accuracy '.join(parts)} ELMo against the better static vectors: {told}. "
         f"{trend} {_seeds(len(curves[ELMO]))}"
     )
 
 
-def _than_with_all(gain: float, noise: float) -> str:
-    """How a lead compares, unless its gain is within its deviation over seeds."""
-    if gain and abs(gain) <= noise:
-        return "not shown to differ from that with all, by the deviation over seeds"
-    return f"{'larger than' if gain > 0 else 'smaller than' if gain < 0 else 'the same as'} with all"
+def _sign(differences: np.ndarray, digits: int) -> int | None:
+    """Of a mean difference ``[S]`` as it is shown; None if it is no larger than its deviation over seeds."""
+    mean, noise = (round(float(x), digits) for x in (np.mean(differences), report.deviation(differences)))
+    return None if mean and abs(mean) <= noise else int(np.sign(mean))
+
+
+def _beyond(seeds: int) -> str:
+    """By how much a difference is shown, if anything tells."""
+    return " by more than the deviation over seeds" if seeds > 1 else ""
+
+
+def _than_with_all(gains: np.ndarray) -> str:
+    """How a lead compares, unless its gain ``[S]`` is within its deviation over seeds."""
+    return {
+        None: "not shown to differ from that with all, by the deviation over seeds",
+        1: "larger than with all",
+        -1: "smaller than with all",
+        0: "the same as with all",
+    }[_sign(gains, 3)]
 
 
 def _convergence(made: Studies, path: Path) -> str:
@@ -168,21 +194,33 @@ def _convergence(made: Studies, path: Path) -> str:
 def convergence_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -> str:
     """After how many updates ELMo is first where the others are at their best."""
     steps = sorted(curves[ELMO][0])
-    mean = {m: [float(np.mean([run[x] for run in runs])) for x in steps] for m, runs in curves.items()}
+    values = {m: np.array([[run[x] for x in steps] for run in runs]) for m, runs in curves.items()}  # [S, X]
     said = []
     for method in STATIC:
-        best = max(mean[method])
-        after = steps[mean[method].index(best)]
-        first = next((x for x, y in zip(steps, mean[ELMO], strict=True) if y >= best), None)
-        when = "never" if first is None else f"after {first:,.0f}"
+        at = int(values[method].mean(0).argmax())
+        best = values[method][:, at]
         said.append(
-            f"{method} is at its best, {best:.3f}, after {after:,.0f} updates; ELMo reaches that {when}"
+            f"{method} is at its best, {spread(best, 3)}, after {steps[at]:,.0f} updates; "
+            f"ELMo reaches that {_when(values[ELMO] - best[:, None], steps)}"
         )
     return (
         f"After {steps[0]:,.0f} updates, the first point measured: "
-        + "; ".join(f"{m} {values[0]:.3f}" for m, values in mean.items())
+        + "; ".join(f"{m} {spread(y[:, 0], 3)}" for m, y in values.items())
         + f". {'. '.join(said)}. {_seeds(len(curves[ELMO]))}"
     )
+
+
+def _when(leads: np.ndarray, steps: Sequence[float]) -> str:
+    """After how many updates a lead ``[S, X]`` is there: as shown, in the mean, and beyond its deviation."""
+    first = next((x for x, lead in zip(steps, leads.T, strict=True) if lead.mean().round(3) >= 0), None)
+    if first is None:
+        near = _sign(leads[:, leads.mean(0).argmax()], 3) is None
+        return "never in the mean, but comes within the deviation over seeds" if near else "never"
+    if len(leads) == 1:
+        return f"after {first:,.0f}"
+    clear = next((x for x, lead in zip(steps, leads.T, strict=True) if _sign(lead, 3) == 1), None)
+    told = "never" if clear is None else f"after {clear:,.0f}"
+    return f"in the mean after {first:,.0f}, and{_beyond(len(leads))} exceeds it {told}"
 
 
 def _transfer(made: Studies, path: Path) -> str:
@@ -197,15 +235,18 @@ def _transfer(made: Studies, path: Path) -> str:
 
 def transfer_sentence(pretrained: Sequence[float], untrained: Sequence[float]) -> str:
     """What pre-training is worth, in test accuracy, seeds apart."""
-    gain = round(float(np.mean(pretrained) - np.mean(untrained)), 4) + 0.0  # as shown, and no -0.0000
+    gains = np.subtract(pretrained, untrained)
+    verdict = {
+        None: "is not shown to gain or to lose by pre-training, by the deviation over seeds",
+        1: f"gains by pre-training{_beyond(len(gains))}",
+        -1: f"loses by pre-training{_beyond(len(gains))}",
+        0: "neither gains nor loses by pre-training",
+    }[_sign(gains, 4)]
     return (
-        f"The same classifier {'gains' if gain > 0 else 'does not gain'} by pre-training: "
+        f"The same classifier {verdict}: "
         f"{spread(pretrained)} with it, {spread(untrained)} on a language model of random parameters "
-        f"({gain:+.4f}). {_seeds(len(pretrained))}"
+        f"({spread(gains, sign='+')}). {_seeds(len(pretrained))}"
     )
-
-
-# --- senses in context ------------------------------------------------------------------
 
 
 def _context(made: Studies, path: Path) -> str:
@@ -236,51 +277,5 @@ def context_sentence(values: Mapping[str, float], floor: float, occurrences: int
         f"On the embedded corpus, whose grammar knows the sense of each of {occurrences:,} occurrences of "
         f"ambiguous words, one linear probe tells {values[best]:.1%} of the senses from the best of ELMo's "
         f"layers ({best.removeprefix('ELMo, ')}), and {values[static]:.1%} from the better static vectors "
-        f"({static}); always guessing a word's commonest sense (broken line) gets {floor:.1%}."
+        f"({static}); always guessing a word's commonest sense (broken line) gets {floor:.1%}. {_seeds(1)}"
     )
-
-
-@dataclass(frozen=True)
-class Occurrences:
-    """Where words of several senses stand in texts.
-
-    Attributes:
-        texts: tokens of each text.
-        places: N pairs of a text's number and a token's.
-        words, senses: of each.
-    """
-
-    texts: list[list[str]]
-    places: list[tuple[int, int]]
-    words: list[str]
-    senses: list[str]
-
-    @classmethod
-    def of(cls, corpus: Sequence[Text]) -> Occurrences:
-        """Those of the embedded corpus."""
-        texts = [text.text.split() for text in corpus]
-        found = [(i, at, sense) for i, text in enumerate(corpus) for at, sense in text.senses]
-        words = [texts[i][at] for i, at, _ in found]
-        return cls(texts, [(i, at) for i, at, _ in found], words, [sense for *_, sense in found])
-
-    def layers(self, elmo: Elmo) -> np.ndarray:
-        """The layer states of each occurrence in its text, ``[L, N, F]``."""
-        states = elmo.embed(self.texts)
-        return np.stack([states[i][:, at] for i, at in self.places], axis=1)
-
-
-def probe(train: np.ndarray, senses: Sequence[str], test: np.ndarray, truth: Sequence[str]) -> float:
-    """Accuracy of one logistic regression from vectors ``[N, F]`` to senses, on other vectors."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    return float(model.fit(train, senses).score(test, truth))
-
-
-def commonest(train: Occurrences, test: Occurrences) -> float:
-    """Accuracy of guessing the sense that a word has most often in `train`."""
-    counts: dict[str, dict[str, int]] = {}
-    for word, sense in zip(train.words, train.senses, strict=True):
-        of_word = counts.setdefault(word, {})
-        of_word[sense] = of_word.get(sense, 0) + 1
-    guess = {word: max(of_word, key=lambda sense: of_word[sense]) for word, of_word in counts.items()}
-    hits = [guess.get(word) == sense for word, sense in zip(test.words, test.senses, strict=True)]
-    return float(np.mean(hits))

@@ -46,7 +46,11 @@ _begun = False  # nothing was written yet
 
 
 def run(
-    config: type[C], command: Callable[[C], Any], prog: str, presets: Mapping[str, C] | None = None
+    config: type[C],
+    command: Callable[[C], Any],
+    prog: str,
+    presets: Mapping[str, C] | None = None,
+    unread: Callable[[C], Mapping[str, str]] = lambda settings: {},
 ) -> int:
     """Parse, call, and turn what a user can mend into one line and an exit code.
 
@@ -55,6 +59,7 @@ def run(
         command: what to call with them.
         prog: the command's module, for messages.
         presets: sets of defaults, by name.
+        unread: the flags that nothing reads with these settings, and what is said of each that is given.
 
     Returns:
         The exit code.
@@ -66,6 +71,7 @@ def run(
     try:
         settings = flags.parse(config, prog, presets)
         flags.check(settings)
+        flags.refuse(unread(settings), sys.argv[1:])
         if not getattr(settings, "dry_run", False):  # which is to leave no trace
             _keep_programs()
         with stoppable(lambda number: _leave(number, config, prog)):

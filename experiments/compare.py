@@ -18,6 +18,7 @@ from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import CONFIG, write_atomically, writer_lock
 from experiments import claims, cli, downstream, pretrain, results, vectors
+from experiments.flags import flag_of
 from experiments.handed import settings, split
 from experiments.origins import Origins
 from experiments.stages import Stage, run_stages
@@ -165,7 +166,7 @@ def _check(config: CompareConfig) -> None:
     fields = dataclasses.fields(DataConfig)
     given = [f.name for f in fields if getattr(config.data, f.name) != getattr(default, f.name)]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(map(flag_of, given))
         raise InputError(f"--pretrained brings the data set of that run; leave out {flags}")
     if config.pretrain.strip() and not config.claims:
         raise InputError("--pretrained is there in place of a new run; leave out it or --pretrain")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes
 from elmo_jax import report
 from elmo_jax.checkpoint import Run
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
-from elmo_jax.combiners import CombinerConfig
+from elmo_jax.combiners import READS, CombinerConfig
 from elmo_jax.data import Batch, BatchStream
 from elmo_jax.integrity import tree_digest
 from elmo_jax.loop import fit
@@ -25,6 +25,7 @@ from elmo_jax.metrics import classification
 from elmo_jax.processes import led, together
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
+from experiments.flags import flag_of
 from experiments.hosts import HostsConfig, join
 from experiments.sources import Source, SourceConfig, open_source
 
@@ -77,6 +78,20 @@ PRESETS = {
     # The best of what was searched on validation, see RESULTS.md.
     "best": DownstreamConfig(preset="best", epochs=5),
 }
+
+
+def unread(config: DownstreamConfig) -> dict[str, str]:
+    """The flags that nothing reads with these settings, and what is said of each that is given."""
+    features, combiner = config.source.features, config.combiner.combiner
+    mixing = {field.name for field in fields(CombinerConfig)}
+    if features != "elmo":
+        told = f"has no effect with --features {features}; leave it out, or give --features elmo"
+        return dict.fromkeys(map(flag_of, mixing | {"pretrained"}), told)
+    idle = mixing - {"combiner"} - READS.get(combiner, mixing)
+    told = f"has no effect with --combiner {combiner}; leave it out, or give another --combiner"
+    return {"--vectors": "needs --features svd or sgns; give one, or leave it out"} | dict.fromkeys(
+        map(flag_of, idle), told
+    )
 
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
@@ -211,7 +226,7 @@ def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
 def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
     cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
     cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
-    if key := report.class_key(classes):
+    if key := report.key(classes, "class"):
         cli.say(f"\n{key}")
 
 
@@ -231,7 +246,7 @@ def _draw(
 
 def main() -> int:
     """The command; returns its exit code."""
-    return cli.run(DownstreamConfig, downstream, "experiments.downstream", PRESETS)
+    return cli.run(DownstreamConfig, downstream, "experiments.downstream", PRESETS, unread)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,42 @@ def parse(
         raise
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting, by its field's name.
+
+    Example:
+        >>> flag_of("layer_norm")
+        '--layer-norm'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def named(args: Sequence[str]) -> list[str]:
+    """The flags of a command line, in order, as help spells them; ``--no-X`` is ``--X``.
+
+    Example:
+        >>> named(["text.txt", "--no-layer_norm", "--epochs=2"])
+        ['--layer-norm', '--epochs']
+    """
+    bare = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    return [f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else flag for flag in bare]
+
+
+def refuse(unread: Mapping[str, str], args: Sequence[str]) -> None:
+    """No flag may be given that nothing reads.
+
+    Args:
+        unread: such flags, and what is said of each.
+        args: the command line; what a preset sets is not in it, and may be there.
+
+    Raises:
+        InputError: one was given.
+    """
+    for flag in named(args):
+        if flag in unread:
+            raise InputError(f"{flag} {unread[flag]}")
+
+
 def _one_line(box: str, prog: str) -> str:
     """The first paragraph of the parser's framed message."""
     lines = [re.sub(r"[│╭╮╰╯─]+|^ *-{3,}", " ", line).strip() for line in box.splitlines()[1:]]
@@ -80,7 +116,7 @@ def check(settings: Any) -> None:
         InputError: one is not, by its flag.
     """
     for field in dataclasses.fields(settings):
-        value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
+        value, flag = getattr(settings, field.name), flag_of(field.name)
         texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
         if dataclasses.is_dataclass(value):
             check(value)

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 
 from elmo_jax.datasets import DataConfig
 from elmo_jax.errors import InputError
-from experiments.flags import C, check, parse
+from experiments.flags import C, check, flag_of, named, parse
 from experiments.hosts import HostsConfig
 
 
 def _flags(config: type) -> set[str]:
-    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
+    return {flag_of(field.name) for field in dataclasses.fields(config)}
 
 
 _DATA = _flags(DataConfig)
-_ALL = _flags(HostsConfig) | {"--output", "--resume", "--overwrite"}
+_ALL = _flags(HostsConfig) | {"--output", "--resume", "--overwrite", "--allow-config-change"}
 _OWN = {
     "pretrain": _ALL | _DATA | {"--dry-run", "--corpus", "--valid-corpus", "--vocab"},
     "vectors": _ALL | _DATA | {"--method"},
@@ -45,12 +45,10 @@ def split(name: str, text: str) -> list[str]:
         flags = shlex.split(text)
     except ValueError as error:
         raise InputError(f"--{name} {text!r}: {error}; mend its quotes") from None
-    for flag in flags:
-        bare = flag.split("=", 1)[0].replace("_", "-")
-        bare = f"--{bare.removeprefix('--no-')}" if bare.startswith("--no-") else bare
-        if bare in _OWN[name]:
-            where = ", or give it to compare itself" if bare in _DATA else ""
-            raise InputError(f"--{name} {bare}: is for the comparison to set; leave it out{where}")
+    for flag in named(flags):
+        if flag in _OWN[name]:
+            where = ", or give it to compare itself" if flag in _DATA else ""
+            raise InputError(f"--{name} {flag}: is for the comparison to set; leave it out{where}")
     return flags
 
 

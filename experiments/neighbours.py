@@ -16,7 +16,7 @@ from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import move
 from elmo_jax.lines import read_lines
-from elmo_jax.report import plot_layers
+from elmo_jax.report import key, plot_layers
 from elmo_jax.sample import sample_corpus
 from elmo_jax.text import tokenize
 from experiments import cli
@@ -92,6 +92,8 @@ def neighbours(config: NeighboursConfig) -> list[float]:
         examples = {places[i].sense: f"{places[i].sense}: {places[i].shown()}" for i in asked}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
         _draw([flat(layer) for layer in vectors], groups, names, picture)
+        if numbers := key(list(dict.fromkeys(groups)), "word"):
+            cli.say(f"\n{numbers}")
         cli.say(f"\nwritten to {picture}")
     return shares
 

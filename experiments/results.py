@@ -82,14 +82,14 @@ def measure(run: Stage) -> Classifier:
     return measured.classifier(run.path, run.settings.epochs)
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and standard deviation if there are several.
+def spread(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str = "") -> str:
+    """Mean, and standard deviation if there are several; a difference with the sign "+".
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.5])
-        ('0.6000 ±\\xa00.1414', '0.5000')
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([-0.00001], sign="+")
+        ('0.6000 ±\\xa00.1414', '0.5000', '+0.0000')
     """
-    mean = f"{np.mean(values):.{digits}f}"
+    mean = f"{np.mean(values):{sign}z.{digits}f}"
     # A narrow column breaks the line before the sign alone.
     return (
         mean
@@ -227,7 +227,7 @@ def _first(runs: Sequence) -> str:
 def _confusions(page: Page, results: Mapping[str, Sequence[Mapping]], figures: Path) -> None:
     page.heading("Confusion matrices")
     first = next(iter(results.values()))[0]
-    if key := report.class_key(first["classes"]):
+    if key := report.key(first["classes"], "class"):
         page.text(key)
     for part in reversed(PARTS):
         drawn = []

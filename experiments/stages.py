@@ -18,9 +18,8 @@ import numpy as np
 
 from elmo_jax.checkpoint import METRICS, RESULTS
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import CONFIG, PLACES, changes, read_config, write_atomically
+from elmo_jax.integrity import CONFIG, PACING, PLACES, changes, read_config, write_atomically
 from experiments import cli
-from experiments.measured import read_records
 
 _TOLD = {"texts": "the texts it was made from have changed", "model": "what it builds on was made anew"}
 
@@ -58,40 +57,27 @@ class Stage:
         """Whether a run with these very settings, made from what there is now, reached its end."""
         if not (self.path / RESULTS).is_file() or not (self.source is None or self.source.finished):
             return False
-        return not self._changed() and self.outdated is None
+        return (self.path / CONFIG).is_file() and self.outdated is None
 
     @property
     def outdated(self) -> str | None:
-        """Why the run that is there is none to go on with, if it is of other origins than there are now.
+        """Why the run that is there is none to go on with, if it is of other settings or origins than now.
 
-        The source must be finished. A run with other settings is not told of here: it is not
-        this stage's to replace.
+        The source must be finished. Epochs count as any setting does: a schedule spans all of
+        them, so that a run of two and two more is not one of four.
         """
-        if not (self.path / CONFIG).is_file() or self._changed() - {"epochs"}:
+        if not (self.path / CONFIG).is_file():
             return None
-        saved = read_config(self.path)
+        saved, wanted = read_config(self.path), cli.settings_of(self.settings)
+        known = {name: value for name, value in saved.items() if name in wanted}
+        changed = changes(known, wanted)
+        if other := [f"{name} {changed[name]}" for name in changed if name not in PLACES | PACING]:
+            return f"it was begun with other settings ({'; '.join(other)})"
         told = [_TOLD[name] for name, now in self.origins().items() if saved.get(name) != now]
         return ", and ".join(told) or None
 
-    def _changed(self) -> set[str]:
-        """The settings that the run that is there has otherwise."""
-        saved, wanted = read_config(self.path), cli.settings_of(self.settings)
-        saved = {name: value for name, value in saved.items() if name in wanted}
-        return changes(saved, wanted).keys() - PLACES
-
     def run(self, anew: bool) -> None:
-        """Call the command, to replace what is there or to go on with it.
-
-        Raises:
-            InputError: the run that is there has more epochs than it is to have.
-        """
-        epochs, records = getattr(self.settings, "epochs", None), []
-        with contextlib.suppress(InputError):  # a command that goes on writes them anew
-            records = read_records(self.path)
-        trained = sum(record.get("event") == "epoch" for record in records)
-        if not anew and epochs is not None and trained > epochs:
-            told = f"was trained for {trained} epochs, more than {epochs}"
-            raise InputError(f"{self.path}: {told}; ask for as many, or remove that folder")
+        """Call the command, to replace what is there or to go on with it."""
         self.command(replace(self.settings, resume=not anew, overwrite=anew))
 
 

@@ -224,7 +224,7 @@ COMPARE = {
 OWNED = "--seed=7 --pretrained=foo --output=bar --combiner=function --features=svd --labels=0.5 --untrained"
 COMPARE |= {
     f"downstream's {flag}": ([f"--downstream={flag}"], f"{flag.split('=')[0]}: is for the comparison to set")
-    for flag in f"{OWNED} --vectors=x --overwrite --resume --process=1".split()
+    for flag in f"{OWNED} --vectors=x --overwrite --resume --allow-config-change --process=1".split()
 }
 
 

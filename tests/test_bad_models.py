@@ -1,6 +1,7 @@
 """Models and word vectors of others that are not what they should be, by command."""
 
 import zipfile
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -9,6 +10,7 @@ from exported import WORDS
 from test_bad_commands import folder, raw
 from test_pretrained import make
 
+from elmo_jax.combiners import CombinerConfig
 from elmo_jax.exported import VOCABULARY
 from elmo_jax.integrity import digest, write_config
 from elmo_jax.vectors import WordVectors
@@ -154,6 +156,23 @@ RUNS = {
     "fine-tuned": (["--features", "svd", "--vectors", "svd", "--finetune"], "need --features elmo"),
     "no labels": (["--features", "svd", "--vectors", "svd", "--labels", "0"], "--labels must be above 0"),
     "features that are none": (["--features", "glove"], "--features"),
+    "a mix of vectors": (
+        ["--features", "svd", "--vectors", "svd", "--combiner", "trainable"],  # its default, but asked for
+        "--combiner has no effect with --features svd; leave it out, or give --features elmo",
+    ),
+    "normalised vectors": (
+        ["--features=sgns", "--layer_norm"],
+        "--layer-norm has no effect with --features sgns; leave",
+    ),
+    "vectors of a language model": (["--features", "svd", "--pretrained", "x"], "--pretrained has no effect"),
+    "vectors for a language model": (["--vectors", "svd"], "--vectors needs --features svd or sgns;"),
+    "a function's weights": (
+        ["--combiner", "function", "--normalize=softmax"],
+        "--normalize has no effect with --combiner function; leave it out, or give another --combiner",
+    ),
+    "a function normalised": (["--combiner", "function", "--no-layer-norm"], "--layer-norm has no effect"),
+    "frozen weights normalised": (["--combiner", "frozen", "--normalize", "none"], "--normalize has no eff"),
+    "an activation of none": (["--activation", "tanh"], "--activation has no effect with --combiner t"),
     "another vocabulary": (["--features", "svd", "--vectors", "changed"], "vocab.txt is not what was saved"),
 }
 
@@ -166,3 +185,10 @@ def test_downstream_of_runs(name, counted, tmp_path, monkeypatch, refused):
         counted.rename("changed")
         (tmp_path / "changed" / VOCABULARY).write_text("<S>\n</S>\n<UNK>\nrank\n")
     refused(downstream.main, args, said)
+
+
+def test_what_a_preset_sets_is_not_refused_where_nothing_reads_it(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    mixed = replace(downstream.PRESETS["best"], combiner=CombinerConfig("frozen", "softmax", True, "tanh"))
+    monkeypatch.setitem(downstream.PRESETS, "best", mixed)
+    refused(downstream.main, ["--preset", "best", "--features", "svd"], "runs/svd: holds no word vectors")

@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from elmo_jax.datasets import DataConfig
 from experiments import claims
+from experiments.compare import METHODS, CompareConfig, Plan
+from experiments.origins import Origins
+from experiments.senses import Occurrences, commonest, probe
 
 SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
 NONE = [[0.1] * 5]
@@ -66,6 +70,29 @@ def test_shares_are_those_of_the_documents_that_were_trained_on(tmp_path, monkey
     assert "of 3 points" in said
 
 
+@pytest.mark.parametrize(
+    ("rows", "shares", "said"),
+    [
+        (20, [0.03, 0.1, 0.3], "1% of the labels are the same documents as 3% of them, and left out\n"),
+        (2, [], "".join(f"{n}% of the labels are the same documents as 100% of them, and left out\n"
+                        for n in (1, 3, 10, 30))),
+        (2000, [0.01, 0.03, 0.1, 0.3], ""),
+    ],
+)  # fmt: skip
+def test_shares_that_come_to_the_same_documents_are_trained_once(tmp_path, capsys, rows, shares, said):
+    (tmp_path / "data").mkdir()
+    for part, count in (("train", rows), ("test", 1)):
+        texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
+        (tmp_path / "data" / f"{part}.csv").write_text(texts)
+    config = CompareConfig(DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2))
+    plan = Plan(config, config.data, tmp_path / "out", Origins())
+    made = claims.studies(plan, {method: [plan.classifier(method, 0)] for method in METHODS})
+    assert capsys.readouterr().out == said
+    assert [list(of_method) for of_method in made.few.values()] == [shares] * 3
+    digests = [Origins().texts(config.data, labels=share) for share in (*claims.SHARES, 1.0)]
+    assert len(set(digests)) == len(shares) + 1
+
+
 def test_the_sentence_of_convergence():
     leads = {claims.ELMO: (0.8, 0.9), "SGNS": (0.7, 0.88), "SVD": (0.6, 0.87)}
     learned = {name: [dict(zip((1.0, 100.0), values, strict=True))] for name, values in leads.items()}
@@ -76,12 +103,64 @@ def test_the_sentence_of_convergence():
     assert "ELMo reaches that never" in claims.convergence_sentence(never)
 
 
+@pytest.mark.parametrize(
+    ("pretrained", "untrained", "said"),
+    [
+        ([0.9, 0.92], [0.8, 0.81], "gains by pre-training by more than the deviation over seeds: 0.9100 ±"),
+        ([0.7, 0.8], [0.8, 0.9], "loses by pre-training by more than the deviation over seeds: 0.7500 ±"),
+        (
+            [0.8, 0.9],
+            [0.8, 0.85],
+            "is not shown to gain or to lose by pre-training, by the deviation over",
+        ),
+        (
+            [0.8, 0.81],
+            [0.85, 0.8],
+            "is not shown to gain or to lose by pre-training, by the deviation over",
+        ),
+        ([0.8, 0.9], [0.8, 0.9], "neither gains nor loses by pre-training: 0.8500 ±"),
+    ],
+)
+def test_what_pre_training_is_worth_is_said_beyond_the_deviation_alone(pretrained, untrained, said):
+    sentence = claims.transfer_sentence(pretrained, untrained).replace("\N{NO-BREAK SPACE}", " ")
+    assert said in sentence and sentence.endswith("). Means of 2 seeds.")
+
+
+def test_a_difference_is_shown_with_its_deviation():
+    said = claims.transfer_sentence([0.9, 0.92], [0.8, 0.81])
+    assert "(+0.1050 ±\N{NO-BREAK SPACE}0.0071)" in said
+
+
+def test_leads_within_the_deviation_over_seeds_are_none():
+    elmo, sgns = [[0.6, 0.5, 0.5, 0.6, 0.62], [0.9, 0.7, 0.5, 0.7, 0.6]], [[0.5] * 5, [0.58] * 5]
+    said = claims.efficiency_sentence(curves(elmo, sgns)).replace("\N{NO-BREAK SPACE}", " ")
+    assert ": +0.210 ± 0.156 with 4, +0.060 ± 0.085 with 12, -0.040 ± 0.057 with 40, " in said
+    assert "It leads at 2 of 5 points by more than the deviation over seeds. Means of 2 seeds." in said
+
+
+def test_what_is_reached_within_the_deviation_alone_is_told_from_what_is_passed():
+    def said(*elmo):
+        static = [[0.6, 0.8], [0.6, 0.82]]
+        learned = {claims.ELMO: elmo, "SGNS": static, "SVD": static}
+        made = {m: [dict(zip((1.0, 100.0), row, strict=True)) for row in rows] for m, rows in learned.items()}
+        return claims.convergence_sentence(made).replace("\N{NO-BREAK SPACE}", " ")
+
+    assert "SVD is at its best, 0.810 ± 0.014, after 100 updates; ELMo reaches" in said(
+        [0.7, 0.9], [0.7, 0.9]
+    )
+    told = "ELMo reaches that in the mean after 1, and by more than the deviation over seeds exceeds it"
+    assert f"{told} after 100. " in said([0.78, 0.9], [0.88, 0.9])
+    assert f"{told} never. " in said([0.78, 0.82], [0.88, 0.82])
+    assert "reaches that never in the mean, but comes within the deviation over seeds. " in said(
+        [0.7, 0.8], [0.8, 0.8]
+    )
+    assert "ELMo reaches that never. " in said([0.7, 0.7], [0.7, 0.72])
+
+
 def test_sentences_about_pictures_of_dots():
     said = claims.transfer_sentence([0.9], [0.8])
     assert "gains by pre-training: 0.9000 with it, 0.8000" in said and "(+0.1000). One seed each" in said
-    assert "does not gain by pre-training" in claims.transfer_sentence([0.80001], [0.8])
-    said = claims.transfer_sentence([0.7, 0.8], [0.8, 0.9])
-    assert "does not gain" in said and "(-0.1000). Means of 2 seeds." in said
+    assert "neither gains nor loses by pre-training: " in claims.transfer_sentence([0.80001], [0.8])
     values = {"ELMo, token vectors": 0.5, "ELMo, LSTM layer 1": 0.75, "SVD": 0.9, "SGNS": 0.5}
     said = claims.context_sentence(values, 0.4, 20)
     assert "75.0% of the senses from the best of ELMo's layers (LSTM layer 1), and 90.0%" in said
@@ -91,13 +170,13 @@ def test_sentences_about_pictures_of_dots():
 def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
     words = ["bank", "match"] * 60
     senses = [f"{w}/{rng.integers(2)}" for w in words]
-    part = claims.Occurrences([], [], words, senses)
+    part = Occurrences([], [], words, senses)
     known = {s: rng.normal(size=8) for s in sorted(set(senses))}
     vectors = rng.normal(size=(120, 8)) * 0.1 + [known[s] for s in senses]
     static = rng.normal(size=(120, 8)) * 0 + [[w == "bank"] * 8 for w in words]
-    assert claims.probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
-    floor = claims.commonest(
+    assert probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
+    floor = commonest(
         replace(part, words=words[:60], senses=senses[:60]),
         replace(part, words=words[60:], senses=senses[60:]),
     )
-    assert claims.probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)
+    assert probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elmo_jax.combiners import COMBINERS, CombinerConfig, make_combiner
+from elmo_jax.combiners import COMBINERS, READS, CombinerConfig, make_combiner
 
 LAYERS = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
 X = np.asarray(LAYERS, np.float64)
@@ -72,3 +72,14 @@ def test_every_combiner_has_its_name():
     assert {"trainable", "frozen", "function"} <= set(COMBINERS)
     for name in COMBINERS:
         assert run(combiner=name)[2].shape == (2, 4, 6)
+
+
+def test_what_is_said_to_be_read_is_read_and_nothing_else():
+    others = {"normalize": "softmax", "layer_norm": True, "activation": "tanh"}
+    for name in COMBINERS:
+        (_, weights, plain), read = run(combiner=name), set()
+        for key, value in others.items():
+            _, params, y = run(combiner=name, **{key: value})
+            if params.keys() != weights.keys() or y.tolist() != plain.tolist():
+                read.add(key)
+        assert read == READS[name]

@@ -1,12 +1,14 @@
 from dataclasses import replace
 from itertools import combinations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from elmo_jax import data
 from elmo_jax.data import Batch, BatchStream, bucket_bounds
+from elmo_jax.mesh import feed
 
 
 def rows(batches) -> list[tuple[int, ...]]:
@@ -78,6 +80,16 @@ def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
         assert (made.chars is None) == (chars is None)
         if made.chars is not None:
             np.testing.assert_array_equal(made.chars[k], chars)
+
+
+@pytest.mark.parametrize(("ahead", "kind"), [(True, jax.Array), (False, np.ndarray)])
+def test_batches_are_sent_ahead_for_training_and_stay_on_the_host_for_all_else(documents, ahead, kind):
+    stream = BatchStream(documents, 8, seed=0, steps_per_dispatch=2)
+    fed = list(feed(stream, 1, 5, None, ahead=ahead))
+    assert all(isinstance(leaf, kind) for made in fed for leaf in jax.tree.leaves(made.batches))
+    for made, want in zip(fed, stream.dispatches(1, 5), strict=True):
+        assert made.count == want.count
+        jax.tree.map(np.testing.assert_array_equal, made.batches, want.batches)
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -2,6 +2,7 @@
 
 import os
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -42,6 +43,20 @@ def test_the_command(elmo, tmp_path, capsys, monkeypatch, refused):
     assert picture.read_bytes().startswith(b"\x89PNG")
     refused(neighbours.main, call, "is there already; replace it with --overwrite")
     refused(neighbours.main, ["flood", *call[1:4]], "'flood' stands in the texts 0 times")
+
+
+def test_a_word_that_the_font_cannot_write_is_numbered_and_told(elmo, tmp_path, capsys, monkeypatch):
+    elmo.save_pretrained(tmp_path / "model")
+    (tmp_path / "in.txt").write_text("the 银行 rose\nthe river 银行\n", "utf-8")
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    call = ["银行", tmp_path / "in.txt", "--pretrained", tmp_path / "model", "--picture", tmp_path / "a.png"]
+    monkeypatch.setattr("sys.argv", ["x", *map(str, call)])
+    assert neighbours.main() == 0
+    monkeypatch.undo()
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["word 1"]
+    assert "\nIn pictures, whose font lacks these characters: word 1 is 银行.\n" in capsys.readouterr().out
+    plt.close("all")
 
 
 PICTURES = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from elmo_jax import report
+from experiments import charts
 
 
 def pixels(path):
@@ -78,6 +79,22 @@ def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
         assert legend.get_window_extent().width <= axes.get_window_extent().width
 
 
+def test_every_peer_of_a_benchmark_is_drawn_and_told_from_the_others(tmp_path, drawn):
+    peers = [f"peer {i}" for i in range(15)]
+    panels = {"step": {peer: {32: [1.0], 64: [i + 2.0]} for i, peer in enumerate(peers)}}
+    charts.plot_rates(panels, tmp_path / "r.png", "batch size", "tokens/s")
+    charts.plot_shares({"step": dict.fromkeys(peers, 0.5)}, tmp_path / "s.png", "share")
+    rates, shares = drawn
+    looks = {(line.get_color(), line.get_marker()) for line in rates.axes[0].lines}
+    assert len(looks) == 15
+    handles = shares.axes[0].get_legend().get_patches()
+    for bars in (shares.axes[0].patches, handles):
+        assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 15
+    for figure, legend in ((rates, rates.legends[0]), (shares, shares.axes[0].get_legend())):
+        assert [text.get_text() for text in legend.get_texts()] == peers
+        assert legend.get_window_extent().width < 1.5 * figure.bbox.width
+
+
 @pytest.mark.parametrize(
     "x", [(1,), (2,), (1, 2), range(1, 11), (1960,), range(1960, 9801, 1960), (3 * 10**6,)]
 )
@@ -116,5 +133,5 @@ def test_classes_that_the_font_cannot_write_are_numbered_and_told(tmp_path, draw
     (axes,) = drawn[0].axes
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["Sports", "class 2", "Äpfel", "class 4"]
-    assert report.class_key(names).endswith(": class 2 is 体育; class 4 is 财 经.")
-    assert report.class_key(["Sports", "Äpfel", "$^$"]) == ""
+    assert report.key(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
+    assert report.key(["Sports", "Äpfel", "$^$"], "class") == ""

@@ -55,13 +55,25 @@ def test_a_stopped_comparison_goes_on_and_redoes_nothing(stages, calls, tmp_path
     assert "chatter" in (tmp_path / "logs" / "b.txt").read_text()
 
 
-def test_another_setting_is_another_run(stages, calls, tmp_path):
+def test_other_settings_are_another_run_made_anew(stages, calls, tmp_path, capsys):
     run_stages(stages[:1], tmp_path)
-    assert stages[0].finished
+    (tmp_path / "a" / "metrics.jsonl").write_text("trained\n")  # so that it is one to be resumed
     longer = replace(stages[0], settings=replace(stages[0].settings, epochs=2))
-    assert not longer.finished
-    run_stages([longer], tmp_path)
-    assert longer.finished and not stages[0].finished
+    assert stages[0].finished and not longer.finished
+    (tmp_path / "a" / "results.json").unlink()  # one that was stopped is none to go on with either
+    capsys.readouterr()
+    for stage, was, told in ((longer, stages[0], "1 -> 2"), (stages[0], longer, "2 -> 1")):
+        run_stages([stage], tmp_path)
+        told = f"[1/1] a: runs anew, since it was begun with other settings (epochs {told}), time left"
+        assert capsys.readouterr().out.startswith(told)
+        assert stage.finished and not was.finished
+        (tmp_path / "a" / "metrics.jsonl").write_text("trained\n" * 2)
+
+
+def test_a_run_without_its_configuration_is_not_finished(stages, tmp_path):
+    run_stages(stages[:1], tmp_path)
+    (tmp_path / "a" / "config.json").unlink()
+    assert not stages[0].finished
 
 
 def test_what_is_made_from_something_else_now_is_made_anew(tmp_path, calls, capsys):
@@ -92,15 +104,6 @@ def test_what_is_made_from_something_else_now_is_made_anew(tmp_path, calls, caps
     assert not below.finished  # until its source is there again, and is what it was
     run_stages([source, below, other], tmp_path)
     assert calls[3:] == [("s", False)] and below.finished
-
-
-def test_what_was_trained_for_longer_is_not_passed_off_as_shorter(stages, tmp_path):
-    longer = replace(stages[0], settings=replace(stages[0].settings, epochs=2))
-    run_stages([longer], tmp_path)
-    (tmp_path / "a" / "metrics.jsonl").write_text('{"event": "epoch"}\n' * 2)
-    with pytest.raises(InputError, match="a: was trained for 2 epochs, more than 1; ask for as many"):
-        run_stages(stages[:1], tmp_path)
-    assert longer.finished
 
 
 def test_times_that_cannot_be_read_are_removed_and_no_run(stages, calls, tmp_path):
