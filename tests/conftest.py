@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Tests compile much and compute little. Before JAX is imported, and for subprocesses too.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # which take most of compilation
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for what all of a run's processes compile
     _programs = tempfile.TemporaryDirectory(prefix="elmo_jax_programs")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
