@@ -13,11 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from elmo_jax.cudnn import obstacle as obstacle_to_cudnn
-from elmo_jax.cudnn import run_cudnn
+from elmo_jax.cudnn import obstacle as obstacle_to_cudnn, run_cudnn
 from elmo_jax.errors import InputError
-from elmo_jax.persistent import obstacle as obstacle_to_persistent
-from elmo_jax.persistent import run_persistent
+from elmo_jax.persistent import obstacle as obstacle_to_persistent, run_persistent
 from elmo_jax.recurrence import Clips, State, Weights, batched_product, fast_recurrence, lstm_step
 
 Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]

@@ -13,7 +13,7 @@ Axes: B batch, T time, D direction, H cells, W padded cells, R rows of a tile.
 
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def _run(state: State, gates: Array, w: Weights, clips: Clips, differentiated: b
         jax.ShapeDtypeStruct((directions, rows, steps, _GATES, width), jnp.float32),
     ]
     made = made if differentiated else made[:-1]
-    return _call("forward_kernel", clips, made, split(gates), split(w.bias), *state, recurrent)
+    return _call("forward", clips, made, split(gates), split(w.bias), *state, recurrent)
 
 
 def _backward(clips: Clips, residuals: Any, grads: State):
@@ -139,7 +139,7 @@ def _backward(clips: Clips, residuals: Any, grads: State):
         jax.ShapeDtypeStruct((directions, rows, cells), jnp.float32),
     ]
     to_h = _padded_weights(w).swapaxes(2, 3).reshape(directions, 1, -1, width)
-    dz, dc, dh = _call("backward_kernel", clips, made, by_gate, c, *grads, to_h)
+    dz, dc, dh = _call("backward", clips, made, by_gate, c, *grads, to_h)
     dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], _GATES * cells)
     d_recurrent = weight_gradient(passed[:, :, :-1, :cells], dz, w.recurrent.dtype)
     dz = dz.astype(jnp.float32)  # rounded as every product with it would round it
@@ -190,12 +190,12 @@ def _tile_rows(directions: int, rows: int, groups: int) -> int:
     return tile
 
 
-def _call(kernel: str, clips: Clips, made: list[Any], *given: Array) -> Any:
+def _call(kernel: Literal["forward", "backward"], clips: Clips, made: list[Any], *given: Array) -> Any:
     """Run a kernel, a program for each direction, tile and group."""
     from jax.experimental import pallas as pl  # half a second to import, for those with a GPU
     from jax.experimental.pallas import triton
 
-    from elmo_jax import programs
+    from elmo_jax.programs import backward_kernel, forward_kernel
 
     directions, rows = made[0].shape[:2]
     width = given[-1].shape[-1]
@@ -205,7 +205,13 @@ def _call(kernel: str, clips: Clips, made: list[Any], *given: Array) -> Any:
     arrived = jnp.zeros((directions, tiles), jnp.int32)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     *out, _ = pl.pallas_call(
-        partial(getattr(programs, kernel), tile=tile, group=group, clip=clips.cell, interpreted=_interpreted()),
+        partial(
+            {"forward": forward_kernel, "backward": backward_kernel}[kernel],
+            tile=tile,
+            group=group,
+            clip=clips.cell,
+            interpreted=_interpreted(),
+        ),
         grid=(directions, tiles, groups),
         in_specs=[anywhere] * (len(given) + 1),
         out_specs=[anywhere] * (len(made) + 1),

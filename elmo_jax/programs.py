@@ -112,7 +112,9 @@ def _tanh(x: Array) -> Array:
     return 2 * jax.nn.sigmoid(2 * x) - 1
 
 
-def forward_kernel(gates, bias, c_first, h_first, w, _, h_all, passed, c_all, *more, tile, group, clip, interpreted):
+def forward_kernel(
+    gates, bias, c_first, h_first, w, _, h_all, passed, c_all, *more, tile, group, clip, interpreted
+):
     """All steps of `fast_recurrence`; what it reads and makes is as `persistent` shapes it."""
     *by_gate, arrived = more
     program = _Program(tile, group, gates.shape[1], arrived, interpreted)

@@ -6,7 +6,7 @@ one call of the device that takes several steps.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -199,14 +199,13 @@ def make_dispatch(
         state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))
         return replace(state, frozen={}), filled
 
-    def compiled(batches: Any) -> Any:
-        assert like is not None
-        return run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0)).compile()
-
-    programs = {}
+    programs: dict[Any, Future[Any]] = {}
     if ahead:
+        assert like is not None
         pool = ThreadPoolExecutor(len(ahead))
-        programs = {_shapes(batches): pool.submit(compiled, batches) for batches in ahead}
+        for batches in ahead:  # traced here, for a thread has settings of its own
+            traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
+            programs[_shapes(batches)] = pool.submit(traced.compile)
         pool.shutdown(wait=False)
 
     def dispatch(state: TrainState, batches: Any, count: int, key: Array):

@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import rnn
 
+from elmo_jax import cudnn, persistent
+
+
+def pretend(monkeypatch, there=True):
+    """Whether there is CUDA, as far as the choice of a kernel goes."""
+    for module in (cudnn, persistent):
+        monkeypatch.setattr(module, "on_cuda", lambda: there)
+
 
 class Forward:
     """Plays `rnn_fwd_p`: y, h_n, c_n and what the backward call is to be given back."""

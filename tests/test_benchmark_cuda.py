@@ -3,11 +3,13 @@
 import csv
 from dataclasses import replace
 
+import cuda
 import jax
 import numpy as np
 import pytest
 from test_benchmark import side, tiny
 
+from elmo_jax import persistent
 from experiments import benchmark, host, jax_peers, ours, whole
 from experiments.benchmark import BenchmarkConfig
 from experiments.cases import (
@@ -52,14 +54,17 @@ def test_cudnns_lane_computes_what_this_library_does(played, name, precision):
 
 
 @pytest.mark.parametrize("name", ["lstm", "step"])
-def test_this_library_runs_cudnn_on_cuda_and_its_scan_when_asked(played, name):
+def test_this_library_runs_its_own_kernel_on_cuda_and_its_scan_when_asked(monkeypatch, name):
+    cuda.pretend(monkeypatch)
+    launched, launch = [], persistent._call
+    monkeypatch.setattr(persistent, "_call", lambda *args: (launched.append(args[0]), launch(*args))[1])
     case = tiny(name)
     arrays, _ = make_inputs(case, seed=1)
-    played.clear()
+    launched.clear()
     expected = ours.build_scan(case, arrays).check()["loss"]
-    assert played == []
+    assert launched == []
     assert difference(ours.build(case, arrays).check()["loss"], expected) < 1e-5
-    assert len(played) >= 4  # two layers in two directions
+    assert launched.count("forward") >= 2 and launched.count("backward") >= 2  # layers
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])

@@ -3,6 +3,7 @@
 Where there is no CUDA its calls are played, see tests/cuda.py; all else is what runs there.
 """
 
+import cuda
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +32,12 @@ def layer_and_inputs():
     return params, x, state
 
 
-def outputs_and_gradients(kernel, lengths):
+def outputs_and_gradients(kernel, lengths, **settings):
     """Real steps' h, the last states, and the gradients of parameters, input and first state."""
     real = (jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None])[None, :, :, None]
 
     def loss(params, x, state):
-        h, last = LSTM(H, kernel=kernel).apply({"params": params}, x, lengths, state)
+        h, last = LSTM(H, kernel=kernel, **settings).apply({"params": params}, x, lengths, state)
         h = jnp.where(real, h, 0)
         weight = jnp.cos(jnp.arange(h.size, dtype=jnp.float32)).reshape(h.shape)
         return jnp.sum(weight * h**2) + jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h**2), (h, last)
@@ -78,23 +79,19 @@ def test_the_language_models_loss_is_the_same_with_either(played, standard_promo
     batch = Batch.of([[5, 6, 7], [8]], shape=(B, T))
     params = init_params(BiLM(config, 9, "plain"), jax.random.key(0))
     found = []
-    for kernel in ("auto", "plain"):
+    for kernel in ("cudnn", "plain"):
         task = bilm_loss(BiLM(config, 9, kernel))
         found.append(jax.value_and_grad(lambda p, t=task: t(p, batch, jax.random.key(1))[0])(params))
     assert len(played) == D * config.layers
     close(*found)
 
 
-def test_the_kernel_follows_from_the_device_and_the_layer(monkeypatch):
-    assert LSTM(H).choose() == "fast"
-    monkeypatch.setattr(cudnn, "on_cuda", lambda: True)
-    assert LSTM(H).choose() == LSTM(H, kernel="cudnn").choose() == "cudnn"
+def test_what_cudnn_cannot_run_is_refused(monkeypatch):
+    cuda.pretend(monkeypatch)
+    assert LSTM(H, kernel="cudnn").choose() == "cudnn"
     for layer in (LSTM(H, 3), LSTM(H, clips=Clips(3.0)), LSTM(H, dtype="bfloat16"), LSTM(H, dtype="float64")):
-        assert layer.choose() == "fast"
         with pytest.raises(InputError, match=r"^--kernel cudnn: cuDNN .*; give --kernel auto$"):
             layer.clone(kernel="cudnn").choose()
-    for kernel in ("fast", "plain"):
-        assert LSTM(H, kernel=kernel).choose() == kernel
 
 
 def test_no_cuda_no_cudnn():
@@ -109,5 +106,4 @@ def test_no_cuda_no_cudnn():
 def test_on_real_cuda_it_is_the_plain_scan(asked, rtol):
     """LENGTHS hold an empty row, a short and a full one."""
     with jax.default_matmul_precision(asked):
-        assert LSTM(H).choose() == "cudnn"
         close(outputs_and_gradients("cudnn", LENGTHS), outputs_and_gradients("plain", LENGTHS), rtol)

@@ -3,10 +3,10 @@
 import json
 import sys
 
+import cuda as pretended
 import numpy as np
 import pytest
 
-from elmo_jax import cudnn
 from elmo_jax.elmo import Elmo
 from experiments import downstream, pretrain
 
@@ -23,16 +23,32 @@ SENTENCES = [["the", "bank"], ["river", ".", "the"]]
     ],
 )
 def test_cudnn_is_refused_where_it_cannot_be(cuda, flags, said, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(cudnn, "on_cuda", lambda: cuda)
+    pretended.pretend(monkeypatch, cuda)
     args = ["--kernel", "cudnn", "--output", tmp_path / "run", *flags]
     refused(pretrain.main, args, f"--kernel cudnn: {said}; give --kernel auto")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("cuda", "flags", "said"),
+    [
+        (False, [], "there is no CUDA device here"),
+        (True, ["--cells", "5", "--embedding", "4"], "the persistent kernel projects no cells"),
+        (True, ["--cells", "300", "--embedding", "300"], "the persistent kernel runs up to 256 cells"),
+    ],
+)
+def test_the_persistent_kernel_is_refused_where_it_cannot_be(
+    cuda, flags, said, tmp_path, monkeypatch, refused
+):
+    pretended.pretend(monkeypatch, cuda)
+    args = ["--kernel", "persistent", "--output", tmp_path / "run", *flags]
+    refused(pretrain.main, args, f"--kernel persistent: {said}")
+
+
 @pytest.mark.parametrize(("cuda", "said"), [(False, "there is no CUDA"), (True, "cuDNN projects no cells")])
 def test_the_language_model_under_a_classifier_counts_too(cuda, said, elmo, tmp_path, monkeypatch, refused):
     elmo.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(cudnn, "on_cuda", lambda: cuda)
+    pretended.pretend(monkeypatch, cuda)
     args = ["--pretrained", tmp_path / "model", "--kernel", "cudnn", "--output", tmp_path / "run"]
     refused(downstream.main, args, f"--kernel cudnn: {said}")
     assert not (tmp_path / "run").exists()

@@ -26,9 +26,12 @@ def plain(hidden, table, bias, targets, weight):
     return jnp.sum(each * weight), each
 
 
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
-def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, monkeypatch):
+def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
+    monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
     monkeypatch.setattr(softmax, "CHUNK_BYTES", chunk_rows * V * 4)
+    monkeypatch.setattr(softmax, "ACCELERATOR_CHUNK_BYTES", chunk_rows * 128 * 4)
     monkeypatch.setattr(softmax, "_ROWS", 1)
     total, each = full_nll(*case)
     oracle = -log_softmax(np.asarray(case[0] @ case[1].T + case[2][None]))[np.arange(N), case[3]]

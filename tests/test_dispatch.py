@@ -1,0 +1,73 @@
+"""A dispatch as accelerators run it: loops of a known length, and programs compiled ahead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_fit import loss_fn
+
+from elmo_jax import train
+from elmo_jax.data import BatchStream
+from elmo_jax.train import OptimizerConfig, TrainState, make_dispatch, make_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+KEY = jax.random.key(0)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.05), 10)
+
+
+def begin():
+    return TrainState.create({"table": jnp.ones(50)}, OPTIMIZER, {"scale": jnp.ones(())})
+
+
+def walked(run, stream):
+    """The state after an epoch, and every step's loss."""
+    state, losses = begin(), []
+    for batches, count in stream.dispatches(0, stream.steps_per_epoch):
+        state, sums = run(state, batches, count, KEY)
+        losses += np.asarray(sums["loss"][:count]).tolist()
+    return state, losses
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_step_that_is_not_wanted_changes_nothing(documents):
+    batch = jax.tree.map(lambda a: a[0], next(BatchStream(documents, 4).dispatches(0, 1)).batches)
+    state, sums = train_step(begin(), batch, KEY, loss_fn, OPTIMIZER, jnp.array(False))
+    same(state, begin())
+    assert {float(value) for value in sums.values()} == {0.0}
+    state, sums = train_step(begin(), batch, KEY, loss_fn, OPTIMIZER, jnp.array(True))
+    assert int(state.step) == 1 and float(sums["steps"]) == 1 and not np.array_equal(state.params["table"], 1)
+
+
+def test_on_an_accelerator_a_part_filled_dispatch_takes_its_steps_and_no_more(documents, monkeypatch):
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=8)
+    assert stream.steps_per_epoch % 8
+    expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    monkeypatch.setattr(train, "_options", dict)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ends, loop = [], jax.lax.fori_loop
+    monkeypatch.setattr(jax.lax, "fori_loop", lambda *args: (ends.append(args[1]), loop(*args))[1])
+    same(walked(make_dispatch(loss_fn, OPTIMIZER), stream), expected)
+    assert ends == [8]  # known when it is compiled
+
+
+def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(documents, monkeypatch):
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    met = {d.batches.words.shape for d in stream.dispatches(0, stream.steps_per_epoch)}
+    assert {batches.words.shape for batches in stream.shapes()} == met and len(met) == 2
+    expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes())
+
+    def traced_again(*_, **__):
+        raise AssertionError("a step is traced when its batch comes")
+
+    monkeypatch.setattr(train, "train_step", traced_again)
+    same(walked(run, stream), expected)
+
+
+def test_a_shape_that_was_not_told_ahead_is_compiled_when_it_comes(documents):
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes()[:1])
+    same(walked(run, stream), walked(make_dispatch(loss_fn, OPTIMIZER), stream))
