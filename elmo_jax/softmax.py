@@ -5,7 +5,7 @@ are not the target; its *expected count* is how often a draw holds it on average
 Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 # Of float32 logits alive at once. Larger is hardly faster on a CPU; a GPU waits for every launch.
-CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 1 << 30
+CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 8 << 20, 1 << 30
 # Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
@@ -62,7 +62,7 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
         each = _chunk_nll(h, table, bias, t)[0]
         return None, (each, each * w)
 
-    parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
+    parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
     each, weighted = jax.lax.scan(chunk, None, parts)[1]
     return jnp.sum(weighted), each.reshape(-1)[:n]
 
@@ -83,16 +83,22 @@ def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Arr
     return jnp.log(total) + largest - reached, exps, total
 
 
-def _in_chunks(classes: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
-    """The arrays cut into equal chunks of positions, the last filled with zeros, and N."""
-    n = arrays[0].shape[0]
-    alive = CHUNK_BYTES if _on_cpu() else ACCELERATOR_CHUNK_BYTES
+def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
+    """Arrays ``[N, ...]`` cut into equal chunks of positions, the last filled with zeros; and N.
+
+    Of the chunks' logits so many bytes may be alive at once, if this is a CPU.
+    """
+    n = jax.tree.leaves(arrays)[0].shape[0]
+    alive = alive if _on_cpu() else ACCELERATOR_CHUNK_BYTES
     most = max(_ROWS, alive // (4 * classes) // _ROWS * _ROWS)
     count = max(1, -(-n // most))
     rows = n if count == 1 else -(-n // count // _ROWS) * _ROWS
-    fill = count * rows - n
-    padded = (jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
-    return tuple(a.reshape(count, rows, *a.shape[1:]) for a in padded), n
+
+    def cut(a: Array) -> Array:
+        filled = jnp.pad(a, [(0, count * rows - n)] + [(0, 0)] * (a.ndim - 1))
+        return filled.reshape(count, rows, *a.shape[1:])
+
+    return jax.tree.map(cut, arrays), n
 
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
@@ -120,7 +126,7 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
         d_bias += jnp.matmul(scale, d_logits, precision="highest")
         return (d_table, d_bias), (each, each * w, dh)
 
-    parts, n = _in_chunks(table.shape[0], hidden, targets, weight)
+    parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
     zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)
     (d_table, d_bias), (each, weighted, dh) = jax.lax.scan(chunk, zeros, parts)
     dh = dh.reshape(-1, hidden.shape[1])[:n].astype(hidden.dtype)
@@ -209,16 +215,66 @@ def sampled_nll(
     Returns:
         As `full_nll`.
     """
-    sums = np.promote_types(hidden.dtype, np.float32)
     drawn, log_expected = negatives
-    shift = bias.astype(sums) - log_expected.astype(sums)
+    shift = bias - log_expected.astype(bias.dtype)
+    dtype = hidden.dtype
+    true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
+    return _sampled_nll(hidden, true, noise, weight)
 
-    def logits(rows: Array, product: str) -> Array:
-        rows = rows.astype(hidden.dtype)
-        return jnp.einsum(product, hidden, rows, preferred_element_type=sums)
 
-    true = logits(table[targets], "np,np->n") + shift[targets]
-    noise = logits(table[drawn], "np,sp->ns") + shift[drawn][None]
-    noise = jnp.where(drawn[None] == targets[:, None], _MASKED, noise)
-    each = jnp.logaddexp(true, jax.nn.logsumexp(noise, axis=-1)) - true
-    return jnp.sum(each * weight), jax.lax.stop_gradient(each)
+class _Candidates(NamedTuple):
+    """Rows of the table ``[C, P]``, what is added to their logits ``[C]``, and their classes ``[C]``."""
+
+    rows: Array
+    shift: Array
+    classes: Any
+
+
+@jax.custom_vjp
+def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
+    """Of each position its own true class, and of all the noise."""
+    return _sampled_forward(hidden, true, noise, weight)[0]
+
+
+def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
+    """The value, and the gradient for a cotangent of one; see `_full_forward`."""
+    sums = np.promote_types(hidden.dtype, np.float32)
+
+    def chunk(carry, part):
+        d_rows, d_shift = carry
+        h, own, w = part
+        reached = jnp.einsum("np,np->n", h, own.rows, preferred_element_type=sums) + own.shift.astype(sums)
+        logits = jnp.matmul(h, noise.rows.T, preferred_element_type=sums) + noise.shift[None].astype(sums)
+        logits = jnp.where(noise.classes[None] == own.classes[:, None], _MASKED, logits)
+        largest = jnp.maximum(logits.max(-1), reached)
+        exps, own_exp = jnp.exp(logits - largest[:, None]), jnp.exp(reached - largest)
+        total = jnp.matmul(exps, jnp.ones(exps.shape[1], sums), precision="highest") + own_exp
+        each = jnp.log(total) + largest - reached
+        scale = w.astype(sums) / total
+        d_reached = own_exp * scale - w.astype(sums)
+        g, scaled = exps.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
+        dh = jnp.matmul(g, noise.rows, preferred_element_type=sums) * scale[:, None]
+        dh += d_reached[:, None] * own.rows.astype(sums)
+        d_rows += jnp.matmul(g.T, scaled, preferred_element_type=sums)
+        d_shift += jnp.matmul(scale, exps, precision="highest")
+        return (d_rows, d_shift), (each, each * w, dh, d_reached)
+
+    parts, n = _in_chunks(len(noise.rows), SAMPLED_CHUNK_BYTES, (hidden, true, weight))
+    zeros = jnp.zeros_like(noise.rows, sums), jnp.zeros_like(noise.shift, sums)
+    (d_rows, d_shift), made = jax.lax.scan(chunk, zeros, parts)
+    each, weighted, dh, d_reached = (x.reshape(-1, *x.shape[2:])[:n] for x in made)
+    d_true = (d_reached[:, None] * hidden.astype(sums)).astype(true.rows.dtype)
+    gradients = (
+        dh.astype(hidden.dtype),
+        (d_true, d_reached.astype(true.shift.dtype)),
+        (d_rows.astype(noise.rows.dtype), d_shift.astype(noise.shift.dtype)),
+    )
+    return (jnp.sum(weighted), each), gradients
+
+
+def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
+    hidden, true, noise = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return hidden, _Candidates(*true, classes=None), _Candidates(*noise, classes=None), None
+
+
+_sampled_nll.defvjp(_sampled_forward, _sampled_backward)

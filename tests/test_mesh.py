@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from test_crash import PROCESSES, finish
 
-from elmo_jax import softmax
+from elmo_jax import persistent, softmax
 from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import Run
@@ -57,6 +57,7 @@ CASES = {
     "lazy": {"optimizer": "lazy_adam", "negatives": 20, "learning_rate": 2e-3},
     "windows": {"optimizer": "adagrad", "negatives": 20, "windows": True},
     "characters": {"optimizer": "adagrad", "windows": True, "input": "characters"},
+    "persistent": {"optimizer": "adagrad", "cells": 4, "kernel": "persistent"},
     "classifier": {"optimizer": "adagrad"},
 }
 
@@ -76,10 +77,13 @@ def mesh_on(count):
     return None if count == 1 else Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, **more):
+def language_model(
+    mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, kernel="fast", **more
+):
     """The state, the task, the optimiser and the batches of pre-training."""
     cnn = CharCNNConfig(filters=((1, 4), (2, 4)), highway=1)
-    model = BiLM(BiLMConfig(embedding=4, cells=5, layers=1, characters=cnn, **more), WORDS)
+    sizes = {"embedding": 4, "cells": 5, "layers": 1, "characters": cnn}
+    model = BiLM(BiLMConfig(**sizes | more), WORDS, kernel)
     settings = OptimizerConfig(optimizer=optimizer, learning_rate=learning_rate, schedule="constant")
     steps = make_optimizer(settings, 100)
     rowwise = rowwise and negatives is not None
@@ -100,8 +104,8 @@ def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False,
 
 def classifier(mesh, optimizer):
     """As `language_model`, of a classifier on a frozen one."""
-    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), WORDS)
-    combiner, head = make_combiner(CombinerConfig()), BiLSTMClassifier(ClassifierConfig(hidden=4), 3)
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), WORDS, "fast")
+    combiner, head = make_combiner(CombinerConfig()), BiLSTMClassifier(ClassifierConfig(hidden=4), 3, "fast")
     task = classifier_loss(bilm_features(model), combiner, head)
     steps = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.05), 100)
     mixed, mix = combiner.init_with_output(jax.random.key(1), jnp.zeros((2, 1, 1, 8)))
@@ -155,7 +159,8 @@ def in_child(path):
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    softmax.CHUNK_BYTES, softmax._ROWS = CHUNK * WORDS * 4, 1
+    persistent.on_cuda = lambda: True  # for the one case that asks for its kernel
+    softmax.CHUNK_BYTES, softmax.SAMPLED_CHUNK_BYTES, softmax._ROWS = CHUNK * WORDS * 4, CHUNK * 20 * 4, 1
     found = {}
     ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:
@@ -214,7 +219,8 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("name", "model"), RUNS)
 def test_eight_devices_give_what_one_gives(found, name, model):
     loss, params = found[f"{name} {model}"]["gap"]
-    assert loss < 1e-6 and params < 1e-6 < 1e-3 < found[f"{name} {model}"]["moved"]
+    most = 2e-6 if name == "lazy" else 1e-6  # of parameters: Adam makes much of a gradient's rounding
+    assert loss < 1e-6 and params < most < 1e-3 < found[f"{name} {model}"]["moved"]
 
 
 def collectives(program):
@@ -245,7 +251,7 @@ def test_devices_exchange_gradients_once_and_else_little(found, name, model):
     assert all(dtype == "s32" and int(np.prod(dims)) <= 2 * ROWS * BOUND for dtype, dims in gathered)
     tables = [[dims for _, dims in shapes if dims[:1] == [WORDS // model]] for _, shapes, _ in exchanges]
     # Where a step moves some rows alone, or none, no table; else the gradient of each, in one exchange.
-    dense = name in ("full", "sampled", "characters")
+    dense = name in ("full", "sampled", "characters", "persistent")
     assert [bool(dims) for dims in tables].count(True) == dense
 
 

@@ -86,6 +86,37 @@ def test_sampled_over_all_classes_is_full(case, seed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
 
 
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_sampled_has_the_gradients_of_its_formula_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
+    monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
+    for name in ("SAMPLED_CHUNK_BYTES", "ACCELERATOR_CHUNK_BYTES"):
+        monkeypatch.setattr(softmax, name, chunk_rows * 6 * 4)
+    monkeypatch.setattr(softmax, "_ROWS", 1)
+    targets, weight = case[3:]
+    drawn, log_expected = negatives = log_uniform_negatives(jax.random.key(3), V, 6)
+    assert np.isin(targets, drawn).any() and not np.isin(targets, drawn).all()
+
+    def formula(hidden, table, bias):
+        logits = hidden @ table.T + (bias - log_expected.astype(bias.dtype))[None]
+        reached = jnp.take_along_axis(logits, targets[:, None], 1)
+        noise = jnp.where(drawn[None] == targets[:, None], -jnp.inf, logits[:, drawn])
+        each = jax.nn.logsumexp(jnp.concatenate([reached, noise], 1), axis=1) - reached[:, 0]
+        return jnp.sum(3 * weight * each), each
+
+    sampled = lambda *a: jax.tree.map(jnp.multiply, (3.0, 1.0), sampled_nll(*a, targets, weight, negatives))  # noqa: E731
+    got, want = (jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*case[:3]) for f in (sampled, formula))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, want)
+
+
+def test_sampled_logits_never_exist_whole(case, monkeypatch):
+    monkeypatch.setattr(softmax, "SAMPLED_CHUNK_BYTES", 2 * 6 * 4)
+    monkeypatch.setattr(softmax, "_ROWS", 2)
+    negatives = log_uniform_negatives(jax.random.key(3), V, 6)
+    program = str(jax.make_jaxpr(jax.grad(lambda h: sampled_nll(h, *case[1:], negatives)[0]))(case[0]))
+    assert "[2,6]" in program and f"[{N},6]" not in program and f"[{N + 1},6]" not in program
+
+
 def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
     hidden, table, bias, targets, weight = case
     key = jax.random.key(3)
