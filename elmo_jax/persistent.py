@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from elmo_jax.cudnn import ROUGH, on_cuda
@@ -29,6 +29,7 @@ _ROWS, _MOST_ROWS = 16, 128  # of a tile: the fewest that tensor cores multiply,
 _GROUP = 32  # cells
 _MOST = 256  # cells of a layer; beyond, a group's weights do not fit into a processor
 _GATES = 4
+_PIECE = 8192  # numbers of a factor of a product that a program reads at once
 
 
 def obstacle(cells: int, projection: int | None, dtype: DTypeLike) -> str | None:
@@ -50,15 +51,42 @@ def obstacle(cells: int, projection: int | None, dtype: DTypeLike) -> str | None
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if jnp.dtype(dtype) != jnp.bfloat16 and (jnp.dtype(dtype) != jnp.float32 or asked not in ROUGH):
         return "the persistent kernel multiplies in TF32 or bfloat16, and more exact products are asked for"
-    if find_spec("jax.experimental.pallas.triton") is None:
+    if not on_cuda():
+        return "there is no CUDA device here"
+    if not _there_is_triton():
         return "this JAX has no Pallas for Triton"
-    return None if on_cuda() else "there is no CUDA device here"
+    if _held(cells, dtype) > _memory():
+        return f"this GPU's processors hold too little for {cells} cells in {jnp.dtype(dtype)}"
+    return None
+
+
+def _there_is_triton() -> bool:
+    try:
+        return find_spec("jax.experimental.pallas.triton") is not None
+    except ModuleNotFoundError:  # of Pallas altogether
+        return False
+
+
+def _held(cells: int, dtype: DTypeLike) -> int:
+    """Bytes that a program holds in its processor's memory, as kernels compiled for an H100 do:
+    a group's weights, and one piece of what they are multiplied with."""
+    width = -(-cells // _GROUP) * _GROUP
+    return jnp.dtype(dtype).itemsize * (width * _GROUP * _GATES + _PIECE)
+
+
+def _memory() -> int:
+    """Bytes of a processor that a program can have, by NVIDIA's tables of compute capabilities."""
+    capability = getattr(jax.devices()[0], "compute_capability", None) or "9.0"
+    if float(capability) < 8.0:
+        return 0  # Triton's products want at least an A100
+    return {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}.get(capability, 99) * 1024
 
 
 def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> State:
     """What `fast_recurrence` is, in one kernel a layer; layers are not projected.
 
-    On several devices each runs its own rows.
+    On several devices each runs its own rows. There are first gradients alone, in reverse; who
+    wants second ones, or `jax.jvp`, takes another kernel.
 
     Args:
         state: the first state, float32.
@@ -70,8 +98,11 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
         The states after every step, c and h ``[D, B, T, H]``.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get(DATA, 1) == 1:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if mesh.shape.get(DATA, 1) == 1 or kinds[DATA] == AxisType.Manual:
         return _own_rows(state, gates, w, clips)
+    if gates.shape[1] % mesh.shape[DATA] or set(kinds.values()) != {AxisType.Auto}:
+        return fast_recurrence(state, gates, w, clips)  # which any mesh can share out
     rows, everywhere = PartitionSpec(None, DATA), PartitionSpec()
     own: Any = jax.shard_map(
         partial(_own_rows, clips=clips), in_specs=(rows, rows, everywhere), out_specs=rows, check_vma=False
@@ -81,14 +112,24 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
 
 def _own_rows(state: State, gates: Array, w: Weights, clips: Clips) -> State:
     """The rows of one device, as many at a time as it has room for programs."""
-    directions, rows, _, _ = gates.shape
-    most = _most_rows(directions, _groups(state.c.shape[-1]))
+    directions, rows, _, cells = gates.shape
+    most = _most_rows(directions, _groups(cells // _GATES))
     if not most:
         return fast_recurrence(state, gates, w, clips)
-    parts = [slice(first, first + most) for first in range(0, rows, most)]
-    of = lambda tree, part: jax.tree.map(lambda a: a[:, part], tree)  # noqa: E731
-    states: Any = [_recurrence(of(state, part), gates[:, part], w, clips) for part in parts]
-    return jax.tree.map(lambda *a: jnp.concatenate(a, axis=1), *states)
+    if rows <= most:
+        return _recurrence(state, gates, w, clips)
+    parts = -(-rows // most)
+
+    def cut(x: Array) -> Array:
+        filled = jnp.pad(x, [(0, 0), (0, parts * most - rows)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(filled.reshape(directions, parts, most, *x.shape[2:]), 1, 0)
+
+    def whole(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(directions, parts * most, *x.shape[3:])[:, :rows]
+
+    # A loop, for two launches at once could each hold what the other waits for.
+    states = jax.lax.map(lambda part: _recurrence(*part, w, clips), jax.tree.map(cut, (state, gates)))
+    return jax.tree.map(whole, states)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -126,7 +167,7 @@ def _run(state: State, gates: Array, w: Weights, clips: Clips, differentiated: b
         jax.ShapeDtypeStruct((directions, rows, steps, _GATES, width), jnp.float32),
     ]
     made = made if differentiated else made[:-1]
-    return _call("forward", clips, made, split(gates), split(w.bias), *state, recurrent)
+    return _call("forward", clips, made, split(gates), split(w.bias.astype(gates.dtype)), *state, recurrent)
 
 
 def _backward(clips: Clips, residuals: Any, grads: State):
@@ -210,6 +251,7 @@ def _call(kernel: Literal["forward", "backward"], clips: Clips, made: list[Any],
             tile=tile,
             group=group,
             clip=clips.cell,
+            piece=_PIECE,
             interpreted=_interpreted(),
         ),
         grid=(directions, tiles, groups),

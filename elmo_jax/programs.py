@@ -20,7 +20,6 @@ from jax.experimental.pallas import triton
 from elmo_jax.recurrence import FORGET_BIAS
 
 _GATES = 4
-_PIECE = 8192  # numbers of a factor of a product that are read at once
 
 
 class _Program:
@@ -30,15 +29,16 @@ class _Program:
         tile, group: R and C.
         rows: B; those of the last tile beyond it are not real.
         arrived: ``[D, tiles]``, how often programs of a tile were done with a step.
+        piece: numbers of a factor of a product that are read at once.
         interpreted: whether there is no GPU; programs then follow each other, and each is alone.
     """
 
-    def __init__(self, tile: int, group: int, rows: int, arrived: Any, interpreted: bool):
+    def __init__(self, tile: int, group: int, rows: int, arrived: Any, piece: int, interpreted: bool):
         self.direction, self.tile, number = (pl.program_id(axis) for axis in range(3))
         first, self.first = self.tile * tile, number * group
         self.rows, self.size, self.group = pl.ds(first, tile), tile, group
         self.real = (first + jnp.arange(tile, dtype=jnp.int32) < rows)[:, None]
-        self.arrived, self.interpreted = arrived, interpreted
+        self.arrived, self.piece, self.interpreted = arrived, piece, interpreted
 
     def _cells(self, ref: Any) -> tuple[Any, Array]:
         """The program's cells along the last axis, and which of them there are."""
@@ -75,7 +75,7 @@ class _Program:
         """Slices that make up the whole: powers of two, as Triton's arrays must be, and not too large."""
         slices, first = [], 0
         while first < width:
-            size = min(1 << (width - first).bit_length() - 1, _PIECE // self.size)
+            size = min(1 << (width - first).bit_length() - 1, self.piece // self.size)
             slices.append(pl.ds(first, size))
             first += size
         return slices
@@ -113,11 +113,11 @@ def _tanh(x: Array) -> Array:
 
 
 def forward_kernel(
-    gates, bias, c_first, h_first, w, _, h_all, passed, c_all, *more, tile, group, clip, interpreted
+    gates, bias, c_first, h_first, w, _, h_all, passed, c_all, *more, tile, group, clip, piece, interpreted
 ):
     """All steps of `fast_recurrence`; what it reads and makes is as `persistent` shapes it."""
     *by_gate, arrived = more
-    program = _Program(tile, group, gates.shape[1], arrived, interpreted)
+    program = _Program(tile, group, gates.shape[1], arrived, piece, interpreted)
     weights = program.weights(w)
     biases = [program.bias(bias, g) for g in range(_GATES)]
     c = program.load(c_first)
@@ -147,11 +147,26 @@ def forward_kernel(
 
 
 def backward_kernel(
-    by_gate, c_all, grad_c, grad_h, w, _, dz, dc_first, dh_first, arrived, *, tile, group, clip, interpreted
+    by_gate,
+    c_all,
+    grad_c,
+    grad_h,
+    w,
+    _,
+    dz,
+    dc_first,
+    dh_first,
+    arrived,
+    *,
+    tile,
+    group,
+    clip,
+    piece,
+    interpreted,
 ):
     """The gradients of the gates and the first state, from the last step to the first."""
     _, rows, steps, _ = grad_h.shape
-    program = _Program(tile, group, rows, arrived, interpreted)
+    program = _Program(tile, group, rows, arrived, piece, interpreted)
     weights = program.weights(w)
 
     def slopes(t: Array) -> tuple[Array, ...]:

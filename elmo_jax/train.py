@@ -4,9 +4,10 @@ Nouns: a *task* is a pure ``loss_fn(params, batch, key) -> (loss, sums)``; a *di
 one call of the device that takes several steps.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -168,7 +169,7 @@ def make_dispatch(
         optimizer: as the state was created with.
         like: a state as every next one will be, if it lies on a mesh or anything is given `ahead`.
         ahead: batches of shapes that will come, which are compiled from now on, side by side;
-            others are when they come.
+            others are when they come. Their key is one of JAX's default kind.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
@@ -200,13 +201,10 @@ def make_dispatch(
         return replace(state, frozen={}), filled
 
     programs: dict[Any, Future[Any]] = {}
-    if ahead:
+    for batches in ahead:  # traced here, for a thread has settings of its own
         assert like is not None
-        pool = ThreadPoolExecutor(len(ahead))
-        for batches in ahead:  # traced here, for a thread has settings of its own
-            traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
-            programs[_shapes(batches)] = pool.submit(traced.compile)
-        pool.shutdown(wait=False)
+        traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
+        programs[_shapes(batches)] = _in_background(traced.compile)
 
     def dispatch(state: TrainState, batches: Any, count: int, key: Array):
         program = programs.get(_shapes(batches)) if programs else None
@@ -217,6 +215,20 @@ def make_dispatch(
         return replace(after, frozen=state.frozen), sums
 
     return dispatch
+
+
+def _in_background(work: Callable[[], Any]) -> Future[Any]:
+    """What `work` returns or raises; a process that ends does not wait for it, as a pool's would."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _shapes(tree: Any) -> tuple[Any, ...]:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from test_crash import PROCESSES, finish
 
-from elmo_jax import persistent, softmax
+from elmo_jax import softmax
 from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.checkpoint import Run
@@ -29,6 +29,8 @@ from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
 from elmo_jax.mesh import DATA, MODEL, everywhere, feed, make_mesh, on, put
+from elmo_jax.persistent import run_persistent
+from elmo_jax.recurrence import Clips, fast_recurrence
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import (
     bilm_features,
@@ -57,7 +59,6 @@ CASES = {
     "lazy": {"optimizer": "lazy_adam", "negatives": 20, "learning_rate": 2e-3},
     "windows": {"optimizer": "adagrad", "negatives": 20, "windows": True},
     "characters": {"optimizer": "adagrad", "windows": True, "input": "characters"},
-    "persistent": {"optimizer": "adagrad", "cells": 4, "kernel": "persistent"},
     "classifier": {"optimizer": "adagrad"},
 }
 
@@ -77,13 +78,10 @@ def mesh_on(count):
     return None if count == 1 else Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def language_model(
-    mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, kernel="fast", **more
-):
+def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, **more):
     """The state, the task, the optimiser and the batches of pre-training."""
     cnn = CharCNNConfig(filters=((1, 4), (2, 4)), highway=1)
-    sizes = {"embedding": 4, "cells": 5, "layers": 1, "characters": cnn}
-    model = BiLM(BiLMConfig(**sizes | more), WORDS, kernel)
+    model = BiLM(BiLMConfig(embedding=4, cells=5, layers=1, characters=cnn, **more), WORDS)
     settings = OptimizerConfig(optimizer=optimizer, learning_rate=learning_rate, schedule="constant")
     steps = make_optimizer(settings, 100)
     rowwise = rowwise and negatives is not None
@@ -104,8 +102,8 @@ def language_model(
 
 def classifier(mesh, optimizer):
     """As `language_model`, of a classifier on a frozen one."""
-    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), WORDS, "fast")
-    combiner, head = make_combiner(CombinerConfig()), BiLSTMClassifier(ClassifierConfig(hidden=4), 3, "fast")
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), WORDS)
+    combiner, head = make_combiner(CombinerConfig()), BiLSTMClassifier(ClassifierConfig(hidden=4), 3)
     task = classifier_loss(bilm_features(model), combiner, head)
     steps = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.05), 100)
     mixed, mix = combiner.init_with_output(jax.random.key(1), jnp.zeros((2, 1, 1, 8)))
@@ -159,13 +157,13 @@ def in_child(path):
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    persistent.on_cuda = lambda: True  # for the one case that asks for its kernel
     softmax.CHUNK_BYTES, softmax.SAMPLED_CHUNK_BYTES, softmax._ROWS = CHUNK * WORDS * 4, CHUNK * 20 * 4, 1
     found = {}
     ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:
         found[f"{name} {model}"] = compared(ones[name], name, model)
     found["resumed"] = resumed(path)
+    found["kernel"] = kernel_by_rows()
     found["refused"] = []
     for batch, model in ((12, 1), (16, 3)):
         try:
@@ -176,6 +174,33 @@ def in_child(path):
     lengths = jax.jit(lambda params, batch: batch.lengths)
     found["lengths"] = predict(lengths, params, BatchStream(texts(), ROWS)).tolist()
     (path / "found.json").write_text(json.dumps(found))
+
+
+def kernel_by_rows():
+    """How far the persistent kernel and its gradients are from the scan: of whole batches, of uneven
+    ones, of rows already shared out."""
+    from test_persistent import given  # which asks for the devices, and they must be eight by then
+
+    mesh, apart = make_mesh(ROWS), {}
+
+    def ours(state, gates, w):
+        return run_persistent(state, gates, w, Clips())
+
+    rows, everywhere = PartitionSpec(None, DATA), PartitionSpec()
+    shared = jax.shard_map(
+        ours, mesh=mesh, in_specs=(rows, rows, everywhere), out_specs=rows, check_vma=False
+    )
+    for name, run, count in (("whole", ours, ROWS), ("uneven", ours, 5), ("shared", shared, ROWS)):
+        arguments, shown = given(count, 4, steps=2)
+
+        def both(run, arguments=arguments, shown=shown):
+            states, back = jax.vjp(run, *arguments)
+            return states, back(shown)
+
+        with on(mesh):
+            got = jax.jit(both, static_argnums=0)(run)
+        apart[name] = furthest(both(partial(fast_recurrence, clips=Clips())), got)
+    return apart
 
 
 def train(path, count, epochs):
@@ -251,7 +276,7 @@ def test_devices_exchange_gradients_once_and_else_little(found, name, model):
     assert all(dtype == "s32" and int(np.prod(dims)) <= 2 * ROWS * BOUND for dtype, dims in gathered)
     tables = [[dims for _, dims in shapes if dims[:1] == [WORDS // model]] for _, shapes, _ in exchanges]
     # Where a step moves some rows alone, or none, no table; else the gradient of each, in one exchange.
-    dense = name in ("full", "sampled", "characters", "persistent")
+    dense = name in ("full", "sampled", "characters")
     assert [bool(dims) for dims in tables].count(True) == dense
 
 
@@ -266,6 +291,11 @@ def test_a_run_goes_on_with_another_number_of_devices(found):
     assert len(want) == 3
     for records in found["resumed"].values():
         np.testing.assert_allclose(records, want, rtol=1e-6)
+
+
+def test_the_persistent_kernel_runs_the_rows_of_each_device(found):
+    assert found["kernel"].keys() == {"whole", "uneven", "shared"}
+    assert max(found["kernel"].values()) < 1e-5
 
 
 def test_what_does_not_come_out_even_is_refused_by_its_flag(found):

@@ -1,7 +1,7 @@
 """The persistent kernel: interpreted where there is no GPU, it is the plain scan; how it is laid out on one.
 
 Programs that are interpreted follow each other, so that each has all cells of its rows, and
-waits for none; what they pass to each other on a GPU is tested there alone.
+waits for none; what they pass to each other on a GPU is played by threads, see simulated.py.
 """
 
 import cuda
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simulated
 from test_cudnn import LENGTHS, B, D, H, T, close, needs_cuda, outputs_and_gradients
 
 from elmo_jax import persistent
@@ -41,14 +42,19 @@ def test_in_bfloat16_it_rounds_as_the_plain_scan_does(on_cuda):
     assert not np.array_equal(found[1][0], outputs_and_gradients("persistent", LENGTHS)[1][0])
 
 
-def recurrence_and_gradients(run, rows, cells):
+def given(rows, cells, directions=D, steps=T):
+    """The first state, the gates and the weights; and gradients of the states."""
     keys = jax.random.split(jax.random.key(1), 6)
-    gates = jax.random.normal(keys[0], (D, rows, T, 4 * cells))
-    state = State(*(jax.random.normal(key, (D, rows, cells)) for key in keys[1:3]))
-    recurrent = jax.random.normal(keys[3], (D, cells, 4 * cells)) * cells**-0.5
-    w = Weights(recurrent, jax.random.normal(keys[4], (D, 4 * cells)), None)
-    shown = State(*jax.random.normal(keys[5], (2, D, rows, T, cells)))
-    states, back = jax.vjp(lambda *given: run(*given, Clips()), state, gates, w)
+    gates = jax.random.normal(keys[0], (directions, rows, steps, 4 * cells))
+    state = State(*(jax.random.normal(key, (directions, rows, cells)) for key in keys[1:3]))
+    recurrent = jax.random.normal(keys[3], (directions, cells, 4 * cells)) * cells**-0.5
+    w = Weights(recurrent, jax.random.normal(keys[4], (directions, 4 * cells)), None)
+    return (state, gates, w), State(*jax.random.normal(keys[5], (2, directions, rows, steps, cells)))
+
+
+def recurrence_and_gradients(run, rows, cells):
+    arguments, shown = given(rows, cells)
+    states, back = jax.vjp(lambda *given: run(*given, Clips()), *arguments)
     return states, back(shown)
 
 
@@ -59,6 +65,35 @@ def test_rows_come_out_whole_however_they_are_laid_out(monkeypatch, tile, most):
     monkeypatch.setattr(persistent, "_most_rows", lambda *_: most)
     found = recurrence_and_gradients(run_persistent, 40, 5)
     close(found, recurrence_and_gradients(fast_recurrence, 40, 5))
+
+
+@pytest.mark.parametrize(
+    ("processors", "directions", "rows", "cells", "clip", "dtype"),
+    [
+        (132, 2, 17, 33, None, "float32"),  # two tiles, two groups
+        (132, 3, 3, 150, 0.6, "float32"),
+        (10, 2, 20, 65, 0.6, "float32"),  # tiles of 32 rows, for want of processors
+        (132, 1, 2, 1, None, "float32"),
+        (132, 2, 5, 40, None, "bfloat16"),
+    ],
+)
+def test_programs_that_share_rows_pass_their_cells_on(
+    monkeypatch, processors, directions, rows, cells, clip, dtype
+):
+    monkeypatch.setattr(persistent, "_interpreted", lambda: False)
+    monkeypatch.setattr(persistent, "_processors", lambda: processors)
+    monkeypatch.setattr(persistent, "_call", simulated.run)
+    (state, gates, w), shown = given(rows, cells, directions, steps=2)
+    w = w._replace(recurrent=w.recurrent.astype(dtype))
+    states, kept = persistent._forward(state, gates, w, Clips(clip))
+    exact, back = jax.vjp(lambda *given: fast_recurrence(*given, Clips(clip)), state, gates, w)
+    found, want = (states, persistent._backward(Clips(clip), kept, shown)), (exact, back(shown))
+    rtol = 1e-5 if dtype == "float32" else 2e-2
+    for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert a.shape == b.shape and np.linalg.norm(a - b) < rtol * np.linalg.norm(b)  # and no NaN
+    alone = persistent._run(state, gates, w, Clips(clip), differentiated=False)
+    np.testing.assert_array_equal(alone[0], states.h)
 
 
 @pytest.mark.parametrize("processors", [16, 108, 132])
@@ -92,11 +127,30 @@ def test_auto_is_the_persistent_kernel_where_it_can_be(monkeypatch):
         assert layer.choose() == "fast"
     with jax.default_matmul_precision("highest"):
         assert LSTM(H).choose() == "fast" and LSTM(H, dtype="bfloat16").choose() == "persistent"
-    monkeypatch.setattr(persistent, "find_spec", lambda name: None)
+    monkeypatch.setattr(persistent, "_there_is_triton", lambda: False)
     assert persistent.obstacle(H, None, "float32") == "this JAX has no Pallas for Triton"
     assert LSTM(H).choose() == "fast"
     for kernel in ("fast", "plain"):
         assert LSTM(H, kernel=kernel).choose() == kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "cells", "dtype", "fits"),
+    [
+        ("9.0", 256, "float32", True),
+        ("8.0", 256, "float32", True),
+        ("8.6", 150, "float32", False),
+        ("8.6", 120, "float32", True),
+        ("12.0", 256, "bfloat16", True),
+        ("7.5", 8, "bfloat16", False),
+    ],
+)
+def test_a_processor_must_hold_what_a_program_needs(monkeypatch, capability, cells, dtype, fits):
+    cuda.pretend(monkeypatch)
+    device = type("Device", (), {"compute_capability": capability})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    reason = persistent.obstacle(cells, None, dtype)
+    assert reason is None if fits else "processors hold too little" in str(reason)
 
 
 @needs_cuda
