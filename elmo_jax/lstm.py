@@ -83,7 +83,8 @@ class LSTM(nn.Module):
 
         "fast" is `fast_recurrence`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
         `run_persistent`, "cudnn" is `run_cudnn`. "auto" is "persistent" where it can
-        run the layer, else "fast".
+        run the layer, else "fast". Second gradients are "fast"'s and "plain"'s alone, and
+        `jax.jvp` is "plain"'s.
 
         Raises:
             InputError: the kernel that is asked for cannot run the layer.
