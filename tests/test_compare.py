@@ -20,6 +20,7 @@ from experiments.sources import SourceConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 LM = "--embedding 4 --cells 4 --epochs 1"
+HEAD = "--hidden 4 --epochs 1 --classifier-layers 1 --batch-size 16"
 
 
 def write_corpus(folder, last="0"):
@@ -33,7 +34,7 @@ def write_corpus(folder, last="0"):
 def flags(folder, lm=LM, vectors="--dimensions 4 --epochs 1"):
     given = ["--dataset", folder / "data", "--min-count", "1", "--output", folder / "out"]
     given += [f"--pretrain={lm}", f"--vectors={vectors}"]
-    return [*given, "--downstream=--hidden 4 --epochs 1 --classifier-layers 1 --batch-size 16"]
+    return [*given, f"--downstream={HEAD}"]
 
 
 def call(main, monkeypatch, args):
@@ -160,11 +161,13 @@ def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, c
     longer = LM.replace("--epochs 1", "--epochs 3")
     said = lines(monkeypatch, capsys, flags(folder, longer))
     assert of(said, "runs anew") == {"pretrain"} | ELMO  # whose schedule spans all epochs
-    new = [*flags(folder, longer)[:6], "--output", "new", *flags(folder, longer)[6:]]
-    assert call(compare.main, monkeypatch, new) == 0
+    new = ["--preset", "report", "--dataset", "data", "--min-count", "1", "--output", "new", *longer.split()]
+    assert call(pretrain.main, monkeypatch, new) == 0
+    new = ["--preset", "report", "--pretrained", "new", "--output", "one", *HEAD.split()]
+    assert call(downstream.main, monkeypatch, new) == 0
     capsys.readouterr()
-    for stage in ("pretrain", "trainable-seed0"):
-        assert _figures(folder / "out" / stage) == _figures(folder / "new" / stage)
+    for stage, fresh in (("pretrain", "new"), ("trainable-seed0", "one")):
+        assert _figures(folder / "out" / stage) == _figures(folder / fresh)
     wider = folder / "out" / "svd" / "vectors.npz"
     shutil.copy(folder / "out" / "sgns" / "vectors.npz", wider)  # as if they had been made again
     (folder / "out" / "svd" / "results.json").touch()

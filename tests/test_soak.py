@@ -39,7 +39,7 @@ def test_a_run_is_watched_and_stopped_in_good_order(tmp_path, monkeypatch, capsy
     for part in ("train", "test"):
         rows = [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
         (tmp_path / f"{part}.csv").write_text("\n".join(rows))
-    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 8 --min-count 1 --every 0.05 --minutes 0.05"
+    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 8 --min-count 1 --every 0.02 --minutes 0.05"
     monkeypatch.setattr(
         "sys.argv", ["x", "--dataset", str(tmp_path), "--output", str(tmp_path / "run"), *tiny.split()]
     )
