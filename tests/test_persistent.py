@@ -18,6 +18,9 @@ from elmo_jax.persistent import run_persistent
 from elmo_jax.recurrence import Clips, State, Weights, fast_recurrence
 
 
+ROUNDED = 1e-5 if jax.default_backend() == "cpu" else 2e-2  # products in TF32
+
+
 @pytest.fixture
 def on_cuda(monkeypatch):
     cuda.pretend(monkeypatch)
@@ -27,7 +30,7 @@ def on_cuda(monkeypatch):
 @pytest.mark.parametrize("lengths", [LENGTHS, jnp.full(B, T, jnp.int32)], ids=["ragged", "full"])
 def test_it_is_the_plain_scan_in_values_and_gradients(on_cuda, lengths, clips):
     found = outputs_and_gradients("persistent", lengths, clips=clips)
-    close(found, outputs_and_gradients("plain", lengths, clips=clips))
+    close(found, outputs_and_gradients("plain", lengths, clips=clips), ROUNDED)
     assert all(jnp.abs(g).max() > 0.01 for g in jax.tree.leaves(found[0]))
     if clips != Clips():
         free = outputs_and_gradients("persistent", lengths)
@@ -64,7 +67,7 @@ def test_rows_come_out_whole_however_they_are_laid_out(monkeypatch, tile, most):
     monkeypatch.setattr(persistent, "_tile_rows", lambda *_: tile)
     monkeypatch.setattr(persistent, "_most_rows", lambda *_: most)
     found = recurrence_and_gradients(run_persistent, 40, 5)
-    close(found, recurrence_and_gradients(fast_recurrence, 40, 5))
+    close(found, recurrence_and_gradients(fast_recurrence, 40, 5), ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_programs_that_share_rows_pass_their_cells_on(
     states, kept = persistent._forward(state, gates, w, Clips(clip))
     exact, back = jax.vjp(lambda *given: fast_recurrence(*given, Clips(clip)), state, gates, w)
     found, want = (states, persistent._backward(Clips(clip), kept, shown)), (exact, back(shown))
-    rtol = 1e-5 if dtype == "float32" else 2e-2
+    rtol = ROUNDED if dtype == "float32" else 2e-2
     for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         assert a.shape == b.shape and np.linalg.norm(a - b) < rtol * np.linalg.norm(b)  # and no NaN
@@ -119,6 +122,7 @@ def test_a_gpu_without_room_for_its_programs_runs_the_scan(monkeypatch):
 
 
 def test_auto_is_the_persistent_kernel_where_it_can_be(monkeypatch):
+    cuda.pretend(monkeypatch, False)
     assert LSTM(H).choose() == "fast"
     cuda.pretend(monkeypatch)
     for layer in (LSTM(H), LSTM(H, clips=Clips(3.0)), LSTM(H, dtype="bfloat16"), LSTM(256)):
