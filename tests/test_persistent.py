@@ -17,7 +17,6 @@ from elmo_jax.lstm import LSTM
 from elmo_jax.persistent import run_persistent
 from elmo_jax.recurrence import Clips, State, Weights, fast_recurrence
 
-
 ROUNDED = 1e-5 if jax.default_backend() == "cpu" else 2e-2  # products in TF32
 
 
