@@ -101,11 +101,23 @@ def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
     return jax.tree.map(cut, arrays), n
 
 
+def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """Of h, the classes' rows and their bias, from the logits' ``[R, C]`` but for a factor ``[R]``.
+
+    The factor goes into the small side of each product, so that the logits are passed over once less.
+    """
+    sums = scale.dtype
+    g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
+    dh = jnp.matmul(g, rows.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
+    d_rows = jnp.matmul(g.T, scaled, preferred_element_type=sums)
+    # A sum over rows, which XLA:CPU is slow at.
+    return dh, d_rows, jnp.matmul(scale, d_logits, precision="highest")
+
+
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
     """The value, and the gradient for a cotangent of one.
 
-    That of the logits is (exp - sum at the target) times weight / sum. The second factor goes
-    into the small side of each product, so that the logits are passed over once less.
+    That of the logits is (exp - sum at the target) times weight / sum.
     """
     sums = np.promote_types(hidden.dtype, np.float32)
 
@@ -119,12 +131,8 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
         else:  # which writes no exponentials down, but works them out where they are wanted
             reached = jnp.arange(exps.shape[1], dtype=t.dtype)[None] == t[:, None]
             d_logits = jnp.where(reached, exps - total[:, None], exps)
-        g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-        dh = jnp.matmul(g, table.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
-        d_table += jnp.matmul(g.T, scaled, preferred_element_type=sums)
-        # A sum over rows, which XLA:CPU is slow at.
-        d_bias += jnp.matmul(scale, d_logits, precision="highest")
-        return (d_table, d_bias), (each, each * w, dh)
+        dh, more_table, more_bias = _gradients(d_logits, scale, h, table)
+        return (d_table + more_table, d_bias + more_bias), (each, each * w, dh)
 
     parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
     zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)
@@ -252,12 +260,9 @@ def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weigh
         each = jnp.log(total) + largest - reached
         scale = w.astype(sums) / total
         d_reached = own_exp * scale - w.astype(sums)
-        g, scaled = exps.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-        dh = jnp.matmul(g, noise.rows, preferred_element_type=sums) * scale[:, None]
+        dh, more_rows, more_shift = _gradients(exps, scale, h, noise.rows)
         dh += d_reached[:, None] * own.rows.astype(sums)
-        d_rows += jnp.matmul(g.T, scaled, preferred_element_type=sums)
-        d_shift += jnp.matmul(scale, exps, precision="highest")
-        return (d_rows, d_shift), (each, each * w, dh, d_reached)
+        return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
     parts, n = _in_chunks(len(noise.rows), SAMPLED_CHUNK_BYTES, (hidden, true, weight))
     zeros = jnp.zeros_like(noise.rows, sums), jnp.zeros_like(noise.shift, sums)

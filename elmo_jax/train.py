@@ -159,6 +159,15 @@ def _options() -> dict[str, Any]:
     return options if jax.default_backend() == "cpu" else {}
 
 
+def takes_all() -> bool:
+    """Whether a dispatch takes all of its K steps, those beyond its count in vain.
+
+    Whether a loop of unknown length goes on, an accelerator asks its host at every step; so there
+    the length is K, known when it is compiled.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def make_dispatch(
     loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Sequence[Any] = ()
 ):
@@ -177,9 +186,7 @@ def make_dispatch(
     """
 
     mesh, places = mesh_of(like), None
-    # Whether a loop of unknown length goes on, an accelerator asks its host at every step. Of a known
-    # one it takes all steps, the few of a part-filled dispatch in vain.
-    known = jax.default_backend() != "cpu"
+    known = takes_all()
     if like is not None and mesh is not None:
         places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from elmo_jax.data import Dispatch
 from elmo_jax.mesh import feed, mesh_of
-from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch, train_step
+from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch, takes_all, train_step
 from experiments import cli
 
 TIMED = 4  # dispatches
@@ -68,9 +68,9 @@ def _time(
             state, _ = run(state, batches, 1, key)
             compiled.add(shape)
         jax.block_until_ready(state)
-        # One step first, which says how many there is time for; an accelerator takes all in any case.
+        # One step first, which says how many there is time for.
         steps = min(count, 1 + int(_ENOUGH * sum(part.count for part in ran) / seconds)) if ran else 1
-        steps = steps if jax.default_backend() == "cpu" else count
+        steps = count if takes_all() else steps
         began = time.perf_counter()
         state, sums = jax.block_until_ready(run(state, batches, steps, key))
         seconds += time.perf_counter() - began

@@ -22,7 +22,7 @@ from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
-from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer, takes_all
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, weights_of
 from experiments.rates import build_copy, build_product, compiled_once
@@ -180,8 +180,8 @@ def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -
 
 
 def _at_once(most: int) -> int:
-    """Steps that are timed together: an accelerator takes all of a dispatch, however few are asked for."""
-    return 1 if jax.default_backend() == "cpu" else most
+    """Steps that are timed together: all of a dispatch, where it takes them however few are asked for."""
+    return most if takes_all() else 1
 
 
 def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
