@@ -17,6 +17,7 @@ CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 8 << 20, 1
 # Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
+_NEAR = 70.0  # a logit so far above the shift, and a million classes beside it, stay finite in float32
 _MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
 
 
@@ -55,11 +56,38 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def _axes() -> str:
+    """Of logits, in einsum's letters: v classes and r positions, of which a CPU's products like v first."""
+    return "vr" if _on_cpu() else "rv"
+
+
+def _by_class(x: Array) -> Array:
+    """``[V]`` beside logits."""
+    return jnp.expand_dims(x, _axes().index("r"))
+
+
+def _by_row(x: Array) -> Array:
+    """``[R]`` beside logits."""
+    return jnp.expand_dims(x, _axes().index("v"))
+
+
+def _sum_of_classes(exps: Array) -> Array:
+    """``[R]``: a product, or XLA:CPU would work the exponentials out a second time for it.
+
+    An accelerator is not to round their terms.
+    """
+    axes = _axes()
+    ones = jnp.ones(exps.shape[axes.index("v")], exps.dtype)
+    return jnp.einsum(f"{axes},v->r", exps, ones, precision="highest")
+
+
 @jax.custom_vjp
 def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
+    longest = _longest(table)
+
     def chunk(_, part):
         h, t, w = part
-        each = _chunk_nll(h, table, bias, t)[0]
+        each = _chunk_nll(h, table, bias, t, longest)[0]
         return None, (each, each * w)
 
     parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
@@ -67,20 +95,28 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
     return jnp.sum(weighted), each.reshape(-1)[:n]
 
 
-def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """Of a chunk of R positions: values ``[R]``, exp(logit - largest) ``[R, V]`` and its sums ``[R]``.
+def _longest(table: Array) -> Array:
+    """The norm of the longest row."""
+    table = table.astype(np.promote_types(table.dtype, np.float32))
+    return jnp.sqrt(jnp.max(jnp.einsum("vp,vp->v", table, table)))
 
-    The sums are a product, or XLA:CPU would work the exponentials out a second time for them;
-    an accelerator is not to round their terms.
-    """
-    sums = np.promote_types(h.dtype, np.float32)
+
+def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array, longest: Array) -> tuple[Array, ...]:
+    """Of a chunk of R positions: values ``[R]``, exp(logit - shift) along `_axes`, and its sums ``[R]``."""
+    sums, axes = np.promote_types(h.dtype, np.float32), _axes()
     table, bias = table.astype(h.dtype), bias.astype(sums)
-    logits = jnp.matmul(h, table.T, preferred_element_type=sums) + bias[None]
-    largest = logits.max(-1)
-    exps = jnp.exp(logits - largest[:, None])
-    total = jnp.matmul(exps, jnp.ones(exps.shape[1], sums), precision="highest")
     reached = jnp.einsum("rp,rp->r", h, table[targets], preferred_element_type=sums) + bias[targets]
-    return jnp.log(total) + largest - reached, exps, total
+    products = jnp.einsum(f"rp,vp->{axes}", h, table, preferred_element_type=sums)
+
+    def largest() -> Array:
+        return jnp.max(products + _by_class(bias), axes.index("v"))
+
+    # To find the largest is a pass over all logits; where none can lie far above the target's, that does.
+    farthest = jnp.linalg.norm(h.astype(sums), axis=-1) * longest + jnp.max(bias) - reached
+    shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: reached, largest) if _on_cpu() else largest()
+    exps = jnp.exp(products + _by_class(bias) - _by_row(shift))
+    total = _sum_of_classes(exps)
+    return jnp.log(total) + shift - reached, exps, total
 
 
 def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
@@ -91,8 +127,13 @@ def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
     n = jax.tree.leaves(arrays)[0].shape[0]
     alive = alive if _on_cpu() else ACCELERATOR_CHUNK_BYTES
     most = max(_ROWS, alive // (4 * classes) // _ROWS * _ROWS)
-    count = max(1, -(-n // most))
-    rows = n if count == 1 else -(-n // count // _ROWS) * _ROWS
+
+    def rows_of(count: int) -> int:
+        return -(-n // count // _ROWS) * _ROWS
+
+    fewest = max(1, -(-n // most))  # chunks, of which a few more may leave less to be filled
+    count = min(range(fewest, 2 * fewest), key=lambda count: (count * rows_of(count), count))
+    rows = n if count == 1 else rows_of(count)
 
     def cut(a: Array) -> Array:
         filled = jnp.pad(a, [(0, count * rows - n)] + [(0, 0)] * (a.ndim - 1))
@@ -102,16 +143,17 @@ def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
 
 
 def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """Of h, the classes' rows and their bias, from the logits' ``[R, C]`` but for a factor ``[R]``.
+    """Of h, the classes' rows and their bias, from the logits' along `_axes` but for a factor ``[R]``.
 
     The factor goes into the small side of each product, so that the logits are passed over once less.
     """
-    sums = scale.dtype
+    sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-    dh = jnp.matmul(g, rows.astype(h.dtype), preferred_element_type=sums) * scale[:, None]
-    d_rows = jnp.matmul(g.T, scaled, preferred_element_type=sums)
+    dh = jnp.einsum(f"{axes},vp->rp", g, rows.astype(h.dtype), preferred_element_type=sums)
+    d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
     # A sum over rows, which XLA:CPU is slow at.
-    return dh, d_rows, jnp.matmul(scale, d_logits, precision="highest")
+    d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
+    return dh * scale[:, None], d_rows, d_bias
 
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
@@ -119,15 +161,15 @@ def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weig
 
     That of the logits is (exp - sum at the target) times weight / sum.
     """
-    sums = np.promote_types(hidden.dtype, np.float32)
+    sums, longest = np.promote_types(hidden.dtype, np.float32), _longest(table)
 
     def chunk(carry, part):
         d_table, d_bias = carry
         h, t, w = part
-        each, exps, total = _chunk_nll(h, table, bias, t)
+        each, exps, total = _chunk_nll(h, table, bias, t, longest)
         scale = w.astype(sums) / total
         if _on_cpu():
-            d_logits = exps.at[jnp.arange(len(t)), t].add(-total, unique_indices=True)
+            d_logits = exps.at[t, jnp.arange(len(t))].add(-total, unique_indices=True)
         else:  # which writes no exponentials down, but works them out where they are wanted
             reached = jnp.arange(exps.shape[1], dtype=t.dtype)[None] == t[:, None]
             d_logits = jnp.where(reached, exps - total[:, None], exps)
@@ -246,17 +288,18 @@ def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: A
 
 def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
     """The value, and the gradient for a cotangent of one; see `_full_forward`."""
-    sums = np.promote_types(hidden.dtype, np.float32)
+    sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
 
     def chunk(carry, part):
         d_rows, d_shift = carry
         h, own, w = part
         reached = jnp.einsum("np,np->n", h, own.rows, preferred_element_type=sums) + own.shift.astype(sums)
-        logits = jnp.matmul(h, noise.rows.T, preferred_element_type=sums) + noise.shift[None].astype(sums)
-        logits = jnp.where(noise.classes[None] == own.classes[:, None], _MASKED, logits)
-        largest = jnp.maximum(logits.max(-1), reached)
-        exps, own_exp = jnp.exp(logits - largest[:, None]), jnp.exp(reached - largest)
-        total = jnp.matmul(exps, jnp.ones(exps.shape[1], sums), precision="highest") + own_exp
+        logits = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
+        logits = logits + _by_class(noise.shift.astype(sums))
+        logits = jnp.where(_by_class(noise.classes) == _by_row(own.classes), _MASKED, logits)
+        largest = jnp.maximum(logits.max(axes.index("v")), reached)
+        exps, own_exp = jnp.exp(logits - _by_row(largest)), jnp.exp(reached - largest)
+        total = _sum_of_classes(exps) + own_exp
         each = jnp.log(total) + largest - reached
         scale = w.astype(sums) / total
         d_reached = own_exp * scale - w.astype(sums)

@@ -43,14 +43,26 @@ def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, cpu, monkeypa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, want)
 
 
+@pytest.mark.parametrize("scaled", [0, 1, 2], ids=["hidden", "table", "bias"])
 @pytest.mark.parametrize("scale", [1e-8, 30, 1e4])
-def test_full_is_the_plain_softmax_of_logits_however_far_apart(case, scale):
-    case = (case[0] * scale, *case[1:])
+def test_full_is_the_plain_softmax_of_logits_however_far_apart(case, scale, scaled):
+    case = tuple(a * scale if i == scaled else a for i, a in enumerate(case))
     got, want = (
         jax.value_and_grad(lambda *a, f=f: f(*a, *case[3:])[0], (0, 1, 2))(*case[:3])
         for f in (full_nll, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14 * scale), got, want)
+
+
+@pytest.mark.parametrize("above", [60, 1000])
+def test_a_logit_far_above_the_targets_stays_finite(above):
+    table = jnp.array([[0.0], [above], [-above]], jnp.float32)
+    f = lambda *a: full_nll(*a, jnp.zeros(1, jnp.int32), jnp.ones(1))[0]  # noqa: E731
+    value, (dh, d_table, d_bias) = jax.value_and_grad(f, (0, 1, 2))(jnp.ones((1, 1)), table, jnp.zeros(3))
+    np.testing.assert_allclose(value, above, rtol=1e-6)
+    np.testing.assert_allclose(dh, [[above]], rtol=1e-6)
+    for gradient in (d_table[:, 0], d_bias):
+        np.testing.assert_allclose(gradient, [-1, 1, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 8])
@@ -73,8 +85,9 @@ def test_logits_never_exist_whole(case, monkeypatch):
     monkeypatch.setattr(softmax, "CHUNK_BYTES", 2 * V * 4)
     monkeypatch.setattr(softmax, "_ROWS", 2)
     program = str(jax.make_jaxpr(jax.grad(lambda h: full_nll(h, *case[1:])[0]))(case[0]))
-    assert f"[2,{V}]" in program
-    assert f"[{N},{V}]" not in program and f"[{N + 1},{V}]" not in program
+    assert f"[{V},2]" in program
+    for rows in (N, N + 1):
+        assert f"[{V},{rows}]" not in program and f"[{rows},{V}]" not in program
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -114,7 +127,9 @@ def test_sampled_logits_never_exist_whole(case, monkeypatch):
     monkeypatch.setattr(softmax, "_ROWS", 2)
     negatives = log_uniform_negatives(jax.random.key(3), V, 6)
     program = str(jax.make_jaxpr(jax.grad(lambda h: sampled_nll(h, *case[1:], negatives)[0]))(case[0]))
-    assert "[2,6]" in program and f"[{N},6]" not in program and f"[{N + 1},6]" not in program
+    assert "[6,2]" in program
+    for rows in (N, N + 1):
+        assert f"[6,{rows}]" not in program and f"[{rows},6]" not in program
 
 
 def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
