@@ -21,8 +21,9 @@ from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.lstm import LSTM, Kernel, reverse_valid
 from elmo_jax.mesh import by_rows
 from elmo_jax.metrics import token_mask
+from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips, State
-from elmo_jax.softmax import Negatives, full_nll, sampled_nll
+from elmo_jax.softmax import full_nll, sampled_nll
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.mesh import gathered
-from elmo_jax.softmax import Negatives, log_uniform_negatives
+from elmo_jax.negatives import Negatives, log_uniform_negatives
 from elmo_jax.text import EOS
 
 

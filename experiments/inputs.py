@@ -17,7 +17,7 @@ from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.data import DIRECTIONS, BatchStream, Documents
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.lstm import Kernel
-from elmo_jax.softmax import log_uniform_negatives
+from elmo_jax.negatives import log_uniform_negatives
 from elmo_jax.tasks import init_params
 from elmo_jax.text import SPECIAL
 from experiments.cases import TIED, Case

@@ -5,7 +5,8 @@ import pytest
 from reference import log_softmax
 
 from elmo_jax import softmax
-from elmo_jax.softmax import full_nll, log_uniform_negatives, sampled_nll
+from elmo_jax.negatives import log_uniform_negatives
+from elmo_jax.softmax import full_nll, sampled_nll
 
 N, P, V = 7, 3, 20
 
