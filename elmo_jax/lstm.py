@@ -15,8 +15,9 @@ from jax import Array
 
 from elmo_jax.cudnn import obstacle as obstacle_to_cudnn, run_cudnn
 from elmo_jax.errors import InputError
+from elmo_jax.fast import run_fast
 from elmo_jax.persistent import obstacle as obstacle_to_persistent, run_persistent
-from elmo_jax.recurrence import Clips, State, Weights, batched_product, fast_recurrence, lstm_step
+from elmo_jax.recurrence import Clips, State, Weights, batched_product, lstm_step
 
 Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 
@@ -81,7 +82,7 @@ class LSTM(nn.Module):
     def choose(self) -> Kernel:
         """The kernel that runs here.
 
-        "fast" is `fast_recurrence`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
+        "fast" is `run_fast`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
         `run_persistent`, "cudnn" is `run_cudnn`. "auto" is "persistent" where it can
         run the layer, else "fast". Second gradients are "fast"'s and "plain"'s alone, and
         `jax.jvp` is "plain"'s.
@@ -132,11 +133,11 @@ class LSTM(nn.Module):
         if kernel == "cudnn":
             return run_cudnn(x, lengths, state, w_x, w)
 
-        gates = batched_product(x, w_x.astype(self.dtype))  # [D, B, T, 4H]
+        w_x = w_x.astype(self.dtype)
         if kernel == "persistent":
-            states: Any = run_persistent(state, gates, w, self.clips)
+            states: Any = run_persistent(state, batched_product(x, w_x), w, self.clips)
         elif kernel == "fast":
-            states = fast_recurrence(state, gates, w, self.clips)
+            states = run_fast(x, state, w_x, w, self.clips)
         else:
 
             def body(_, state: State, gates: Array):
@@ -146,7 +147,7 @@ class LSTM(nn.Module):
             scan = nn.scan(
                 body, variable_broadcast="params", split_rngs={"params": False}, in_axes=2, out_axes=2
             )
-            carried: Any = scan(self, state, gates)
+            carried: Any = scan(self, state, batched_product(x, w_x))
             states = carried[1]
         return states.h, _last(state, states, lengths)
 

@@ -22,8 +22,9 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from elmo_jax.cudnn import ROUGH, on_cuda
+from elmo_jax.fast import fast_recurrence
 from elmo_jax.mesh import DATA
-from elmo_jax.recurrence import Clips, State, Weights, fast_recurrence, weight_gradient
+from elmo_jax.recurrence import Clips, State, Weights, weight_gradient
 
 _ROWS, _MOST_ROWS = 16, 128  # of a tile: the fewest that tensor cores multiply, the most for its registers
 _GROUP = 32  # cells

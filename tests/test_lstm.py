@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from reference import lstm as oracle, tree64
 
+from elmo_jax import fast
 from elmo_jax.lstm import LSTM, reverse_valid
 from elmo_jax.recurrence import Clips, State
 
@@ -68,8 +69,10 @@ def test_layer_is_the_equations(case, kernel):
             np.testing.assert_allclose(last.h[d, b], hs[-1] if n else state.h[d, b], rtol=1e-10)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("uses_state", [False, True])
-def test_fast_gradient_is_the_plain_ones(case, uses_state):
+def test_fast_gradient_is_the_plain_ones(case, uses_state, apart, monkeypatch):
+    monkeypatch.setattr(fast, "APART_BYTES", np.inf if apart else 0)
     layers, params, x, state, _ = case
 
     def loss(params, x, state, kernel):
@@ -80,9 +83,11 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state):
         weight = jnp.cos(jnp.arange(h.size, dtype=jnp.float64)).reshape(h.shape)
         return jnp.sum(weight * real**2) + (jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h) if uses_state else 0)
 
-    fast, plain = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), fast, plain)
-    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(fast))
+    program = str(jax.make_jaxpr(lambda *given: loss(*given, "fast"))(params, x, state))
+    assert (f"[1,{B},{T},{4 * H}]" in program) == apart
+    got, want = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(got))
 
 
 def test_fast_is_plain_in_float32():

@@ -27,10 +27,11 @@ from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
+from elmo_jax.fast import fast_recurrence
 from elmo_jax.loop import fit
 from elmo_jax.mesh import DATA, MODEL, everywhere, feed, make_mesh, on, put
 from elmo_jax.persistent import run_persistent
-from elmo_jax.recurrence import Clips, fast_recurrence
+from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import (
     bilm_features,

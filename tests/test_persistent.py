@@ -13,9 +13,10 @@ import simulated
 from test_cudnn import LENGTHS, B, D, H, T, close, needs_cuda, outputs_and_gradients
 
 from elmo_jax import persistent
+from elmo_jax.fast import fast_recurrence
 from elmo_jax.lstm import LSTM
 from elmo_jax.persistent import run_persistent
-from elmo_jax.recurrence import Clips, State, Weights, fast_recurrence
+from elmo_jax.recurrence import Clips, State, Weights
 
 ROUNDED = 1e-5 if jax.default_backend() == "cpu" else 2e-2  # products in TF32
 

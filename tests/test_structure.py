@@ -18,8 +18,9 @@ ALLOWED = {
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "cudnn": {"recurrence"},
     "programs": {"recurrence"},
-    "persistent": {"cudnn", "mesh", "programs", "recurrence"},
-    "lstm": {"cudnn", "errors", "persistent", "recurrence"},
+    "fast": {"recurrence"},
+    "persistent": {"cudnn", "fast", "mesh", "programs", "recurrence"},
+    "lstm": {"cudnn", "errors", "fast", "persistent", "recurrence"},
     "embedders": {"characters"},
     "softmax": {"negatives"},
     "bilm": {
