@@ -53,6 +53,153 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
     return _full_nll(hidden, table, bias, targets, weight)
 
 
+class _Candidates(NamedTuple):
+    """Rows of the table ``[C, P]``, what is added to their logits ``[C]``, and their classes ``[C]``."""
+
+    rows: Array
+    shift: Array
+    classes: Any
+
+
+@jax.custom_vjp
+def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
+    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, CHUNK_BYTES, wanted=False)[0]
+
+
+def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
+    """The true classes, and all."""
+    table = table.astype(hidden.dtype)
+    every = _Candidates(table, bias, jnp.arange(len(table), dtype=targets.dtype))
+    return _Candidates(table[targets], bias[targets], targets), every
+
+
+def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
+    candidates = _everything(hidden, table, bias, targets)
+    values, made = _chunked(hidden, *candidates, weight, CHUNK_BYTES, wanted=True)
+    dh, d_true, d_every = made
+    d_table, d_bias = (every.at[targets].add(true) for every, true in zip(d_every, d_true, strict=True))
+    return values, (dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
+
+
+def _full_backward(gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
+    scaled = (g * cotangents[0].astype(g.dtype) for g in gradients)
+    return *scaled, None, None
+
+
+_full_nll.defvjp(_full_forward, _full_backward)
+
+
+def sampled_nll(
+    hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, negatives: Negatives
+) -> tuple[Array, Array]:
+    """`full_nll` over each target and S shared negatives: sampled softmax (Jean et al. 2015).
+
+    Every logit is corrected by the log of its class's expected count, and a negative that
+    is a position's own target takes no part there. With S = V it equals `full_nll`. It is
+    another objective than the full one: its value is no perplexity.
+
+    Args:
+        hidden, table, bias, targets, weight: as in `full_nll`.
+        negatives: the draw, as `log_uniform_negatives` makes it.
+
+    Returns:
+        As `full_nll`.
+    """
+    drawn, log_expected = negatives
+    shift = bias - log_expected.astype(bias.dtype)
+    dtype = hidden.dtype
+    true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
+    return _sampled_nll(hidden, true, noise, weight)
+
+
+@jax.custom_vjp
+def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
+    return _chunked(hidden, true, noise, weight, SAMPLED_CHUNK_BYTES, wanted=False)[0]
+
+
+def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
+    values, made = _chunked(hidden, true, noise, weight, SAMPLED_CHUNK_BYTES, wanted=True)
+    dh, *gradients = made
+    typed = [
+        tuple(g.astype(a.dtype) for g, a in zip(made, of, strict=False))
+        for made, of in zip(gradients, (true, noise), strict=True)
+    ]
+    return values, (dh, *typed)
+
+
+def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
+    hidden, true, noise = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return hidden, _Candidates(*true, classes=None), _Candidates(*noise, classes=None), None
+
+
+_sampled_nll.defvjp(_sampled_forward, _sampled_backward)
+
+
+# --- what both share ---------------------------------------------------------------------
+
+
+def _chunked(
+    hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, alive: int, wanted: bool
+) -> Any:
+    """Each position's own true class among all the noise, of which that class takes no part.
+
+    Args:
+        alive: bytes of logits on a CPU, see `_in_chunks`.
+        wanted: whether the gradient is, for a cotangent of one.
+
+    Returns:
+        The weighted sum and each position's value ``[N]``; the gradient of `hidden`, and of the
+        rows and shifts of `true` and of `noise`, or None.
+    """
+    sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
+    of_class, classes = noise.shift.astype(sums), axes.index("v")
+    longest, highest = _longest(noise.rows), jnp.max(of_class)
+
+    def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
+        h, own, w = part
+        w = w.astype(sums)
+        reached = jnp.einsum("np,np->n", h, own.rows, preferred_element_type=sums) + own.shift.astype(sums)
+        products = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
+
+        def logits() -> Array:
+            own_class = _by_class(noise.classes) == _by_row(own.classes)
+            return jnp.where(own_class, _MASKED, products + _by_class(of_class))
+
+        def largest() -> Array:
+            return jnp.maximum(logits().max(classes), reached)
+
+        if _on_cpu():
+            # To find the largest takes a pass over all logits; the true class's does where no other can be
+            # far above it.
+            farthest = jnp.linalg.norm(h.astype(sums), axis=-1) * longest + highest - reached
+            shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: reached, largest)
+        else:
+            shift = largest()
+        exps, own_exp = jnp.exp(logits() - _by_row(shift)), jnp.exp(reached - shift)
+        others = _sum_of_classes(exps)
+        total = others + own_exp
+        each = jnp.log(total) + shift - reached
+        if not wanted:
+            return None, (each, each * w)
+        d_rows, d_shift = carry
+        d_reached = -others / total * w  # p - 1, however near to 1 p is
+        dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows)
+        dh += d_reached[:, None] * own.rows.astype(sums)
+        return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
+
+    parts, n = _in_chunks(len(noise.rows), alive, (hidden, true, weight))
+    # From -0, or XLA keeps one array of zeros for this and for the token vectors' gradient, and copies it.
+    begin = (jnp.full_like(noise.rows, -0.0, sums), jnp.zeros_like(of_class)) if wanted else None
+    d_noise, made = jax.lax.scan(chunk, begin, parts)
+    each, weighted, *made = (x.reshape(-1, *x.shape[2:])[:n] for x in made)
+    values = jnp.sum(weighted), each
+    if not wanted:
+        return values, None
+    dh, d_reached = made
+    d_true = d_reached[:, None] * hidden.astype(sums), d_reached
+    return values, (dh.astype(hidden.dtype), d_true, d_noise)
+
+
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
@@ -82,42 +229,10 @@ def _sum_of_classes(exps: Array) -> Array:
     return jnp.einsum(f"{axes},v->r", exps, ones, precision="highest")
 
 
-@jax.custom_vjp
-def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    longest = _longest(table)
-
-    def chunk(_, part):
-        h, t, w = part
-        each = _chunk_nll(h, table, bias, t, longest)[0]
-        return None, (each, each * w)
-
-    parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
-    each, weighted = jax.lax.scan(chunk, None, parts)[1]
-    return jnp.sum(weighted), each.reshape(-1)[:n]
-
-
 def _longest(table: Array) -> Array:
     """The norm of the longest row."""
     table = table.astype(np.promote_types(table.dtype, np.float32))
     return jnp.sqrt(jnp.max(jnp.einsum("vp,vp->v", table, table)))
-
-
-def _chunk_nll(h: Array, table: Array, bias: Array, targets: Array, longest: Array) -> tuple[Array, ...]:
-    """Of a chunk of R positions: values ``[R]``, exp(logit - shift) along `_axes`, and its sums ``[R]``."""
-    sums, axes = np.promote_types(h.dtype, np.float32), _axes()
-    table, bias = table.astype(h.dtype), bias.astype(sums)
-    reached = jnp.einsum("rp,rp->r", h, table[targets], preferred_element_type=sums) + bias[targets]
-    products = jnp.einsum(f"rp,vp->{axes}", h, table, preferred_element_type=sums)
-
-    def largest() -> Array:
-        return jnp.max(products + _by_class(bias), axes.index("v"))
-
-    # To find the largest is a pass over all logits; where none can lie far above the target's, that does.
-    farthest = jnp.linalg.norm(h.astype(sums), axis=-1) * longest + jnp.max(bias) - reached
-    shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: reached, largest) if _on_cpu() else largest()
-    exps = jnp.exp(products + _by_class(bias) - _by_row(shift))
-    total = _sum_of_classes(exps)
-    return jnp.log(total) + shift - reached, exps, total
 
 
 def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
@@ -155,121 +270,3 @@ def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Ar
     # A sum over rows, which XLA:CPU is slow at.
     d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
     return dh * scale[:, None], d_rows, d_bias
-
-
-def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    """The value, and the gradient for a cotangent of one.
-
-    That of the logits is (exp - sum at the target) times weight / sum.
-    """
-    sums, longest = np.promote_types(hidden.dtype, np.float32), _longest(table)
-
-    def chunk(carry, part):
-        d_table, d_bias = carry
-        h, t, w = part
-        each, exps, total = _chunk_nll(h, table, bias, t, longest)
-        scale = w.astype(sums) / total
-        if _on_cpu():
-            d_logits = exps.at[t, jnp.arange(len(t))].add(-total, unique_indices=True)
-        else:  # which writes no exponentials down, but works them out where they are wanted
-            reached = jnp.arange(exps.shape[1], dtype=t.dtype)[None] == t[:, None]
-            d_logits = jnp.where(reached, exps - total[:, None], exps)
-        dh, more_table, more_bias = _gradients(d_logits, scale, h, table)
-        return (d_table + more_table, d_bias + more_bias), (each, each * w, dh)
-
-    parts, n = _in_chunks(table.shape[0], CHUNK_BYTES, (hidden, targets, weight))
-    zeros = jnp.zeros_like(table, sums), jnp.zeros_like(bias, sums)
-    (d_table, d_bias), (each, weighted, dh) = jax.lax.scan(chunk, zeros, parts)
-    dh = dh.reshape(-1, hidden.shape[1])[:n].astype(hidden.dtype)
-    gradients = dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype)
-    return (jnp.sum(weighted), each.reshape(-1)[:n]), gradients
-
-
-def _full_backward(gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
-    scaled = (g * cotangents[0].astype(g.dtype) for g in gradients)
-    return *scaled, None, None
-
-
-_full_nll.defvjp(_full_forward, _full_backward)
-
-
-# --- sampled ----------------------------------------------------------------------------
-
-
-def sampled_nll(
-    hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, negatives: Negatives
-) -> tuple[Array, Array]:
-    """`full_nll` over each target and S shared negatives: sampled softmax (Jean et al. 2015).
-
-    Every logit is corrected by the log of its class's expected count, and a negative that
-    is a position's own target takes no part there. With S = V it equals `full_nll`. It is
-    another objective than the full one: its value is no perplexity.
-
-    Args:
-        hidden, table, bias, targets, weight: as in `full_nll`.
-        negatives: the draw, as `log_uniform_negatives` makes it.
-
-    Returns:
-        As `full_nll`.
-    """
-    drawn, log_expected = negatives
-    shift = bias - log_expected.astype(bias.dtype)
-    dtype = hidden.dtype
-    true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
-    return _sampled_nll(hidden, true, noise, weight)
-
-
-class _Candidates(NamedTuple):
-    """Rows of the table ``[C, P]``, what is added to their logits ``[C]``, and their classes ``[C]``."""
-
-    rows: Array
-    shift: Array
-    classes: Any
-
-
-@jax.custom_vjp
-def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    """Of each position its own true class, and of all the noise."""
-    return _sampled_forward(hidden, true, noise, weight)[0]
-
-
-def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    """The value, and the gradient for a cotangent of one; see `_full_forward`."""
-    sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
-
-    def chunk(carry, part):
-        d_rows, d_shift = carry
-        h, own, w = part
-        reached = jnp.einsum("np,np->n", h, own.rows, preferred_element_type=sums) + own.shift.astype(sums)
-        logits = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
-        logits = logits + _by_class(noise.shift.astype(sums))
-        logits = jnp.where(_by_class(noise.classes) == _by_row(own.classes), _MASKED, logits)
-        largest = jnp.maximum(logits.max(axes.index("v")), reached)
-        exps, own_exp = jnp.exp(logits - _by_row(largest)), jnp.exp(reached - largest)
-        total = _sum_of_classes(exps) + own_exp
-        each = jnp.log(total) + largest - reached
-        scale = w.astype(sums) / total
-        d_reached = own_exp * scale - w.astype(sums)
-        dh, more_rows, more_shift = _gradients(exps, scale, h, noise.rows)
-        dh += d_reached[:, None] * own.rows.astype(sums)
-        return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
-
-    parts, n = _in_chunks(len(noise.rows), SAMPLED_CHUNK_BYTES, (hidden, true, weight))
-    zeros = jnp.zeros_like(noise.rows, sums), jnp.zeros_like(noise.shift, sums)
-    (d_rows, d_shift), made = jax.lax.scan(chunk, zeros, parts)
-    each, weighted, dh, d_reached = (x.reshape(-1, *x.shape[2:])[:n] for x in made)
-    d_true = (d_reached[:, None] * hidden.astype(sums)).astype(true.rows.dtype)
-    gradients = (
-        dh.astype(hidden.dtype),
-        (d_true, d_reached.astype(true.shift.dtype)),
-        (d_rows.astype(noise.rows.dtype), d_shift.astype(noise.shift.dtype)),
-    )
-    return (jnp.sum(weighted), each), gradients
-
-
-def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
-    hidden, true, noise = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
-    return hidden, _Candidates(*true, classes=None), _Candidates(*noise, classes=None), None
-
-
-_sampled_nll.defvjp(_sampled_forward, _sampled_backward)
