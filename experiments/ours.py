@@ -176,13 +176,8 @@ def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -
         gradients = first_gradients(held[0].opt_state)
         return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
 
-    whole = _at_once(most)
+    whole = most if takes_all() else 1  # steps that a dispatch takes however few are asked for
     return Built(check, [(lambda n: run(n * whole), 1 / whole)])
-
-
-def _at_once(most: int) -> int:
-    """Steps that are timed together: all of a dispatch, where it takes them however few are asked for."""
-    return most if takes_all() else 1
 
 
 def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
@@ -212,10 +207,13 @@ def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
-    """The default recipe; what is checked is the model, with the full softmax and no dropout."""
+    """The default recipe, timed by whole dispatches, as training takes them.
+
+    What is checked is the model, with the full softmax and no dropout.
+    """
     optimizer = make_optimizer(_settings(case), 1)
     task = bilm_loss(model_of(case, dropout=0.1), case.negatives)
-    runs, first, whole = [], None, _at_once(_K)
+    runs, first = [], None
     dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
     held = [TrainState.create(weights_of(arrays), optimizer)]
     for bound, steps in zip(arrays["bounds"].tolist(), arrays["steps"].tolist(), strict=True):
@@ -223,11 +221,11 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
         first = first or jax.tree.map(lambda a: a[0], batches)
 
         def run(n: int, batches: Any = batches) -> None:
-            for start in range(0, n, _K):
-                held[0], _ = dispatch(held[0], batches, min(_K, n - start), key)
+            for _ in range(n):
+                held[0], _ = dispatch(held[0], batches, _K, key)
             jax.block_until_ready(held)
 
-        runs.append((lambda n, run=run: run(n * whole), float(steps) / whole))
+        runs.append((run, float(steps) / _K))
 
     def check() -> dict[str, np.ndarray]:
         loss = jax.jit(bilm_loss(model_of(case)))(held[0].params, first, key)[0]
