@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +27,11 @@ from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_tables, bilm_wi
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
 from experiments.estimate import PORTION, TIMED, estimate
+from experiments.flags import flag_of
 from experiments.hosts import HostsConfig, join
 from experiments.texts import CorpusConfig, Texts, load_texts
+
+_SENTENCE = 20  # tokens, about
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,22 @@ class PretrainConfig:
     """To go on with another --learning-rate or --clip-norm, or between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
+
+
+def unread(config: PretrainConfig) -> dict[str, str]:
+    """The flags that nothing reads with these settings, and what is said of each that is given."""
+    spelling = tuple(field.name for field in fields(CharCNNConfig))
+    idle = {
+        ("negatives",): ("softmax", config.softmax, "full", "sampled"),
+        spelling: ("input", config.model.input, "words", "characters"),
+        ("unroll",): ("batching", config.corpus.batching, "sentences", "contiguous"),
+    }
+    return {
+        flag_of(name): f"has no effect with --{by} {now}; leave it out, or give --{by} {other}"
+        for names, (by, now, that, other) in idle.items()
+        for name in names
+        if now == that
+    }
 
 
 def _released(
@@ -193,8 +212,9 @@ def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
 
 def _portion(config: PretrainConfig) -> int:
     """Tokens enough for the steps that a dry run times; more, so that its buckets are the run's."""
-    steps = TIMED * config.steps_per_dispatch * config.batch_size
-    return max(PORTION, steps * (config.corpus.unroll + 1))
+    rows = TIMED * config.steps_per_dispatch * config.batch_size
+    length = config.corpus.unroll if config.corpus.batching == "contiguous" else _SENTENCE
+    return max(PORTION, rows * (length + 1))
 
 
 def _begin(
@@ -231,7 +251,7 @@ def _begin(
 
 def main() -> int:
     """The command; returns its exit code."""
-    return cli.run(PretrainConfig, pretrain, "experiments.pretrain", PRESETS)
+    return cli.run(PretrainConfig, pretrain, "experiments.pretrain", PRESETS, unread)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import jax
@@ -20,6 +20,7 @@ from elmo_jax.text import UNK
 from elmo_jax.train import TrainState
 from elmo_jax.vectors import WordVectors
 from experiments import cli
+from experiments.flags import flag_of
 from experiments.sources import VECTORS
 
 
@@ -48,6 +49,14 @@ class VectorsConfig:
     """To go on between two epochs with another --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
+
+
+def unread(config: VectorsConfig) -> dict[str, str]:
+    """The flags that nothing reads with these settings, and what is said of each that is given."""
+    other, idle = ("sgns", SGNSConfig) if config.method == "svd" else ("svd", SVDConfig)
+    names = {field.name for field in fields(idle)} | ({"epochs"} if other == "sgns" else set())
+    told = f"has no effect with --method {config.method}; leave it out, or give --method {other}"
+    return dict.fromkeys(map(flag_of, names), told)
 
 
 def vectors(config: VectorsConfig) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def _neighbours(made: WordVectors, data: Dataset) -> dict[str, list[str]]:
 
 def main() -> int:
     """The command; returns its exit code."""
-    return cli.run(VectorsConfig, vectors, "experiments.vectors")
+    return cli.run(VectorsConfig, vectors, "experiments.vectors", unread=unread)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,11 @@ VECTORS = {
     "no negatives": (["--negatives", "0"], "--negatives must be at least 1"),
     "a negative rate": (["--rate", "-1"], "--rate must be above 0"),
     "an infinite share": (["--subsample", "inf"], "--subsample must be above 0 and finite"),
+    "a count's weighting": (
+        ["--weighting", "counts"],
+        "--weighting has no effect with --method sgns; leave it out, or give --method svd",
+    ),
+    "passes of a count": (["--method", "svd", "--epochs", "3"], "--epochs has no effect with --method svd;"),
     "an empty file": (["--dataset", "data"], "train.csv: holds no rows"),
     "another's run": (["--output", "model"], "model: holds a run"),
     "another's folder": (["--output", "data"], "data: is not empty and holds no run"),
