@@ -4,6 +4,7 @@ Nouns: as in `recurrence`; a *part* is some of the directions, with arrays of th
 Axes: D direction, B batch, T time, H cells, P projection (P = H without one).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -129,7 +130,7 @@ def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, differen
 def _forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, differentiated: bool):
     """Of every part the states after every step and, if `differentiated`, the slopes.
 
-    Those of c by i, j and f, where it was not clipped, and of m by o take the gates' places.
+    The slopes of c by i, j and f, where it was not clipped, and of m by o take the gates' places.
     """
     parts = [_forward_part(*part, clips, differentiated) for part in zip(state, gates, w, strict=True)]
     return [carry[1:] for carry in _steps_of(parts, gates[0].shape[_TIME])]
@@ -213,6 +214,10 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
     return made[0]
 
 
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
 def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> State:
     """`fast_recurrence` from a layer's input, in as many parts as run fastest here.
 
@@ -225,8 +230,8 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     Returns:
         As `fast_recurrence`.
     """
-    small = w.recurrent[0].size * w.recurrent.dtype.itemsize < APART_BYTES
-    count = len(x) if small and jax.default_backend() == "cpu" else 1
+    small = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize < APART_BYTES
+    count = len(x) if small and _on_cpu() else 1
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
     parts = [jax.tree.unflatten(tree, p) for p in zip(*(jnp.split(a, count) for a in leaves), strict=True)]
     gates = tuple(batched_product(x, w_x) for x, _, w_x, _ in parts)  # [D, B, T, 4H] in all

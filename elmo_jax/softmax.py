@@ -18,7 +18,7 @@ CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 8 << 20, 1
 # Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
-_NEAR = 70.0  # a logit so far above the shift, and a million classes beside it, stay finite in float32
+_NEAR = 70.0  # how far above the true class's another's logit may be, and not be looked for
 _MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
 
 
@@ -46,6 +46,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
         >>> round(float(total), 3)  # 3 ln 10
         6.908
     """
+    targets = targets.astype(jnp.int32)  # which counts all classes, whatever counts the targets
     if not _on_cpu():
         columns, rows = (0, -hidden.shape[-1] % _ALIGNED), (0, -len(table) % _SPLIT)
         hidden, table = jnp.pad(hidden, ((0, 0), columns)), jnp.pad(table, (rows, columns))
@@ -69,7 +70,7 @@ def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: 
 def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
     """The true classes, and all."""
     table = table.astype(hidden.dtype)
-    every = _Candidates(table, bias, jnp.arange(len(table), dtype=targets.dtype))
+    every = _Candidates(table, bias, jnp.arange(len(table), dtype=jnp.int32))
     return _Candidates(table[targets], bias[targets], targets), every
 
 
@@ -121,8 +122,8 @@ def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weigh
     values, made = _chunked(hidden, true, noise, weight, SAMPLED_CHUNK_BYTES, wanted=True)
     dh, *gradients = made
     typed = [
-        tuple(g.astype(a.dtype) for g, a in zip(made, of, strict=False))
-        for made, of in zip(gradients, (true, noise), strict=True)
+        (d_rows.astype(of.rows.dtype), d_shift.astype(of.shift.dtype))
+        for (d_rows, d_shift), of in zip(gradients, (true, noise), strict=True)
     ]
     return values, (dh, *typed)
 
@@ -144,16 +145,22 @@ def _chunked(
     """Each position's own true class among all the noise, of which that class takes no part.
 
     Args:
+        hidden: ``[N, P]``.
+        true: of N candidates, a position each.
+        noise: of C candidates.
+        weight: ``[N]``.
         alive: bytes of logits on a CPU, see `_in_chunks`.
         wanted: whether the gradient is, for a cotangent of one.
 
     Returns:
-        The weighted sum and each position's value ``[N]``; the gradient of `hidden`, and of the
-        rows and shifts of `true` and of `noise`, or None.
+        The weighted sum and each position's value ``[N]``; and, if wanted, the gradients: of
+        `hidden`, in its dtype, and in that of the sums of the rows and shifts of `true`,
+        ``([N, P], [N])``, and of `noise`, ``([C, P], [C])``.
     """
     sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
     of_class, classes = noise.shift.astype(sums), axes.index("v")
     longest, highest = _longest(noise.rows), jnp.max(of_class)
+    near_enough = _on_cpu() and np.log(float(jnp.finfo(hidden.dtype).max)) > _NEAR  # float16 has no room
 
     def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
         h, own, w = part
@@ -162,23 +169,24 @@ def _chunked(
         products = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
 
         def logits() -> Array:
-            own_class = _by_class(noise.classes) == _by_row(own.classes)
-            return jnp.where(own_class, _MASKED, products + _by_class(of_class))
+            return products + _by_class(of_class)
 
         def largest() -> Array:
             return jnp.maximum(logits().max(classes), reached)
 
-        if _on_cpu():
-            # To find the largest takes a pass over all logits; the true class's does where no other can be
-            # far above it.
+        if near_enough:
+            # To find the largest takes a pass over all logits. Where a bound says that none is far above the
+            # true class's, that will do, or half way up: so neither sums nor their inverses leave float32.
             farthest = jnp.linalg.norm(h.astype(sums), axis=-1) * longest + highest - reached
-            shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: reached, largest)
+            half_way = reached + jnp.maximum(0, farthest - _NEAR / 2)
+            shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: half_way, largest)
         else:
             shift = largest()
-        exps, own_exp = jnp.exp(logits() - _by_row(shift)), jnp.exp(reached - shift)
-        others = _sum_of_classes(exps)
+        own_class = _by_class(noise.classes) == _by_row(own.classes)
+        exps, own_exp = jnp.where(own_class, 0, jnp.exp(logits() - _by_row(shift))), jnp.exp(reached - shift)
+        others = exps.sum(classes)
         total = others + own_exp
-        each = jnp.log(total) + shift - reached
+        each = jnp.where(own_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - reached))
         if not wanted:
             return None, (each, each * w)
         d_rows, d_shift = carry
@@ -219,16 +227,6 @@ def _by_row(x: Array) -> Array:
     return jnp.expand_dims(x, _axes().index("v"))
 
 
-def _sum_of_classes(exps: Array) -> Array:
-    """``[R]``: a product, or XLA:CPU would work the exponentials out a second time for it.
-
-    An accelerator is not to round their terms.
-    """
-    axes = _axes()
-    ones = jnp.ones(exps.shape[axes.index("v")], exps.dtype)
-    return jnp.einsum(f"{axes},v->r", exps, ones, precision="highest")
-
-
 def _longest(table: Array) -> Array:
     """The norm of the longest row."""
     table = table.astype(np.promote_types(table.dtype, np.float32))
@@ -247,8 +245,9 @@ def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
     def rows_of(count: int) -> int:
         return -(-n // count // _ROWS) * _ROWS
 
-    fewest = max(1, -(-n // most))  # chunks, of which a few more may leave less to be filled
-    count = min(range(fewest, 2 * fewest), key=lambda count: (count * rows_of(count), count))
+    # A few chunks more may leave less to be filled; each costs about as much as so many rows.
+    fewest = max(1, -(-n // most))
+    count = min(range(fewest, fewest + fewest // 4 + 1), key=lambda count: count * (rows_of(count) + _ROWS))
     rows = n if count == 1 else rows_of(count)
 
     def cut(a: Array) -> Array:

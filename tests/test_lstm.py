@@ -73,6 +73,7 @@ def test_layer_is_the_equations(case, kernel):
 @pytest.mark.parametrize("uses_state", [False, True])
 def test_fast_gradient_is_the_plain_ones(case, uses_state, apart, monkeypatch):
     monkeypatch.setattr(fast, "APART_BYTES", np.inf if apart else 0)
+    monkeypatch.setattr(fast, "_on_cpu", lambda: True)
     layers, params, x, state, _ = case
 
     def loss(params, x, state, kernel):

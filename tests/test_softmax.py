@@ -64,6 +64,70 @@ def test_a_logit_far_above_the_targets_stays_finite(above):
     np.testing.assert_allclose(dh, [[above]], rtol=1e-6)
     for gradient in (d_table[:, 0], d_bias):
         np.testing.assert_allclose(gradient, [-1, 1, 0], atol=1e-6)
+    value, _ = value_and_gradients([[0.0]], np.zeros((2, 1)), [0.0, above])
+    np.testing.assert_allclose(value, above, rtol=1e-6)
+
+
+def value_and_gradients(hidden, table, bias, dtype=jnp.float32, weight=1.0, target=0):
+    """Of one position or more of one target, in that dtype."""
+    hidden, table, bias = (
+        jnp.asarray(a, d) for a, d in ((hidden, dtype), (table, dtype), (bias, jnp.float32))
+    )
+    targets, weight = jnp.full(len(hidden), target, jnp.int32), jnp.full(len(hidden), weight, jnp.float32)
+    return jax.value_and_grad(lambda *a: full_nll(*a, targets, weight)[0], (0, 1, 2))(hidden, table, bias)
+
+
+def test_what_a_sure_model_still_has_to_learn_is_not_rounded_away():
+    value, (dh, _, d_bias) = value_and_gradients([[1.0]], [[18.0], [0.0]], np.zeros(2))
+    p = np.exp(-18.0)
+    np.testing.assert_allclose(value, p, rtol=1e-5)
+    np.testing.assert_allclose(dh, [[-18 * p]], rtol=1e-5)
+    np.testing.assert_allclose(d_bias, [-p, p], rtol=1e-5)
+
+
+@pytest.mark.parametrize("below", [30, 69, 1000])
+def test_a_true_class_far_below_all_others_keeps_every_gradient(below):
+    bias = np.zeros(300)
+    bias[0] = -below
+    _, (_, d_table, _) = value_and_gradients([[1.0, 1e-6]], np.zeros((300, 2)), bias, weight=1e-3)
+    np.testing.assert_allclose(d_table[1], np.array([1, 1e-6]) * 1e-3 / 299, rtol=1e-4)
+    table = np.full((300, 1), 2e5)
+    table[0] = 0
+    value, (dh, *_) = value_and_gradients([[0.0]], table, bias)
+    np.testing.assert_allclose(dh, [[2e5]], rtol=1e-5)
+    np.testing.assert_allclose(value, below + np.log(299), rtol=1e-5)
+
+
+def test_float16_has_room_too():
+    _, (dh, *_) = value_and_gradients([[1.0]], [[0.0], [12.0]], np.zeros(2), jnp.float16)
+    np.testing.assert_allclose(dh, [[12.0]], rtol=1e-2)
+
+
+def test_sums_of_half_a_million_classes_are_exact():
+    rng = np.random.default_rng(0)
+    h, table = rng.normal(size=(16, 1)).astype(np.float32), rng.normal(size=(500_000, 1)).astype(np.float32)
+    each = full_nll(h, table, np.zeros(len(table), np.float32), np.arange(16), np.ones(16, np.float32))[1]
+    logits = h.astype(np.float64) @ table.T.astype(np.float64)
+    oracle = np.log(np.exp(logits).sum(1)) - np.diagonal(logits)
+    np.testing.assert_allclose(each, oracle, rtol=1e-6)
+
+
+def test_targets_may_be_counted_in_bytes():
+    h, table, bias = jnp.ones((1, 1)), jnp.zeros((600, 1)), jnp.zeros(600)
+    total, _ = full_nll(h, table, bias, jnp.array([5], jnp.uint8), jnp.ones(1))
+    np.testing.assert_allclose(total, np.log(600), rtol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [500, 30_000, 793_471])
+def test_chunks_lose_nothing_and_are_few(classes):
+    for n in (1, 17, 208, 209, 2560, 3001, 19_998, 10_000_019):
+        made = jax.eval_shape(lambda a: softmax._in_chunks(classes, 24 << 20, a)[0], jnp.zeros((n, 1)))
+        count, rows, _ = made.shape
+        most = max(16, (24 << 20) // (4 * classes) // 16 * 16)
+        fewest = -(-n // most)
+        assert count * rows >= n > (count - 1) * rows and (rows <= most or count == 1)
+        assert fewest <= count <= 1.25 * fewest
+        assert count * rows - n <= fewest * (-(-n // fewest // 16) * 16) - n or count == 1
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 8])
