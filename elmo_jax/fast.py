@@ -1,5 +1,14 @@
 """The kernel that runs wherever no other can: loops over the steps, with a hand-written gradient.
 
+Beside the hand-written gradient: a sigmoid is a tanh, sigmoid(x) = (1 + tanh(x/2)) / 2, so all
+four gates are one tanh of the whole row, which XLA:CPU runs four times as fast as four
+functions of four slices. Whatever the backward pass needs of a step is worked out where the
+step is taken, while it lies in the cache, so that the backward loop only multiplies and no
+array of all steps is made between the two. And the loops write where they read, the slopes over
+the gates and the gates' gradient over the slopes.
+
+What is fastest is chosen for JAX's default backend, when a program is traced; any other runs it too.
+
 Nouns: as in `recurrence`; a *part* is some of the directions, with arrays of their own.
 Axes: D direction, B batch, T time, H cells, P projection (P = H without one).
 """
@@ -19,13 +28,6 @@ from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_prod
 
 # Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores.
 APART_BYTES = 4 << 20
-
-# Beside the hand-written gradient: a sigmoid is a tanh, sigmoid(x) = (1 + tanh(x/2)) / 2, so
-# all four gates are one tanh of the whole row, which XLA:CPU runs four times as fast as four
-# functions of four slices. Whatever the backward pass needs of a step is worked out where the
-# step is taken, while it lies in the cache, so that the backward loop only multiplies and no
-# array of all steps is made between the two. And the loops write where they read, the slopes
-# over the gates and the gates' gradient over the slopes.
 
 _Step: TypeAlias = Callable[[Array, Any], Any]  # (n, what is carried) -> what is carried
 _States: TypeAlias = tuple[State, ...]
@@ -138,11 +140,11 @@ def _forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, differentia
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _recurrences(state: _States, gates: _Arrays, w: _Many, clips: Clips) -> _States:
-    """`fast_recurrence` of several parts, which have nothing to do with each other, in one loop."""
+    """Of every part, which has nothing to do with the others, what `fast_recurrence` returns; in one loop."""
     return tuple(states for states, _, _ in _forward(state, gates, w, clips, differentiated=False))
 
 
-def _fast_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips):
+def _recurrences_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips):
     state, gates, w = jax.tree.map(lambda p: p.value, (state, gates, w))
     made = _forward(state, gates, w, clips, differentiated=True)
     kept = [(first, states.h, *saved, ww) for first, (states, *saved), ww in zip(state, made, w, strict=True)]
@@ -177,7 +179,7 @@ def _backward_part(residuals, grads: State):
     return (after, by_gate, now, dhs), step
 
 
-def _fast_backward(clips: Clips, residuals, grads: _States):
+def _recurrences_backward(clips: Clips, residuals, grads: _States):
     del clips
     parts = [_backward_part(*part) for part in zip(residuals, grads, strict=True)]
     after = _steps_of(parts, residuals[0][1].shape[_TIME])
@@ -192,7 +194,7 @@ def _fast_backward(clips: Clips, residuals, grads: _States):
     return tuple(carry[0] for carry in after), tuple(carry[1] for carry in after), tuple(d_w)
 
 
-_recurrences.defvjp(_fast_forward, _fast_backward, symbolic_zeros=True)
+_recurrences.defvjp(_recurrences_forward, _recurrences_backward, symbolic_zeros=True)
 
 
 def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> State:

@@ -1,5 +1,8 @@
 """Negative log-likelihoods over a large vocabulary: full, in chunks, and sampled; one signature.
 
+How logits lie, and how many at once, is chosen for JAX's default backend when a program is traced; any
+other runs it too.
+
 Nouns: the *table* holds a row a class; *negatives* are as in `negatives`.
 Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
 """

@@ -153,7 +153,9 @@ def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
 
 
 def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -> Built:
-    """Steps through `make_dispatch`, K at a time; the first losses and gradients are checked.
+    """Steps through `make_dispatch`, at most K at a time; the first losses and gradients are checked.
+
+    A CPU takes as many as are asked for: K large steps would take minutes.
 
     Args:
         loss_fn: the task.
