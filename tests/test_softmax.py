@@ -103,13 +103,14 @@ def test_float16_has_room_too():
     np.testing.assert_allclose(dh, [[12.0]], rtol=1e-2)
 
 
-def test_sums_of_half_a_million_classes_are_exact():
+@pytest.mark.parametrize("classes", [60_000, 500_000])
+def test_sums_of_many_classes_are_exact(classes):
     rng = np.random.default_rng(0)
-    h, table = rng.normal(size=(16, 1)).astype(np.float32), rng.normal(size=(500_000, 1)).astype(np.float32)
+    h, table = rng.normal(size=(16, 1)).astype(np.float32), rng.normal(size=(classes, 1)).astype(np.float32)
     each = full_nll(h, table, np.zeros(len(table), np.float32), np.arange(16), np.ones(16, np.float32))[1]
     logits = h.astype(np.float64) @ table.T.astype(np.float64)
     oracle = np.log(np.exp(logits).sum(1)) - np.diagonal(logits)
-    np.testing.assert_allclose(each, oracle, rtol=1e-6)
+    np.testing.assert_allclose(each, oracle, rtol=2e-6)
 
 
 def test_targets_may_be_counted_in_bytes():
