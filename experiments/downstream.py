@@ -25,7 +25,7 @@ from elmo_jax.metrics import classification
 from elmo_jax.processes import led, together
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
 from experiments import cli
-from experiments.flags import flag_of
+from experiments.flags import without_effect
 from experiments.hosts import HostsConfig, join
 from experiments.sources import Source, SourceConfig, open_source
 
@@ -85,13 +85,10 @@ def unread(config: DownstreamConfig) -> dict[str, str]:
     features, combiner = config.source.features, config.combiner.combiner
     mixing = {field.name for field in fields(CombinerConfig)}
     if features != "elmo":
-        told = f"has no effect with --features {features}; leave it out, or give --features elmo"
-        return dict.fromkeys(map(flag_of, mixing | {"pretrained"}), told)
+        return without_effect(mixing | {"pretrained"}, "--features", features, "--features elmo")
     idle = mixing - {"combiner"} - READS.get(combiner, mixing)
-    told = f"has no effect with --combiner {combiner}; leave it out, or give another --combiner"
-    return {"--vectors": "needs --features svd or sgns; give one, or leave it out"} | dict.fromkeys(
-        map(flag_of, idle), told
-    )
+    needs = {"--vectors": "needs --features svd or sgns; give one, or leave it out"}
+    return needs | without_effect(idle, "--combiner", combiner, "another --combiner")
 
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:

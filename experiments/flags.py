@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -61,6 +61,17 @@ def named(args: Sequence[str]) -> list[str]:
     """
     bare = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
     return [f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else flag for flag in bare]
+
+
+def without_effect(names: Iterable[str], by: str, now: str, instead: str) -> dict[str, str]:
+    """What `refuse` says of settings that nothing reads while the flag `by` has this value.
+
+    Example:
+        >>> without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
+        {'--unroll': 'has no effect with --batching sentences; leave it out, or give --batching contiguous'}
+    """
+    told = f"has no effect with {by} {now}; leave it out, or give {instead}"
+    return dict.fromkeys(map(flag_of, names), told)
 
 
 def refuse(unread: Mapping[str, str], args: Sequence[str]) -> None:

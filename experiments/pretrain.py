@@ -27,7 +27,7 @@ from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_tables, bilm_wi
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
 from experiments import cli
 from experiments.estimate import PORTION, TIMED, estimate
-from experiments.flags import flag_of
+from experiments.flags import without_effect
 from experiments.hosts import HostsConfig, join
 from experiments.texts import CorpusConfig, Texts, load_texts
 
@@ -81,18 +81,15 @@ class PretrainConfig:
 
 def unread(config: PretrainConfig) -> dict[str, str]:
     """The flags that nothing reads with these settings, and what is said of each that is given."""
-    spelling = tuple(field.name for field in fields(CharCNNConfig))
-    idle = {
-        ("negatives",): ("softmax", config.softmax, "full", "sampled"),
-        spelling: ("input", config.model.input, "words", "characters"),
-        ("unroll",): ("batching", config.corpus.batching, "sentences", "contiguous"),
-    }
-    return {
-        flag_of(name): f"has no effect with --{by} {now}; leave it out, or give --{by} {other}"
-        for names, (by, now, that, other) in idle.items()
-        for name in names
-        if now == that
-    }
+    told: dict[str, str] = {}
+    if config.softmax == "full":
+        told |= without_effect(["negatives"], "--softmax", "full", "--softmax sampled")
+    if config.model.input == "words":
+        spelling = [field.name for field in fields(CharCNNConfig)]
+        told |= without_effect(spelling, "--input", "words", "--input characters")
+    if config.corpus.batching == "sentences":
+        told |= without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
+    return told
 
 
 def _released(

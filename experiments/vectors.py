@@ -20,7 +20,7 @@ from elmo_jax.text import UNK
 from elmo_jax.train import TrainState
 from elmo_jax.vectors import WordVectors
 from experiments import cli
-from experiments.flags import flag_of
+from experiments.flags import without_effect
 from experiments.sources import VECTORS
 
 
@@ -55,8 +55,7 @@ def unread(config: VectorsConfig) -> dict[str, str]:
     """The flags that nothing reads with these settings, and what is said of each that is given."""
     other, idle = ("sgns", SGNSConfig) if config.method == "svd" else ("svd", SVDConfig)
     names = {field.name for field in fields(idle)} | ({"epochs"} if other == "sgns" else set())
-    told = f"has no effect with --method {config.method}; leave it out, or give --method {other}"
-    return dict.fromkeys(map(flag_of, names), told)
+    return without_effect(names, "--method", config.method, f"--method {other}")
 
 
 def vectors(config: VectorsConfig) -> dict[str, Any]:
