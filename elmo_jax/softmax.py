@@ -277,7 +277,7 @@ def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Ar
     """
     sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-    dh = jnp.einsum(f"{axes},vp->rp", g, rows.astype(h.dtype), preferred_element_type=sums)
+    dh = jnp.einsum(f"{axes},vp->rp", g, rows, preferred_element_type=sums)
     d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
     # A sum over rows, which XLA:CPU is slow at.
     d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
