@@ -20,11 +20,12 @@ from jax import Array
 
 from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import Stream
+from elmo_jax.dispatch import make_dispatch
 from elmo_jax.errors import InputError
 from elmo_jax.mesh import feed, mesh_of
 from elmo_jax.processes import agree, several
 from elmo_jax.progress import Meter
-from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch
+from elmo_jax.train import LossFn, Optimizer, TrainState
 
 MEETING = 8  # dispatches between two, of several processes: a meeting makes the devices wait
 PATIENCE = 5  # steps in a row that may be skipped because they are not finite

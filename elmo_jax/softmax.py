@@ -22,7 +22,6 @@ CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 8 << 20, 1
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
 _NEAR = 70.0  # how far above the true class's another's logit may be, and not be looked for
-_EXACT = 1 << 16  # float32 numbers added up one by one to a millionth
 _MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
 
 
@@ -188,7 +187,7 @@ def _chunked(
             shift = largest()
         own_class = _by_class(noise.classes) == _by_row(own.classes)
         exps, own_exp = jnp.where(own_class, 0, jnp.exp(logits() - _by_row(shift))), jnp.exp(reached - shift)
-        others = _sum_of_classes(exps)
+        others = exps.sum(classes)
         total = others + own_exp
         each = jnp.where(own_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - reached))
         if not wanted:
@@ -229,15 +228,6 @@ def _by_class(x: Array) -> Array:
 def _by_row(x: Array) -> Array:
     """``[R]`` beside logits."""
     return jnp.expand_dims(x, _axes().index("v"))
-
-
-def _sum_of_classes(exps: Array) -> Array:
-    """``[R]``. Up to a number of classes XLA:CPU is faster at a product, which adds them up one by one."""
-    axes = _axes()
-    classes = exps.shape[axes.index("v")]
-    if classes > _EXACT or not _on_cpu():
-        return exps.sum(axes.index("v"))
-    return jnp.einsum(f"{axes},v->r", exps, jnp.ones(classes, exps.dtype))
 
 
 def _longest(table: Array) -> Array:

@@ -16,6 +16,7 @@ from elmo_jax.bilm import BiLM
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
+from elmo_jax.dispatch import LargeProducts
 from elmo_jax.mesh import gathered
 from elmo_jax.negatives import Negatives, log_uniform_negatives
 from elmo_jax.text import EOS
@@ -46,7 +47,7 @@ def bilm_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
         total = sums.pop("loss")
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
-    return loss
+    return LargeProducts(loss) if negatives is None else loss
 
 
 def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
@@ -62,7 +63,7 @@ def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = 
         sums["words"] = sums["tokens"] - ends
         return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
 
-    return loss
+    return LargeProducts(loss) if negatives is None else loss
 
 
 def bilm_rows(model: BiLM, negatives: int):

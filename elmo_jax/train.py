@@ -1,15 +1,12 @@
-"""What a training step is, and how it is compiled; it knows no model.
+"""What a training step is; it knows no model.
 
-Nouns: a *task* is a pure ``loss_fn(params, batch, key) -> (loss, sums)``; a *dispatch* is
-one call of the device that takes several steps.
+Nouns: a *task* is a pure ``loss_fn(params, batch, key) -> (loss, sums)``.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,7 +17,7 @@ from flax import struct
 from jax import Array
 
 from elmo_jax.data import Batch, BatchStream
-from elmo_jax.mesh import everywhere, feed, fetch, mesh_of, on
+from elmo_jax.mesh import feed, fetch, mesh_of, on
 from elmo_jax.rowwise import RowSGD, Rowwise
 
 Params = dict[str, Any]
@@ -143,103 +140,6 @@ def train_step(
     sums = {name: value for name, value in sums.items() if name not in carry}
     sums |= {"loss": loss, "steps": jnp.ones(())}
     return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
-
-
-@cache
-def _options() -> dict[str, Any]:
-    """What XLA:CPU is told, as long as it knows the word: not to copy what a step writes over.
-
-    Else it copies Adam's moments of every table in every step, and they are large.
-    """
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options if jax.default_backend() == "cpu" else {}
-
-
-def takes_all() -> bool:
-    """Whether a dispatch takes all of its K steps, those beyond its count in vain.
-
-    Whether a loop of unknown length goes on, an accelerator asks its host at every step; so there
-    the length is K, known when it is compiled.
-    """
-    return jax.default_backend() != "cpu"
-
-
-def make_dispatch(
-    loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Sequence[Any] = ()
-):
-    """Compile `train_step` over up to K batches in one call, the state donated.
-
-    Args:
-        loss_fn: the task.
-        optimizer: as the state was created with.
-        like: a state as every next one will be, if it lies on a mesh or anything is given `ahead`.
-        ahead: batches of shapes that will come, which are compiled from now on, side by side;
-            others are when they come. Their key is one of JAX's default kind.
-
-    Returns:
-        ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
-        first `count` were filled. Steps are the same however they are shared out to calls.
-    """
-
-    mesh, places = mesh_of(like), None
-    known = takes_all()
-    if like is not None and mesh is not None:
-        places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=_options())
-    def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
-        state = replace(state, frozen=frozen)
-
-        def body(i: Array, carry):
-            state, filled = carry
-            batch = jax.tree.map(lambda a: a[i], batches)
-            state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
-            return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
-
-        first = jax.tree.map(lambda a: a[0], batches)
-        shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)
-        steps = batches.words.shape[0]
-        filled = {name: jnp.zeros((steps, *s.shape), s.dtype) for name, s in shapes.items()}
-        state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))
-        return replace(state, frozen={}), filled
-
-    programs: dict[Any, Future[Any]] = {}
-    for batches in ahead:  # traced here, for a thread has settings of its own
-        assert like is not None
-        traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
-        programs[_shapes(batches)] = _in_background(traced.compile)
-
-    def dispatch(state: TrainState, batches: Any, count: int, key: Array):
-        program = programs.get(_shapes(batches)) if programs else None
-        # What is frozen stays the caller's: it is neither donated nor copied.
-        with on(mesh):
-            go = program.result() if program else run
-            after, sums = go(replace(state, frozen={}), state.frozen, batches, count, key)
-        return replace(after, frozen=state.frozen), sums
-
-    return dispatch
-
-
-def _in_background(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` returns or raises; a process that ends does not wait for it, as a pool's would."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, np.ndarray]:

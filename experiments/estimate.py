@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
+from elmo_jax.dispatch import make_dispatch, takes_all
 from elmo_jax.mesh import feed, mesh_of
-from elmo_jax.train import LossFn, Optimizer, TrainState, make_dispatch, takes_all, train_step
+from elmo_jax.train import LossFn, Optimizer, TrainState, train_step
 from experiments import cli
 
 TIMED = 4  # dispatches

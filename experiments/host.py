@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
+from elmo_jax.dispatch import make_dispatch
 from elmo_jax.loop import fit
 from elmo_jax.tasks import bilm_loss
-from elmo_jax.train import OptimizerConfig, TrainState, make_dispatch, make_optimizer
+from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, stream_of, weights_of
 from experiments.worker import RATE, Built

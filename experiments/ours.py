@@ -16,6 +16,7 @@ from jax import Array
 from elmo_jax.bilm import zero_state
 from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
+from elmo_jax.dispatch import make_dispatch, takes_all
 from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips
@@ -23,7 +24,7 @@ from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.softmax import full_nll, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
-from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_dispatch, make_optimizer, takes_all
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, weights_of
 from experiments.rates import build_copy, build_product, compiled_once

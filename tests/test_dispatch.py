@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from test_fit import loss_fn
 
-from elmo_jax import train
+from elmo_jax import dispatch
+from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import BatchStream
-from elmo_jax.train import OptimizerConfig, TrainState, make_dispatch, make_optimizer, train_step
+from elmo_jax.dispatch import LargeProducts, make_dispatch
+from elmo_jax.tasks import bilm_loss, init_params
+from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(0)
@@ -45,7 +48,7 @@ def test_on_an_accelerator_a_part_filled_dispatch_takes_its_steps_and_no_more(do
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=8)
     assert stream.steps_per_epoch % 8
     expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
-    monkeypatch.setattr(train, "_options", dict)
+    monkeypatch.setattr(dispatch, "_options", lambda large: {})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ends, loop = [], jax.lax.fori_loop
     monkeypatch.setattr(jax.lax, "fori_loop", lambda *args: (ends.append(args[1]), loop(*args))[1])
@@ -63,7 +66,7 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
     def traced_again(*_, **__):
         raise AssertionError("a step is traced when its batch comes")
 
-    monkeypatch.setattr(train, "train_step", traced_again)
+    monkeypatch.setattr(dispatch, "train_step", traced_again)
     same(walked(run, stream), expected)
 
 
@@ -71,3 +74,20 @@ def test_a_shape_that_was_not_told_ahead_is_compiled_when_it_comes(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
     run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes()[:1])
     same(walked(run, stream), walked(make_dispatch(loss_fn, OPTIMIZER), stream))
+
+
+def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(documents):
+    model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1, dropout=0.0), 50)
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=3)
+    task = bilm_loss(model)
+    assert isinstance(task, LargeProducts) and not isinstance(bilm_loss(model, 7), LargeProducts)
+    assert len(dispatch._options(True)) == 1 + len(dispatch._options(False)) == 2  # XLA:CPU knows the words
+    batches, count = next(stream.dispatches(0, 3))[:2]
+    done = []
+    for loss in task, task.loss_fn:
+        params = init_params(model, KEY)
+        done.append(make_dispatch(loss, OPTIMIZER)(TrainState.create(params, OPTIMIZER), batches, count, KEY))
+    (state, sums), (plain_state, plain_sums) = done
+    np.testing.assert_allclose(sums["loss"], plain_sums["loss"], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain_state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # Adam makes much of rounding

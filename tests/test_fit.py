@@ -13,13 +13,13 @@ import pytest
 from elmo_jax import loop, steps
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream
+from elmo_jax.dispatch import make_dispatch
 from elmo_jax.errors import InputError
 from elmo_jax.loop import Interrupted, fit
 from elmo_jax.train import (
     OptimizerConfig,
     TrainState,
     evaluate,
-    make_dispatch,
     make_optimizer,
     train_step,
 )

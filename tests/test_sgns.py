@@ -8,10 +8,11 @@ from reference import sigmoid
 
 from elmo_jax.checkpoint import Run
 from elmo_jax.data import Documents
+from elmo_jax.dispatch import make_dispatch
 from elmo_jax.loop import fit
 from elmo_jax.rowwise import RowSGD
 from elmo_jax.sgns import SPAN, SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
-from elmo_jax.train import TrainState, make_dispatch, train_step
+from elmo_jax.train import TrainState, train_step
 
 V, F, WINDOW = 50, 6, 2
 CONFIG = SGNSConfig(negatives=3, subsample=0.02, rate=0.1)

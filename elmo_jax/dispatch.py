@@ -1,0 +1,142 @@
+"""How training steps are compiled and handed to a device, many at a time; it knows no model.
+
+Nouns: a *task* is as in `train`; a *dispatch* is one call of the device that takes several steps.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from elmo_jax.data import Batch
+from elmo_jax.mesh import everywhere, mesh_of, on
+from elmo_jax.train import LossFn, Optimizer, Params, TrainState, train_step
+
+
+@dataclass(frozen=True)
+class LargeProducts:
+    """A task whose time goes into large products, which it adds up over a loop, as the full softmax does.
+
+    XLA:CPU then adds while it multiplies, and needs no room for what is added. Small products, as
+    those of an LSTM's steps, are the slower for it.
+    """
+
+    loss_fn: LossFn
+
+    def __call__(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        """The task."""
+        return self.loss_fn(params, batch, key)
+
+
+@cache
+def _options(large: bool) -> dict[str, Any]:
+    """What XLA:CPU is told, as long as it knows the words: not to copy what a step writes over.
+
+    Else it copies Adam's moments of every table in every step, and they are large.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    if large:  # by default it takes each product by itself
+        fused = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        options["xla_cpu_experimental_ynn_fusion_type"] = fused
+    return {name: value for name, value in options.items() if _knows(name, value)}
+
+
+def _knows(option: str, value: Any) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def takes_all() -> bool:
+    """Whether a dispatch takes all of its K steps, those beyond its count in vain.
+
+    Whether a loop of unknown length goes on, an accelerator asks its host at every step; so there
+    the length is K, known when it is compiled.
+    """
+    return jax.default_backend() != "cpu"
+
+
+def make_dispatch(
+    loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Sequence[Any] = ()
+):
+    """Compile `train_step` over up to K batches in one call, the state donated.
+
+    Args:
+        loss_fn: the task.
+        optimizer: as the state was created with.
+        like: a state as every next one will be, if it lies on a mesh or anything is given `ahead`.
+        ahead: batches of shapes that will come, which are compiled from now on, side by side;
+            others are when they come. Their key is one of JAX's default kind.
+
+    Returns:
+        ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
+        first `count` were filled. Steps are the same however they are shared out to calls.
+    """
+
+    mesh, places = mesh_of(like), None
+    known = takes_all()
+    if like is not None and mesh is not None:
+        places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
+
+    options = _options(isinstance(loss_fn, LargeProducts))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=options)
+    def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
+        state = replace(state, frozen=frozen)
+
+        def body(i: Array, carry):
+            state, filled = carry
+            batch = jax.tree.map(lambda a: a[i], batches)
+            state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
+            return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
+
+        first = jax.tree.map(lambda a: a[0], batches)
+        shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)
+        steps = batches.words.shape[0]
+        filled = {name: jnp.zeros((steps, *s.shape), s.dtype) for name, s in shapes.items()}
+        state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))
+        return replace(state, frozen={}), filled
+
+    programs: dict[Any, Future[Any]] = {}
+    for batches in ahead:  # traced here, for a thread has settings of its own
+        assert like is not None
+        traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
+        programs[_shapes(batches)] = _in_background(traced.compile)
+
+    def dispatch(state: TrainState, batches: Any, count: int, key: Array):
+        program = programs.get(_shapes(batches)) if programs else None
+        # What is frozen stays the caller's: it is neither donated nor copied.
+        with on(mesh):
+            go = program.result() if program else run
+            after, sums = go(replace(state, frozen={}), state.frozen, batches, count, key)
+        return replace(after, frozen=state.frozen), sums
+
+    return dispatch
+
+
+def _in_background(work: Callable[[], Any]) -> Future[Any]:
+    """What `work` returns or raises; a process that ends does not wait for it, as a pool's would."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
