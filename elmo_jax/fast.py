@@ -9,7 +9,7 @@ the gates and the gates' gradient over the slopes.
 
 What is fastest is chosen for JAX's default backend, when a program is traced; any other runs it too.
 
-Nouns: as in `recurrence`; a *part* is some of the directions, with arrays of their own.
+Nouns: as in `recurrence`; a *part* is a direction, with arrays of its own that lie as `layout` says.
 Axes: D direction, B batch, T time, H cells, P projection (P = H without one).
 """
 
@@ -24,7 +24,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_product, clip, weight_gradient
+from elmo_jax.layout import Layout
+from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_product, clip
 
 # Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores.
 APART_BYTES = 4 << 20
@@ -34,13 +35,12 @@ _States: TypeAlias = tuple[State, ...]
 _Arrays: TypeAlias = tuple[Array, ...]
 _Many: TypeAlias = tuple[Weights, ...]
 
-_TIME = 2
 _BIAS = (0.0, 0.0, FORGET_BIAS, 0.0)
 _SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a sigmoid
 
 
 class _Slopes(NamedTuple):
-    """What the backward pass reads of every step beside the gates' slopes, ``[D, B, T, .]``.
+    """What the backward pass reads of every step beside the gates' slopes.
 
     ``m`` is h before its projection, ``kept`` the slope of c by the c before (0 where c was
     clipped), ``shown`` that of m by c. ``m`` and ``inside``, 1 where h was not clipped, are
@@ -54,18 +54,8 @@ class _Slopes(NamedTuple):
 
 
 def _by_gate(values: tuple[float, ...], cells: int, dtype: DTypeLike) -> Array:
-    """A number for each of the gates i, j, f, o, repeated over its cells: ``[1, 1, 4H]``."""
-    return jnp.repeat(jnp.array(values, dtype), cells)[None, None]
-
-
-def _at(x: Array, t: Array | int) -> Array:
-    """A step of ``[D, B, T, ...]``."""
-    return jax.lax.dynamic_index_in_dim(x, t, _TIME, keepdims=False)
-
-
-def _put(x: Array, value: Array, t: Array, column: int = 0) -> Array:
-    """``[D, B, T, N]`` with one step replaced, or as many of its columns as there are values."""
-    return jax.lax.dynamic_update_slice(x, jnp.expand_dims(value, _TIME), (0, 0, t, column))
+    """A number for each of the gates i, j, f, o, repeated over its cells: ``[4H]``."""
+    return jnp.repeat(jnp.array(values, dtype), cells)
 
 
 def _inside(x: Array, bound: float | None) -> Array | None:
@@ -90,38 +80,40 @@ def _steps_of(parts: Sequence[tuple[Any, _Step]], steps: int) -> tuple[Any, ...]
     return jax.lax.fori_loop(0, steps, body, carries)
 
 
-def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, differentiated: bool):
+def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: Layout, differentiated: bool):
     """What the loop over steps begins with, and its step; see `_forward`."""
-    cells = state.c.shape[-1]
+    cells = state.c.shape[layout.features]
     bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
-    bias = bias + w.bias[:, None].astype(gates.dtype)
+    bias, scale = (
+        jnp.expand_dims(x, 1 - layout.features) for x in (bias + w.bias.astype(gates.dtype), scale)
+    )
 
     def step(n: Array, carry: tuple[State, State, Array, _Slopes | None]):
         before, states, gates, slopes = carry
-        t = jnp.tanh((_at(gates, n) + batched_product(before.h, w.recurrent) + bias) * scale)
-        i, j, f, o = jnp.split(t, 4, axis=-1)
+        t = jnp.tanh((layout.at(gates, n) + layout.product(before.h, w.recurrent) + bias) * scale)
+        i, j, f, o = jnp.split(t, 4, layout.features)
         i, f, o = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o)
         c = clip(f * before.c + i * j, clips.cell)
         tanh_c = jnp.tanh(c)
         m = o * tanh_c
-        h = clip(m if w.projection is None else batched_product(m, w.projection), clips.projection)
+        h = clip(m if w.projection is None else layout.product(m, w.projection), clips.projection)
         if slopes is not None:
             inside = _inside(c, clips.cell)
             by_gate = (j * i * (1 - i), i * (1 - j * j), before.c * f * (1 - f))
             by_gate = (*(_masked(x, inside) for x in by_gate), tanh_c * o * (1 - o))
             for k, slope in enumerate(by_gate):  # each to its place: side by side first is a copy more
-                gates = _put(gates, slope, n, k * cells)
+                gates = layout.put(gates, slope, n, k * cells)
             made = _Slopes(
                 _masked(f, inside),
                 o * (1 - tanh_c * tanh_c),
                 None if w.projection is None else m,
                 _inside(h, clips.projection),
             )
-            slopes = jax.tree.map(lambda every, now: _put(every, now, n), slopes, made)
-        states = State(_put(states.c, c, n), _put(states.h, h, n))
+            slopes = jax.tree.map(lambda every, now: layout.put(every, now, n), slopes, made)
+        states = State(layout.put(states.c, c, n), layout.put(states.h, h, n))
         return State(c, h), states, gates, slopes
 
-    states = jax.tree.map(lambda a: jnp.zeros((*gates.shape[:3], a.shape[-1]), a.dtype), state)
+    states = jax.tree.map(lambda a: jnp.zeros((len(a), layout.steps * a.shape[1]), a.dtype), state)
     slopes = None
     if differentiated:
         m = None if w.projection is None else states.c
@@ -129,68 +121,71 @@ def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, differen
     return (state, states, gates, slopes), step
 
 
-def _forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, differentiated: bool):
+def _forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout, differentiated: bool):
     """Of every part the states after every step and, if `differentiated`, the slopes.
 
     The slopes of c by i, j and f, where it was not clipped, and of m by o take the gates' places.
     """
-    parts = [_forward_part(*part, clips, differentiated) for part in zip(state, gates, w, strict=True)]
-    return [carry[1:] for carry in _steps_of(parts, gates[0].shape[_TIME])]
+    parts = [
+        _forward_part(*part, clips, layout, differentiated) for part in zip(state, gates, w, strict=True)
+    ]
+    return [carry[1:] for carry in _steps_of(parts, layout.steps)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _recurrences(state: _States, gates: _Arrays, w: _Many, clips: Clips) -> _States:
-    """Of every part, which has nothing to do with the others, what `fast_recurrence` returns; in one loop."""
-    return tuple(states for states, _, _ in _forward(state, gates, w, clips, differentiated=False))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _recurrences(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout) -> _States:
+    """Of every part, which has nothing to do with the others, the states after every step; in one loop."""
+    return tuple(made[0] for made in _forward(state, gates, w, clips, layout, differentiated=False))
 
 
-def _recurrences_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips):
+def _recurrences_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout):
     state, gates, w = jax.tree.map(lambda p: p.value, (state, gates, w))
-    made = _forward(state, gates, w, clips, differentiated=True)
+    made = _forward(state, gates, w, clips, layout, differentiated=True)
     kept = [(first, states.h, *saved, ww) for first, (states, *saved), ww in zip(state, made, w, strict=True)]
     return tuple(states for states, _, _ in made), kept
 
 
-def _backward_part(residuals, grads: State):
+def _backward_part(residuals, grads: State, layout: Layout):
     """What the loop over steps, the last first, begins with, and its step."""
     first, h, by_gate, slopes, w = residuals
-    to_h = w.recurrent.swapaxes(1, 2)
-    to_m = None if w.projection is None else w.projection.swapaxes(1, 2)
+    to_h, to_m = w.recurrent.T, None if w.projection is None else w.projection.T
     # No gradient, no addition in the loop.
     grad_c, grad_h = (None if isinstance(g, SymbolicZero) else g for g in grads)
-    steps, cells = h.shape[_TIME], first.c.shape[-1]
+    cells = first.c.shape[layout.features]
 
     def step(k: Array, carry):
         after, dz, now, dhs = carry
-        n = steps - 1 - k
-        dh = after.h if grad_h is None else after.h + _at(grad_h, n)
-        dh = dh if slopes.inside is None else dh * _at(slopes.inside, n)
-        dm = dh if to_m is None else batched_product(dh, to_m)
-        dc = after.c + dm * _at(slopes.shown, n)
-        dc = dc if grad_c is None else dc + _at(grad_c, n)
+        n = layout.steps - 1 - k
+        dh = after.h if grad_h is None else after.h + layout.at(grad_h, n)
+        dh = dh if slopes.inside is None else dh * layout.at(slopes.inside, n)
+        dm = dh if to_m is None else layout.product(dh, to_m)
+        dc = after.c + dm * layout.at(slopes.shown, n)
+        dc = dc if grad_c is None else dc + layout.at(grad_c, n)
+        slope = jnp.split(layout.at(dz, n), 4, layout.features)
         for gate, d in enumerate((dc, dc, dc, dm)):  # each to its place, as the slopes
-            begin = gate * cells
-            slope = _at(dz, n)[..., begin : begin + cells]
-            now = jax.lax.dynamic_update_slice(now, d * slope, (0, 0, begin))
-        dhs = None if dhs is None else _put(dhs, dh, n)
-        return State(dc * _at(slopes.kept, n), batched_product(now, to_h)), _put(dz, now, n), now, dhs
+            now = jax.lax.dynamic_update_slice_in_dim(now, d * slope[gate], gate * cells, layout.features)
+        dhs = None if dhs is None else layout.put(dhs, dh, n)
+        before = State(dc * layout.at(slopes.kept, n), layout.product(now, to_h))
+        return before, layout.put(dz, now, n), now, dhs
 
-    after, now, dhs = jax.tree.map(jnp.zeros_like, (first, _at(by_gate, 0), None if to_m is None else h))
+    after, now, dhs = jax.tree.map(
+        jnp.zeros_like, (first, layout.at(by_gate, 0), None if to_m is None else h)
+    )
     return (after, by_gate, now, dhs), step
 
 
-def _recurrences_backward(clips: Clips, residuals, grads: _States):
+def _recurrences_backward(clips: Clips, layout: Layout, residuals, grads: _States):
     del clips
-    parts = [_backward_part(*part) for part in zip(residuals, grads, strict=True)]
-    after = _steps_of(parts, residuals[0][1].shape[_TIME])
+    parts = [_backward_part(*part, layout) for part in zip(residuals, grads, strict=True)]
+    after = _steps_of(parts, layout.steps)
     d_w = []
     for (first, h, _, slopes, w), (_, dz, _, dh) in zip(residuals, after, strict=True):
         d_projection = None
-        if slopes.m is not None:
-            d_projection = weight_gradient(slopes.m, dh, w.recurrent.dtype)
-        before = jnp.concatenate([jnp.expand_dims(first.h, _TIME), h[:, :, :-1]], axis=_TIME)
-        d_recurrent = weight_gradient(before, dz, w.recurrent.dtype)
-        d_w.append(Weights(d_recurrent, dz.sum((1, 2)).astype(w.bias.dtype), d_projection))
+        if w.projection is not None:
+            d_projection = layout.matrix_gradient(slopes.m, dh, w.projection)
+        before = jnp.concatenate([first.h, h[:, : -first.h.shape[1]]], axis=1)
+        d_recurrent = layout.matrix_gradient(before, dz, w.recurrent)
+        d_w.append(Weights(d_recurrent, layout.bias_gradient(dz, w.bias), d_projection))
     return tuple(carry[0] for carry in after), tuple(carry[1] for carry in after), tuple(d_w)
 
 
@@ -212,16 +207,25 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
     Returns:
         The states after every step: c ``[D, B, T, H]``, h ``[D, B, T, P]``.
     """
-    made: Any = _recurrences((state,), (gates,), (w,), clips)
-    return made[0]
+    layout = Layout(gates.shape[2], turned=False)
+
+    def run(state: State, gates: Array, w: Weights) -> State:
+        made: Any = _recurrences((state,), (layout.flat(gates),), (w,), clips, layout)
+        return jax.tree.map(layout.unflat, made[0], state)
+
+    return jax.vmap(run)(state, gates, w)
 
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def _alone() -> bool:
+    return jax.device_count() == 1
+
+
 def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> State:
-    """`fast_recurrence` from a layer's input, in as many parts as run fastest here.
+    """`fast_recurrence` from a layer's input, in as many parts and arranged as is fastest here.
 
     Args:
         x: ``[D, B, T, I]``.
@@ -232,12 +236,15 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     Returns:
         As `fast_recurrence`.
     """
-    small = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize < APART_BYTES
-    count = len(x) if small and _on_cpu() else 1
+    if not _on_cpu() or math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize >= APART_BYTES:
+        return fast_recurrence(state, batched_product(x, w_x), w, clips)
+    layout = Layout(x.shape[2], turned=_alone())
+    # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
-    parts = [jax.tree.unflatten(tree, p) for p in zip(*(jnp.split(a, count) for a in leaves), strict=True)]
-    gates = tuple(batched_product(x, w_x) for x, _, w_x, _ in parts)  # [D, B, T, 4H] in all
-    made: Any = _recurrences(
-        tuple(state for _, state, _, _ in parts), gates, tuple(w for *_, w in parts), clips
-    )
-    return jax.tree.map(lambda *every: jnp.concatenate(every), *made)
+    by_part = zip(*(jnp.split(a, len(a)) for a in leaves), strict=True)
+    parts = [jax.tree.unflatten(tree, [layout.turn(a[0]) for a in part]) for part in by_part]
+    gates = tuple(layout.products(layout.flat(x), w_x) for x, _, w_x, _ in parts)
+    states, weights = (tuple(part[i] for part in parts) for i in (1, 3))
+    made: Any = _recurrences(states, gates, weights, clips, layout)
+    made = jax.tree.map(lambda a, first: layout.turn(layout.unflat(a, first)), made, states)
+    return jax.tree.map(lambda *every: jnp.stack(every), *made)

@@ -45,8 +45,25 @@ def case(request, x64):
     return layers, params, x, state, clips
 
 
+# What says in a program how gates lie: of all directions, of one, of one turned.
+ARRANGED = {
+    "together": f"[{D},{B},{T * 4 * H}]",
+    "apart": f"[{B},{T * 4 * H}]",
+    "turned": f"[{4 * H},{T * B}]",
+}
+
+
+@pytest.fixture(params=ARRANGED)
+def arranged(request, monkeypatch):
+    """How a kernel called "fast" arranges its parts."""
+    monkeypatch.setattr(fast, "APART_BYTES", 0 if request.param == "together" else np.inf)
+    monkeypatch.setattr(fast, "_on_cpu", lambda: True)
+    monkeypatch.setattr(fast, "_alone", lambda: request.param == "turned")
+    return request.param
+
+
 @pytest.mark.parametrize("kernel", ["fast", "plain"])
-def test_layer_is_the_equations(case, kernel):
+def test_layer_is_the_equations(case, kernel, arranged):
     layers, params, x, state, clips = case
     h, last = layers[kernel].apply({"params": params}, x, LENGTHS, state)
     p = tree64(params)
@@ -69,11 +86,8 @@ def test_layer_is_the_equations(case, kernel):
             np.testing.assert_allclose(last.h[d, b], hs[-1] if n else state.h[d, b], rtol=1e-10)
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("uses_state", [False, True])
-def test_fast_gradient_is_the_plain_ones(case, uses_state, apart, monkeypatch):
-    monkeypatch.setattr(fast, "APART_BYTES", np.inf if apart else 0)
-    monkeypatch.setattr(fast, "_on_cpu", lambda: True)
+def test_fast_gradient_is_the_plain_ones(case, uses_state, arranged):
     layers, params, x, state, _ = case
 
     def loss(params, x, state, kernel):
@@ -85,13 +99,13 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state, apart, monkeypatch):
         return jnp.sum(weight * real**2) + (jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h) if uses_state else 0)
 
     program = str(jax.make_jaxpr(lambda *given: loss(*given, "fast"))(params, x, state))
-    assert (f"[1,{B},{T},{4 * H}]" in program) == apart
+    assert {how for how, gates in ARRANGED.items() if gates in program} == {arranged}
     got, want = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(got))
 
 
-def test_fast_is_plain_in_float32():
+def test_fast_is_plain_in_float32(arranged):
     x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     both = [
@@ -110,7 +124,7 @@ def test_directions_are_independent():
     assert not np.array_equal(changed[1], run(x)[1])
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_stays_near_float32(arranged):
     x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     full, half = (LSTM(H, P, dtype=d).apply(params, x, LENGTHS)[0] for d in ("float32", "bfloat16"))

@@ -18,7 +18,7 @@ ALLOWED = {
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "cudnn": {"recurrence"},
     "programs": {"recurrence"},
-    "fast": {"recurrence"},
+    "fast": {"layout", "recurrence"},
     "persistent": {"cudnn", "fast", "mesh", "programs", "recurrence"},
     "lstm": {"cudnn", "errors", "fast", "persistent", "recurrence"},
     "embedders": {"characters"},
