@@ -29,6 +29,7 @@ from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_prod
 
 # Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores.
 APART_BYTES = 4 << 20
+TURNED_ROWS = 24  # of a batch; fewer are not the better for lying side by side
 
 _Step: TypeAlias = Callable[[Array, Any], Any]  # (n, what is carried) -> what is carried
 _States: TypeAlias = tuple[State, ...]
@@ -238,7 +239,7 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     """
     if not _on_cpu() or math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize >= APART_BYTES:
         return fast_recurrence(state, batched_product(x, w_x), w, clips)
-    layout = Layout(x.shape[2], turned=_alone())
+    layout = Layout(x.shape[2], turned=_alone() and x.shape[1] >= TURNED_ROWS)
     # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
     by_part = zip(*(jnp.split(a, len(a)) for a in leaves), strict=True)

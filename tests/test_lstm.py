@@ -58,7 +58,8 @@ def arranged(request, monkeypatch):
     """How a kernel called "fast" arranges its parts."""
     monkeypatch.setattr(fast, "APART_BYTES", 0 if request.param == "together" else np.inf)
     monkeypatch.setattr(fast, "_on_cpu", lambda: True)
-    monkeypatch.setattr(fast, "_alone", lambda: request.param == "turned")
+    monkeypatch.setattr(fast, "TURNED_ROWS", B if request.param == "turned" else B + 1)
+    monkeypatch.setattr(fast, "_alone", lambda: True)
     return request.param
 
 
@@ -103,6 +104,14 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state, arranged):
     got, want = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(got))
+
+
+def test_rows_that_devices_share_do_not_lie_side_by_side(monkeypatch):
+    monkeypatch.setattr(fast, "TURNED_ROWS", 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    x = jnp.zeros((D, B, T, I))
+    params = LSTM(H).init(jax.random.key(1), x, LENGTHS)
+    assert ARRANGED["apart"] in str(jax.make_jaxpr(lambda x: LSTM(H).apply(params, x, LENGTHS))(x))
 
 
 def test_fast_is_plain_in_float32(arranged):
