@@ -21,10 +21,20 @@ from elmo_jax.train import LossFn, Optimizer, Params, TrainState, train_step
 
 @dataclass(frozen=True)
 class LargeProducts:
-    """A task whose time goes into large products, which it adds up over a loop, as the full softmax does.
+    """A task whose time goes into large products that it adds up in a loop, as the full softmax does.
 
-    XLA:CPU then adds while it multiplies, and needs no room for what is added. Small products, as
-    those of an LSTM's steps, are the slower for it.
+    Compiled for a CPU, such a product adds while it multiplies, and needs no room for what is
+    added. Small products, as those of an LSTM's steps, are the slower for it, so a task says
+    what it is; what it computes stays the same.
+
+    Attributes:
+        loss_fn: the task.
+
+    Example:
+        >>> task = LargeProducts(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
+        >>> loss, sums = task({"w": jnp.ones((2, 3))}, jnp.ones(3), jax.random.key(0))
+        >>> float(loss)
+        6.0
     """
 
     loss_fn: LossFn
@@ -36,9 +46,10 @@ class LargeProducts:
 
 @cache
 def _options(large: bool) -> dict[str, Any]:
-    """What XLA:CPU is told, as long as it knows the words: not to copy what a step writes over.
+    """What XLA:CPU is told, as far as it knows the words; for `large`, see `LargeProducts`.
 
-    Else it copies Adam's moments of every table in every step, and they are large.
+    It is told not to copy what a step writes over, or it copies Adam's moments of every table
+    in every step, and they are large.
     """
     if jax.default_backend() != "cpu":
         return {}
