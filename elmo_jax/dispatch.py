@@ -45,11 +45,22 @@ class LargeProducts:
 
 
 @cache
-def _options(large: bool) -> dict[str, Any]:
-    """What XLA:CPU is told, as far as it knows the words; for `large`, see `LargeProducts`.
+def compiler_options(large: bool) -> dict[str, Any]:
+    """What XLA:CPU is told of a step's program, as far as it knows the words, for `jax.jit`.
 
     It is told not to copy what a step writes over, or it copies Adam's moments of every table
     in every step, and they are large.
+
+    Args:
+        large: whether the program is one of large products, see `LargeProducts`.
+
+    Returns:
+        Names and values; none for any other compiler.
+
+    Example:
+        >>> step = jax.jit(lambda x: x @ x.T, compiler_options=compiler_options(large=True))
+        >>> step(jnp.ones((1, 2))).tolist()
+        [[2.0]]
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -99,7 +110,7 @@ def make_dispatch(
     if like is not None and mesh is not None:
         places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
 
-    options = _options(isinstance(loss_fn, LargeProducts))
+    options = compiler_options(isinstance(loss_fn, LargeProducts))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=options)
     def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):

@@ -16,7 +16,7 @@ from jax import Array
 from elmo_jax.bilm import zero_state
 from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
-from elmo_jax.dispatch import make_dispatch, takes_all
+from elmo_jax.dispatch import compiler_options, make_dispatch, takes_all
 from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips
@@ -110,12 +110,12 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
             return full_nll(hidden, table, bias, targets, weight)[0]
         return sampled_nll(hidden, table, bias, targets, weight, draw)[0]
 
-    return softmax_gradients(loss, arrays)
+    return softmax_gradients(loss, arrays, compiler_options(large=draw is None))
 
 
-def softmax_gradients(loss: Any, arrays: Arrays) -> Built:
+def softmax_gradients(loss: Any, arrays: Arrays, options: dict[str, Any] | None = None) -> Built:
     """Loss and gradients of a softmax ``(hidden, table, bias) -> loss``, named alike for all peers."""
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=options)
     args = [jnp.asarray(arrays[name]) for name in ("hidden", "table", "bias")]
     return compiled_once(step, ("loss", "d:hidden", "d:table", "d:bias"), *args)
 

@@ -9,7 +9,7 @@ from test_fit import loss_fn
 from elmo_jax import dispatch
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import BatchStream
-from elmo_jax.dispatch import LargeProducts, make_dispatch
+from elmo_jax.dispatch import LargeProducts, compiler_options, make_dispatch
 from elmo_jax.tasks import bilm_loss, init_params
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
@@ -48,7 +48,7 @@ def test_on_an_accelerator_a_part_filled_dispatch_takes_its_steps_and_no_more(do
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=8)
     assert stream.steps_per_epoch % 8
     expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
-    monkeypatch.setattr(dispatch, "_options", lambda large: {})
+    monkeypatch.setattr(dispatch, "compiler_options", lambda large: {})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ends, loop = [], jax.lax.fori_loop
     monkeypatch.setattr(jax.lax, "fori_loop", lambda *args: (ends.append(args[1]), loop(*args))[1])
@@ -81,7 +81,7 @@ def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(do
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=3)
     task = bilm_loss(model)
     assert isinstance(task, LargeProducts) and not isinstance(bilm_loss(model, 7), LargeProducts)
-    assert len(dispatch._options(True)) == 1 + len(dispatch._options(False)) == 2  # XLA:CPU knows the words
+    assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 2  # XLA:CPU knows the words
     batches, count = next(stream.dispatches(0, 3))[:2]
     done = []
     for loss in task, task.loss_fn:
