@@ -25,7 +25,8 @@ class LargeProducts:
 
     Compiled for a CPU, such a product adds while it multiplies, and needs no room for what is
     added. Small products, as those of an LSTM's steps, are the slower for it, so a task says
-    what it is; what it computes stays the same.
+    what it is; what it computes stays the same but for rounding. A function that calls a task
+    so marked has to be marked itself.
 
     Attributes:
         loss_fn: the task.

@@ -9,7 +9,8 @@ the gates and the gates' gradient over the slopes.
 
 What is fastest is chosen for JAX's default backend, when a program is traced; any other runs it too.
 
-Nouns: as in `recurrence`; a *part* is a direction, with arrays of its own that lie as `layout` says.
+Nouns: as in `recurrence`; a *part* is a direction, or several along the first axis of all arrays,
+which lie as `layout` says.
 Axes: D direction, B batch, T time, H cells, P projection (P = H without one).
 """
 
@@ -54,9 +55,10 @@ class _Slopes(NamedTuple):
     inside: Array | None
 
 
-def _by_gate(values: tuple[float, ...], cells: int, dtype: DTypeLike) -> Array:
-    """A number for each of the gates i, j, f, o, repeated over its cells: ``[4H]``."""
-    return jnp.repeat(jnp.array(values, dtype), cells)
+def _by_gate(values: tuple[float, ...], bias: Array, dtype: DTypeLike) -> Array:
+    """A number for each of the gates i, j, f, o, repeated over its cells: as many axes as their bias."""
+    repeated = jnp.repeat(jnp.array(values, dtype), bias.shape[-1] // 4)
+    return jnp.expand_dims(repeated, tuple(range(bias.ndim - 1)))
 
 
 def _inside(x: Array, bound: float | None) -> Array | None:
@@ -84,10 +86,8 @@ def _steps_of(parts: Sequence[tuple[Any, _Step]], steps: int) -> tuple[Any, ...]
 def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: Layout, differentiated: bool):
     """What the loop over steps begins with, and its step; see `_forward`."""
     cells = state.c.shape[layout.features]
-    bias, scale = (_by_gate(values, cells, gates.dtype) for values in (_BIAS, _SCALE))
-    bias, scale = (
-        jnp.expand_dims(x, 1 - layout.features) for x in (bias + w.bias.astype(gates.dtype), scale)
-    )
+    bias, scale = (_by_gate(values, w.bias, gates.dtype) for values in (_BIAS, _SCALE))
+    bias, scale = (jnp.expand_dims(x, layout.rows) for x in (bias + w.bias.astype(gates.dtype), scale))
 
     def step(n: Array, carry: tuple[State, State, Array, _Slopes | None]):
         before, states, gates, slopes = carry
@@ -114,7 +114,7 @@ def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: 
         states = State(layout.put(states.c, c, n), layout.put(states.h, h, n))
         return State(c, h), states, gates, slopes
 
-    states = jax.tree.map(lambda a: jnp.zeros((len(a), layout.steps * a.shape[1]), a.dtype), state)
+    states = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], layout.steps * a.shape[-1]), a.dtype), state)
     slopes = None
     if differentiated:
         m = None if w.projection is None else states.c
@@ -149,7 +149,7 @@ def _recurrences_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips,
 def _backward_part(residuals, grads: State, layout: Layout):
     """What the loop over steps, the last first, begins with, and its step."""
     first, h, by_gate, slopes, w = residuals
-    to_h, to_m = w.recurrent.T, None if w.projection is None else w.projection.T
+    to_h, to_m = w.recurrent.mT, None if w.projection is None else w.projection.mT
     # No gradient, no addition in the loop.
     grad_c, grad_h = (None if isinstance(g, SymbolicZero) else g for g in grads)
     cells = first.c.shape[layout.features]
@@ -184,7 +184,7 @@ def _recurrences_backward(clips: Clips, layout: Layout, residuals, grads: _State
         d_projection = None
         if w.projection is not None:
             d_projection = layout.matrix_gradient(slopes.m, dh, w.projection)
-        before = jnp.concatenate([first.h, h[:, : -first.h.shape[1]]], axis=1)
+        before = jnp.concatenate([first.h, h[..., : -first.h.shape[-1]]], axis=-1)
         d_recurrent = layout.matrix_gradient(before, dz, w.recurrent)
         d_w.append(Weights(d_recurrent, layout.bias_gradient(dz, w.bias), d_projection))
     return tuple(carry[0] for carry in after), tuple(carry[1] for carry in after), tuple(d_w)
@@ -209,12 +209,8 @@ def fast_recurrence(state: State, gates: Array, w: Weights, clips: Clips) -> Sta
         The states after every step: c ``[D, B, T, H]``, h ``[D, B, T, P]``.
     """
     layout = Layout(gates.shape[2], turned=False)
-
-    def run(state: State, gates: Array, w: Weights) -> State:
-        made: Any = _recurrences((state,), (layout.flat(gates),), (w,), clips, layout)
-        return jax.tree.map(layout.unflat, made[0], state)
-
-    return jax.vmap(run)(state, gates, w)
+    made: Any = _recurrences((state,), (layout.flat(gates),), (w,), clips, layout)
+    return jax.tree.map(layout.unflat, made[0], state)
 
 
 def _on_cpu() -> bool:
@@ -239,7 +235,9 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     """
     if not _on_cpu() or math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize >= APART_BYTES:
         return fast_recurrence(state, batched_product(x, w_x), w, clips)
-    layout = Layout(x.shape[2], turned=_alone() and x.shape[1] >= TURNED_ROWS)
+    _, rows, steps, _ = x.shape
+    many = isinstance(rows, int) and rows >= TURNED_ROWS  # exported programs may leave them open
+    layout = Layout(steps, turned=many and _alone())
     # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
     by_part = zip(*(jnp.split(a, len(a)) for a in leaves), strict=True)

@@ -1,7 +1,8 @@
-"""How a direction's arrays lie while an LSTM's steps are taken, and what is done to them that depends on it.
+"""How arrays lie while an LSTM's steps are taken, and what is done to them that depends on it.
 
 Nouns: a step of an array is ``[B, N]`` for N features, and all steps lie side by side, ``[B, T * N]``;
 where they are *turned*, a step is ``[N, B]``, all are ``[N, T * B]``, and a matrix ``[I, O]`` is ``[O, I]``.
+Any of them may have an axis of directions before these.
 Axes: B batch, T time, I and O features before and after a matrix.
 """
 
@@ -33,30 +34,35 @@ class Layout(NamedTuple):
     @property
     def features(self) -> int:
         """Their axis in a step."""
-        return 0 if self.turned else 1
+        return -2 if self.turned else -1
+
+    @property
+    def rows(self) -> int:
+        """Their axis in a step."""
+        return -3 - self.features
 
     def turn(self, a: Array) -> Array:
-        """From and to ``[B, N]``, ``[B, T, N]`` or ``[I, O]``."""
+        """From and to ``[B, N]``, ``[B, T, N]``, ``[I, O]`` or a bias ``[N]``, of one direction."""
         return a.T if self.turned else a
 
     def flat(self, a: Array) -> Array:
         """All steps side by side, from ``[B, T, N]`` or what `turn` makes of it."""
-        return a.reshape(len(a), a.shape[1] * a.shape[2])
+        return a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
 
     def unflat(self, a: Array, step: Array) -> Array:
         """`flat` undone, for steps of that shape."""
-        return a.reshape(len(step), self.steps, step.shape[1])
+        return a.reshape(*step.shape[:-1], self.steps, step.shape[-1])
 
     def at(self, a: Array, n: Array | int) -> Array:
         """Step n of all."""
-        width = a.shape[1] // self.steps
-        return jax.lax.dynamic_slice(a, (0, n * width), (len(a), width))
+        width = a.shape[-1] // self.steps
+        return jax.lax.dynamic_slice_in_dim(a, n * width, width, axis=-1)
 
     def put(self, a: Array, value: Array, n: Array | int, feature: int = 0) -> Array:
         """All steps with step n replaced, or as many of its features as there are values."""
-        begin = n * (a.shape[1] // self.steps)
+        begin = n * (a.shape[-1] // self.steps)
         at = (feature, begin) if self.turned else (0, begin + feature)
-        return jax.lax.dynamic_update_slice(a, value, at)
+        return jax.lax.dynamic_update_slice(a, value, (0,) * (a.ndim - 2) + at)
 
     def product(self, a: Array, w: Array) -> Array:
         """A step's features times a matrix, in its dtype, summed in float32 at least."""
@@ -67,16 +73,22 @@ class Layout(NamedTuple):
         """The same of all steps, side by side."""
         if self.turned:
             return self.product(a, w)
-        return self.product(a.reshape(-1, len(w)), w).reshape(len(a), self.steps * w.shape[1])
+        made = self.product(_by_step(a, w.shape[-2]), w)
+        return made.reshape(*a.shape[:-1], self.steps * w.shape[-1])
 
     def matrix_gradient(self, a: Array, g: Array, w: Array) -> Array:
         """Of a matrix: from all steps' features before it, and the gradient of those after it."""
         a, g = a.astype(w.dtype), g.astype(w.dtype)
-        pair = (g, a.T) if self.turned else (a.reshape(-1, len(w)).T, g.reshape(-1, w.shape[1]))
+        pair = (g, a.mT) if self.turned else (_by_step(a, w.shape[-2]).mT, _by_step(g, w.shape[-1]))
         sums = np.promote_types(w.dtype, np.float32)
         return jnp.matmul(*pair, preferred_element_type=sums).astype(w.dtype)
 
     def bias_gradient(self, g: Array, bias: Array) -> Array:
         """Of what is added to every step."""
-        total = g.sum(1) if self.turned else g.reshape(-1, len(bias)).sum(0)
+        total = g.sum(-1) if self.turned else _by_step(g, bias.shape[-1]).sum(-2)
         return total.astype(bias.dtype)
+
+
+def _by_step(a: Array, features: int) -> Array:
+    """``[B, T * N]`` as ``[B * T, N]``."""
+    return a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1] // features, features)

@@ -70,8 +70,9 @@ def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        factor = most / jnp.maximum(optax.tree.norm(updates), most)  # exactly 1 up to `most`
-        return optax.tree.scale(factor, updates), state
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm <= most, 1, most / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

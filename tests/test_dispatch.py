@@ -10,7 +10,7 @@ from elmo_jax import dispatch
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import BatchStream
 from elmo_jax.dispatch import LargeProducts, compiler_options, make_dispatch
-from elmo_jax.tasks import bilm_loss, init_params
+from elmo_jax.tasks import bilm_loss, bilm_window_loss, init_params
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -76,18 +76,34 @@ def test_a_shape_that_was_not_told_ahead_is_compiled_when_it_comes(documents):
     same(walked(run, stream), walked(make_dispatch(loss_fn, OPTIMIZER), stream))
 
 
-def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(documents):
+def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(documents, monkeypatch):
     model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1, dropout=0.0), 50)
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=3)
-    task = bilm_loss(model)
-    assert isinstance(task, LargeProducts) and not isinstance(bilm_loss(model, 7), LargeProducts)
-    assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 2  # XLA:CPU knows the words
+    task, asked, options = bilm_loss(model), [], dispatch.compiler_options
+    monkeypatch.setattr(dispatch, "compiler_options", lambda large: (asked.append(large), options(large))[1])
     batches, count = next(stream.dispatches(0, 3))[:2]
     done = []
     for loss in task, task.loss_fn:
         params = init_params(model, KEY)
         done.append(make_dispatch(loss, OPTIMIZER)(TrainState.create(params, OPTIMIZER), batches, count, KEY))
+    assert asked == [True, False]
     (state, sums), (plain_state, plain_sums) = done
     np.testing.assert_allclose(sums["loss"], plain_sums["loss"], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain_state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # Adam makes much of rounding
+
+
+def test_the_tasks_of_large_products_are_those_of_the_full_softmax():
+    model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1), 50)
+    for make in bilm_loss, bilm_window_loss:
+        assert isinstance(make(model), LargeProducts) and not isinstance(make(model, 7), LargeProducts)
+
+
+def test_a_compiler_is_told_what_it_knows(monkeypatch):
+    assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 2
+    assert not dispatch._knows("xla_cpu_no_such_option", True)
+    told = compiler_options.__wrapped__
+    monkeypatch.setattr(dispatch, "_knows", lambda name, value: "fusion" not in name)
+    assert told(True) == told(False) == compiler_options(False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert told(True) == told(False) == {}

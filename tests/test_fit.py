@@ -8,6 +8,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from elmo_jax import loop, steps
@@ -19,6 +20,7 @@ from elmo_jax.loop import Interrupted, fit
 from elmo_jax.train import (
     OptimizerConfig,
     TrainState,
+    _clip_by_global_norm,
     evaluate,
     make_optimizer,
     train_step,
@@ -346,3 +348,23 @@ def test_gradients_are_clipped_by_their_global_norm():
     want = {"a": 0.6, "b": 0.8}  # of norm 1, over the root of the accumulator
     np.testing.assert_allclose(update["a"][0], -want["a"] / np.sqrt(1 + want["a"] ** 2), rtol=1e-4)
     np.testing.assert_allclose(update["b"][1], -want["b"] / np.sqrt(1 + want["b"] ** 2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("most", [0.5, 5.0, 100.0, 1e39, np.inf])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e15, np.nan])
+def test_gradients_are_clipped_as_optax_clips_them(most, scale):
+    gradients = {"a": scale * jnp.array([3.0, 0.5]), "b": scale * jnp.array([-4.0], jnp.bfloat16)}
+    got, want = (
+        clip.update(gradients, clip.init(gradients))[0]
+        for clip in (_clip_by_global_norm(most), optax.clip_by_global_norm(most))
+    )
+    for name, g in gradients.items():
+        assert got[name].dtype == g.dtype
+        np.testing.assert_allclose(
+            got[name].astype(float), want[name].astype(float), rtol=1e-2 if name == "b" else 1e-6
+        )
+
+
+def test_a_gradient_that_is_not_finite_is_not_made_so_by_clipping():
+    clip = _clip_by_global_norm(1.0)
+    assert not np.isfinite(clip.update({"a": jnp.array([1.0, np.inf])}, clip.init({}))[0]["a"]).all()

@@ -7,7 +7,7 @@ from reference import lstm as oracle, tree64
 
 from elmo_jax import fast
 from elmo_jax.lstm import LSTM, reverse_valid
-from elmo_jax.recurrence import Clips, State
+from elmo_jax.recurrence import Clips, State, Weights
 
 T, D, B, I, H, P = 5, 2, 3, 4, 6, 3  # noqa: E741
 LENGTHS = jnp.array([5, 2, 0])
@@ -112,6 +112,25 @@ def test_rows_that_devices_share_do_not_lie_side_by_side(monkeypatch):
     x = jnp.zeros((D, B, T, I))
     params = LSTM(H).init(jax.random.key(1), x, LENGTHS)
     assert ARRANGED["apart"] in str(jax.make_jaxpr(lambda x: LSTM(H).apply(params, x, LENGTHS))(x))
+
+
+def test_a_step_is_a_slice_of_all_and_not_a_gather(arranged):
+    x, w_x = jnp.zeros((D, B, T, I)), jnp.zeros((D, I, 4 * H))
+    w = Weights(jnp.zeros((D, H, 4 * H)), jnp.zeros((D, 4 * H)), None)
+    state = State(jnp.zeros((D, B, H)), jnp.zeros((D, B, H)))
+    run = lambda x, w_x, w: jnp.sum(fast.run_fast(x, state, w_x, w, Clips()).h)  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(x, w_x, w))
+    assert "dynamic_update_slice" in program and "gather" not in program and "scatter" not in program
+
+
+def test_a_program_may_leave_the_number_of_rows_open():
+    params = LSTM(H).init(jax.random.key(0), jnp.zeros((D, 1, T, I)), jnp.zeros(1, jnp.int32))
+    run = jax.jit(lambda x, lengths: LSTM(H, kernel="fast").apply(params, x, lengths)[0])
+    rows = jax.export.symbolic_shape("rows")[0]
+    shapes = [jax.ShapeDtypeStruct((D, rows, T, I), "float32"), jax.ShapeDtypeStruct((rows,), "int32")]
+    exported = jax.export.export(run)(*shapes)
+    x = jax.random.normal(jax.random.key(1), (D, B, T, I))
+    np.testing.assert_allclose(exported.call(x, LENGTHS), run(x, LENGTHS), rtol=1e-6)
 
 
 def test_fast_is_plain_in_float32(arranged):
