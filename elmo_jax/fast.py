@@ -28,7 +28,8 @@ from jax.typing import DTypeLike
 from elmo_jax.layout import Layout
 from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_product, clip
 
-# Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores.
+# Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores,
+# unless it is turned.
 APART_BYTES = 4 << 20
 TURNED_ROWS = 24  # of a batch; fewer are not the better for lying side by side
 
@@ -233,11 +234,12 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     Returns:
         As `fast_recurrence`.
     """
-    if not _on_cpu() or math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize >= APART_BYTES:
-        return fast_recurrence(state, batched_product(x, w_x), w, clips)
     _, rows, steps, _ = x.shape
     many = isinstance(rows, int) and rows >= TURNED_ROWS  # exported programs may leave them open
-    layout = Layout(steps, turned=many and _alone())
+    layout = Layout(steps, turned=many and _on_cpu() and _alone())
+    small = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize < APART_BYTES
+    if not (layout.turned or (small and _on_cpu())):
+        return fast_recurrence(state, batched_product(x, w_x), w, clips)
     # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
     by_part = zip(*(jnp.split(a, len(a)) for a in leaves), strict=True)
