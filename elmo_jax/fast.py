@@ -28,9 +28,9 @@ from jax.typing import DTypeLike
 from elmo_jax.layout import Layout
 from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_product, clip
 
-# Of a direction's recurrent weights; with fewer its products are too small to be shared out to cores,
-# unless it is turned.
-APART_BYTES = 4 << 20
+# Of a direction's recurrent weights. With fewer, its products are too small to be shared out to cores;
+# with more, it is not worth their copy to turn them.
+APART_BYTES, TURNED_BYTES = 4 << 20, 32 << 20
 TURNED_ROWS = 24  # of a batch; fewer are not the better for lying side by side
 
 _Step: TypeAlias = Callable[[Array, Any], Any]  # (n, what is carried) -> what is carried
@@ -236,9 +236,9 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     """
     _, rows, steps, _ = x.shape
     many = isinstance(rows, int) and rows >= TURNED_ROWS  # exported programs may leave them open
-    layout = Layout(steps, turned=many and _on_cpu() and _alone())
-    small = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize < APART_BYTES
-    if not (layout.turned or (small and _on_cpu())):
+    size = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize
+    layout = Layout(steps, turned=many and size < TURNED_BYTES and _on_cpu() and _alone())
+    if not (layout.turned or (size < APART_BYTES and _on_cpu())):
         return fast_recurrence(state, batched_product(x, w_x), w, clips)
     # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.
     leaves, tree = jax.tree.flatten((x, state, w_x, w))
