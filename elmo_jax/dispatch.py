@@ -45,7 +45,6 @@ class LargeProducts:
         return self.loss_fn(params, batch, key)
 
 
-@cache
 def compiler_options(large: bool) -> dict[str, Any]:
     """What XLA:CPU is told of a step's program, as far as it knows the words, for `jax.jit`.
 
@@ -72,6 +71,7 @@ def compiler_options(large: bool) -> dict[str, Any]:
     return {name: value for name, value in options.items() if _knows(name, value)}
 
 
+@cache  # for it compiles a program
 def _knows(option: str, value: Any) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()

@@ -23,8 +23,9 @@ from jax.typing import DTypeLike
 
 from elmo_jax.cudnn import ROUGH, on_cuda
 from elmo_jax.fast import fast_recurrence
+from elmo_jax.layout import Layout
 from elmo_jax.mesh import DATA
-from elmo_jax.recurrence import Clips, State, Weights, weight_gradient
+from elmo_jax.recurrence import Clips, State, Weights
 
 _ROWS, _MOST_ROWS = 16, 128  # of a tile: the fewest that tensor cores multiply, the most for its registers
 _GROUP = 32  # cells
@@ -183,9 +184,11 @@ def _backward(clips: Clips, residuals: Any, grads: State):
     to_h = _padded_weights(w).swapaxes(2, 3).reshape(directions, 1, -1, width)
     dz, dc, dh = _call("backward", clips, made, by_gate, c, *grads, to_h)
     dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], _GATES * cells)
-    d_recurrent = weight_gradient(passed[:, :, :-1, :cells], dz, w.recurrent.dtype)
+    layout = Layout(steps, turned=False)
+    before = layout.flat(passed[:, :, :-1, :cells])
+    d_recurrent = layout.matrix_gradient(before, layout.flat(dz), w.recurrent)
     dz = dz.astype(jnp.float32)  # rounded as every product with it would round it
-    return State(dc, dh), dz, Weights(d_recurrent, dz.sum((1, 2)).astype(w.bias.dtype), None)
+    return State(dc, dh), dz, Weights(d_recurrent, layout.bias_gradient(layout.flat(dz), w.bias), None)
 
 
 _recurrence.defvjp(_forward, _backward)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 FORGET_BIAS = 1.0  # added when the cell runs, never stored, as in the official format
 
@@ -41,20 +40,9 @@ class Clips(NamedTuple):
 def batched_product(x: Array, w: Array) -> Array:
     """``[D, ..., I] x [D, I, O] -> [D, ..., O]`` in w's dtype, summed in float32 at least."""
     sums = np.promote_types(w.dtype, np.float32)
-    y = jnp.einsum("dni,dio->dno", _rows(x).astype(w.dtype), w, preferred_element_type=sums)
+    rows = x.reshape(len(x), -1, x.shape[-1]).astype(w.dtype)  # XLA:CPU copies what has more axes
+    y = jnp.einsum("dni,dio->dno", rows, w, preferred_element_type=sums)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
-    """``[D, ..., I] x [D, ..., O] -> [D, I, O]``: the product summed over all steps and rows."""
-    sums = np.promote_types(dtype, np.float32)
-    x, g = _rows(x).astype(dtype), _rows(g).astype(dtype)
-    return jnp.einsum("dni,dno->dio", x, g, preferred_element_type=sums).astype(dtype)
-
-
-def _rows(x: Array) -> Array:
-    """``[D, ..., I]`` to ``[D, N, I]``: XLA:CPU copies what has more axes than a product needs."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def clip(x: Array, bound: float | None) -> Array:

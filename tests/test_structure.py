@@ -19,7 +19,7 @@ ALLOWED = {
     "cudnn": {"recurrence"},
     "programs": {"recurrence"},
     "fast": {"layout", "recurrence"},
-    "persistent": {"cudnn", "fast", "mesh", "programs", "recurrence"},
+    "persistent": {"cudnn", "fast", "layout", "mesh", "programs", "recurrence"},
     "lstm": {"cudnn", "errors", "fast", "persistent", "recurrence"},
     "embedders": {"characters"},
     "softmax": {"negatives"},
