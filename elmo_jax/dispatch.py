@@ -4,7 +4,7 @@ Nouns: a *task* is as in `train`; a *dispatch* is one call of the device that ta
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,6 +17,9 @@ from jax import Array
 from elmo_jax.data import Batch
 from elmo_jax.mesh import everywhere, mesh_of, on
 from elmo_jax.train import LossFn, Optimizer, Params, TrainState, train_step
+
+# Of an index that a loop counts: else a program asks at every step whether it is below 0.
+_COUNTED: Any = {"allow_negative_indices": False}
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,18 @@ def takes_all() -> bool:
 
 
 def make_dispatch(
-    loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Sequence[Any] = ()
+    loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Iterable[Any] = ()
 ):
     """Compile `train_step` over up to K batches in one call, the state donated.
 
     Args:
         loss_fn: the task.
         optimizer: as the state was created with.
-        like: a state as every next one will be, if it lies on a mesh or anything is given `ahead`.
-        ahead: batches of shapes that will come, which are compiled from now on, side by side;
-            others are when they come. Their key is one of JAX's default kind.
+        like: a state as every next one will be, or its shapes, if it lies on a mesh or anything is
+            given `ahead`.
+        ahead: batches of shapes that will come; others are compiled when they come. An accelerator
+            works while they are compiled, side by side; a CPU is busy with it, one after the
+            other, until this returns. Their key is one of JAX's default kind.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, sums [K, ...])``; of the sums the
@@ -119,9 +124,11 @@ def make_dispatch(
 
         def body(i: Array, carry):
             state, filled = carry
-            batch = jax.tree.map(lambda a: a[i], batches)
+            at = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False, **_COUNTED)
+            batch = jax.tree.map(lambda a: at(a), batches)
             state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
-            return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, **_COUNTED)
+            return state, jax.tree.map(lambda every, value: put(every, value), filled, sums)
 
         first = jax.tree.map(lambda a: a[0], batches)
         shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)
@@ -134,7 +141,7 @@ def make_dispatch(
     for batches in ahead:  # traced here, for a thread has settings of its own
         assert like is not None
         traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
-        programs[_shapes(batches)] = _in_background(traced.compile)
+        programs[_shapes(batches)] = (_in_background if known else _now)(traced.compile)
 
     def dispatch(state: TrainState, batches: Any, count: int, key: Array):
         program = programs.get(_shapes(batches)) if programs else None
@@ -145,6 +152,12 @@ def make_dispatch(
         return replace(after, frozen=state.frozen), sums
 
     return dispatch
+
+
+def _now(work: Callable[[], Any]) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(work())
+    return future
 
 
 def _in_background(work: Callable[[], Any]) -> Future[Any]:

@@ -42,7 +42,30 @@ class WordEmbedder(nn.Module):
 
     def __call__(self, words: Array) -> Array:
         """int32 ids ``[...]`` to vectors ``[..., E]``."""
-        return jnp.take(self.table, words, axis=0).astype(self.dtype)
+        return _rows_of(self.table, words).astype(self.dtype)
+
+
+@jax.custom_vjp
+def _rows_of(table: Array, words: Array) -> Array:
+    """A row for each word id, NaN for one that is none."""
+    return table.at[words].get(mode="fill", wrap_negative_indices=False)
+
+
+def _rows_forward(table: Array, words: Array):
+    return _rows_of(table, words), (table, words)
+
+
+def _rows_backward(kept: tuple[Array, Array], d_rows: Array):
+    table, words = kept
+    zero = jnp.zeros((), table.dtype)
+    if jax.device_count() == 1:  # several would have to tell each other
+        # It waits for the gradient: else XLA makes the zeros, as large as the table, before the softmax.
+        zero = jnp.minimum(jnp.abs(d_rows.ravel()[0]), zero)
+    zeros = jnp.broadcast_to(zero, table.shape)
+    return zeros.at[words].add(d_rows, mode="drop", wrap_negative_indices=False), None
+
+
+_rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
+from elmo_jax.mesh import Plan
 from elmo_jax.tasks import bilm_loss, init_params
 from elmo_jax.text import Vocabulary, tokenize
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
@@ -157,13 +158,13 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
         stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
-        params = init_params(model, jax.random.key(seed))
         optimizer = make_optimizer(OptimizerConfig(), int(self.epochs) * stream.steps_per_epoch)
         negatives = int(self.negatives) if self.negatives < len(vocabulary) else None
+        key = jax.random.key(seed)
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:
                 state, _ = fit(
-                    TrainState.create(params, optimizer),
+                    Plan(lambda: TrainState.create(init_params(model, key), optimizer)),
                     bilm_loss(model, negatives),
                     optimizer,
                     stream,

@@ -56,13 +56,14 @@ class Layout(NamedTuple):
     def at(self, a: Array, n: Array | int) -> Array:
         """Step n of all."""
         width = a.shape[-1] // self.steps
-        return jax.lax.dynamic_slice_in_dim(a, n * width, width, axis=-1)
+        return jax.lax.dynamic_slice_in_dim(a, n * width, width, axis=-1, allow_negative_indices=False)
 
     def put(self, a: Array, value: Array, n: Array | int, feature: int = 0) -> Array:
         """All steps with step n replaced, or as many of its features as there are values."""
         begin = n * (a.shape[-1] // self.steps)
         at = (feature, begin) if self.turned else (0, begin + feature)
-        return jax.lax.dynamic_update_slice(a, value, (0,) * (a.ndim - 2) + at)
+        at = (0,) * (a.ndim - 2) + at
+        return jax.lax.dynamic_update_slice(a, value, at, allow_negative_indices=False)
 
     def product(self, a: Array, w: Array) -> Array:
         """A step's features times a matrix, in its dtype, summed in float32 at least."""

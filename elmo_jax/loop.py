@@ -22,10 +22,10 @@ from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import Stream
 from elmo_jax.dispatch import make_dispatch
 from elmo_jax.errors import InputError
-from elmo_jax.mesh import feed, mesh_of
+from elmo_jax.mesh import Plan, feed, mesh_of
 from elmo_jax.processes import agree, several
-from elmo_jax.progress import Meter
-from elmo_jax.train import LossFn, Optimizer, TrainState
+from elmo_jax.progress import Meter, shown
+from elmo_jax.train import LossFn, Optimizer, Params, TrainState
 
 MEETING = 8  # dispatches between two, of several processes: a meeting makes the devices wait
 PATIENCE = 5  # steps in a row that may be skipped because they are not finite
@@ -66,7 +66,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def fit(
-    state: TrainState,
+    begin: Plan[TrainState],
     loss_fn: LossFn,
     optimizer: Optimizer,
     stream: Stream,
@@ -75,6 +75,7 @@ def fit(
     epochs: int,
     seed: int,
     on_epoch: Callable[[TrainState, Mapping[str, Any]], dict[str, Any]],
+    frozen: Params | None = None,
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     save_every: int | None = None,
     after_dispatch: Callable[[int], None] = lambda step: None,
@@ -86,15 +87,17 @@ def fit(
     parameters and records, but for times, as one that was not.
 
     Args:
-        state: as `TrainState.create` made it; replaced if the run holds a saved step.
+        begin: what `TrainState.create` makes; it is made once programs for all of the stream's shapes
+            are there, which takes room, and not at all if the run holds a saved step.
         loss_fn: the task.
-        optimizer: as `state` was created with.
+        optimizer: as the state is created with.
         stream: the training batches.
         run: where to save and log.
         epochs: passes in all, the ones before a resumption among them.
         seed: of the steps' randomness.
         on_epoch: evaluates; gets the state and the epoch's sums and returns what its record
             is to hold, the run's `monitor` among it.
+        frozen: the state's, where the other arrays lie; it is not saved.
         on_record: gets every new epoch's whole record, once it is logged.
         save_every: steps between saves within an epoch; None saves at its end alone.
         after_dispatch: called with the step after every dispatch.
@@ -108,18 +111,15 @@ def fit(
             the run is to lower, were not finite; or a step could not be saved.
         Interrupted: SIGINT or SIGTERM came; the step was saved.
     """
-    position = Position()
-    restored = run.restore(_as_tree(state))
-    if restored is not None:
-        tree, position = restored
-        state = replace(state, **tree)
+    like = replace(begin.like(), frozen=frozen or {})
+    restored, position = run.restore(_as_tree(like)) or (None, Position())
     run.log(position.records)
-    mesh = mesh_of(state)
-    # A GPU's compiler is slow and leaves most of a host idle; on a CPU training would wait for all.
-    shapes = stream.shapes() if mesh is None and jax.default_backend() == "gpu" else []
-    dispatch_fn = make_dispatch(loss_fn, optimizer, state, shapes)
+    mesh = mesh_of(like)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
+    shapes = stream.shapes() if mesh is None and position.step < epochs * per_epoch else []
+    dispatch_fn = make_dispatch(loss_fn, optimizer, like, shown(shapes, "program"))
+    state = replace(begin(), frozen=like.frozen) if restored is None else replace(like, **restored)
     meeting, dispatches = MEETING if several() else 1, 0
     ahead: deque[tuple[int, dict[str, Array]]] = deque()  # empty between epochs
 

@@ -10,7 +10,8 @@ Axes: B batch, D direction, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -72,30 +73,55 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(make: Callable[..., T], mesh: Mesh | None, *given: Any, tables: Sequence[str] = ()) -> T:
-    """What `make` returns, made where it is to lie.
+@dataclass(frozen=True)
+class Plan(Generic[T]):
+    """A pytree of arrays, perhaps a `TrainState`, that is made when it is called, where it is to lie.
 
-    Args:
-        make: pure; makes a pytree of arrays, perhaps a `TrainState`.
+    Attributes:
+        make: pure; makes the pytree.
         mesh: of all devices; None makes it as it is.
         given: pytrees of arrays, the arguments of `make`, the same in every process.
         tables: paths of parameters whose first axis is to be split along "model", as is what
             the optimiser keeps of them. What a state carries, ``[D, B, ...]``, is split
             along "data".
-    """
-    if mesh is None:
-        return make(*given)
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    Example:
+        >>> zeros = Plan(lambda: jax.numpy.zeros(2))
+        >>> zeros.like().shape, zeros().tolist()
+        ((2,), [0.0, 0.0])
+    """
+
+    make: Callable[..., T]
+    mesh: Mesh | None = None
+    given: tuple[Any, ...] = ()
+    tables: Sequence[str] = ()
+
+    def like(self) -> T:
+        """Its shapes, dtypes and places, for which nothing is made."""
+        shapes = jax.eval_shape(self.make, *self.given)
+        if self.mesh is None:
+            return shapes
+
+        def placed(path: Any, leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._place(path))
+
+        return jax.tree_util.tree_map_with_path(placed, shapes)
+
+    def _place(self, path: Any) -> NamedSharding:
+        assert self.mesh is not None
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
         if name.startswith("/carry/"):
-            return NamedSharding(mesh, PartitionSpec(None, DATA))
-        split = any(name.endswith(f"/{table}") for table in tables)
-        return NamedSharding(mesh, PartitionSpec(MODEL)) if split else everywhere(mesh)
+            return NamedSharding(self.mesh, PartitionSpec(None, DATA))
+        split = any(name.endswith(f"/{table}") for table in self.tables)
+        return NamedSharding(self.mesh, PartitionSpec(MODEL)) if split else everywhere(self.mesh)
 
-    given = jax.tree.map(np.asarray, given)  # a program can take these to any device
-    places = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, *given))
-    return jax.jit(make, out_shardings=places)(*given)
+    def __call__(self) -> T:
+        """The arrays."""
+        if self.mesh is None:
+            return self.make(*self.given)
+        given = jax.tree.map(np.asarray, self.given)  # a program can take these to any device
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.like())
+        return jax.jit(self.make, out_shardings=places)(*given)
 
 
 def feed(stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool = False) -> Iterator[Dispatch]:

@@ -2,10 +2,27 @@
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from elmo_jax.processes import first
+
+T = TypeVar("T")
+
+
+def shown(items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items, a `Meter` telling how many are behind.
+
+    Example:
+        >>> sum(shown([1, 2, 3], "number"))
+        6
+    """
+    with Meter(len(items), unit) as meter:
+        for item in items:
+            yield item
+            meter.add(1)
 
 
 class Meter:

@@ -201,17 +201,16 @@ class Steps:
         """The state of a whole step as shapes and dtypes, in nested dictionaries."""
         with _quiet(), self._reader(step) as reader:
             saved: Any = reader.metadata(self.path / str(step) / _STATE).item_metadata
-            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), saved.tree)
+            return jax.tree.map(lambda a: _placed(jax.ShapeDtypeStruct(a.shape, a.dtype)), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:
         """The state of a whole step, or the part of it that the template asks for.
 
         Args:
             step: a whole step.
-            template: of arrays, or of their shapes and dtypes.
+            template: of arrays, or of their shapes and dtypes, and places where it is not the first device.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        abstract = jax.tree.map(_placed, template)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
         args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
         with _quiet(), self._reader(step) as reader:
@@ -281,6 +280,12 @@ def _on_host(array: Any) -> Any:
     """
     spread = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
     return array if spread else np.asarray(array)
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape, dtype and place of an array, or of what tells them; without a place, the first device."""
+    place = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from elmo_jax.data import Batch, BatchStream
 from elmo_jax.integrity import tree_digest
 from elmo_jax.loop import fit
 from elmo_jax.lstm import LSTM, Kernel
-from elmo_jax.mesh import make_mesh, put
+from elmo_jax.mesh import Plan, make_mesh
 from elmo_jax.metrics import classification
 from elmo_jax.processes import led, together
 from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
@@ -165,7 +165,7 @@ def _train(
 
     with cli.tensorboard(run, config.tensorboard) as on_record:
         _, records = fit(
-            put(lambda *given: TrainState.create(given[0], optimizer, given[1]), mesh, params, frozen),
+            Plan(lambda params: TrainState.create(params, optimizer), mesh, (params,)),
             loss_fn,
             optimizer,
             train,
@@ -174,9 +174,10 @@ def _train(
             seed=config.seed,
             on_epoch=on_epoch,
             on_record=on_record,
+            frozen=Plan(lambda frozen: frozen, mesh, (frozen,))(),
         )
     best = run.restore_best(("params",))["params"]
-    return records, put(lambda best, frozen: {**frozen, **best}, mesh, best, frozen)
+    return records, Plan(lambda best, frozen: {**frozen, **best}, mesh, (best, frozen))()
 
 
 def _measure(

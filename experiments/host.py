@@ -14,6 +14,7 @@ import numpy as np
 from elmo_jax.data import Dispatch
 from elmo_jax.dispatch import make_dispatch
 from elmo_jax.loop import fit
+from elmo_jax.mesh import Plan
 from elmo_jax.tasks import bilm_loss
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
@@ -41,17 +42,17 @@ class _Unsaved:
         pass
 
 
-def _training(case: Case, arrays: Arrays) -> tuple[TrainState, Any, Any]:
+def _training(case: Case, arrays: Arrays) -> tuple[Plan[TrainState], Any, Any]:
     """The state before the first step, the task of the default recipe, and the optimiser."""
     settings = OptimizerConfig(learning_rate=RATE, schedule="constant")
     optimizer = make_optimizer(settings, 1)
     task = bilm_loss(model_of(case, dropout=0.1), case.negatives)
-    return TrainState.create(weights_of(arrays), optimizer), task, optimizer
+    return Plan(lambda: TrainState.create(weights_of(arrays), optimizer)), task, optimizer
 
 
 def build_fit(case: Case, arrays: Arrays) -> Built:
     """Epochs of `fit`, which waits in a thread of its own until the next is asked for."""
-    state, task, optimizer = _training(case, arrays)
+    begin, task, optimizer = _training(case, arrays)
     stream = stream_of(case, arrays)
     asked: SimpleQueue[None] = SimpleQueue()
     ended: SimpleQueue[Any] = SimpleQueue()
@@ -65,7 +66,7 @@ def build_fit(case: Case, arrays: Arrays) -> Built:
         asked.get()
         run: Any = _Unsaved()
         try:
-            fit(state, task, optimizer, stream, run, epochs=_EPOCHS, seed=0, on_epoch=on_epoch)
+            fit(begin, task, optimizer, stream, run, epochs=_EPOCHS, seed=0, on_epoch=on_epoch)
         except Exception as error:
             ended.put(error)
 
@@ -85,13 +86,13 @@ def build_fit(case: Case, arrays: Arrays) -> Built:
 
 def build_replay(case: Case, arrays: Arrays) -> Built:
     """The first epoch's dispatches again and again."""
-    state, task, optimizer = _training(case, arrays)
+    begin, task, optimizer = _training(case, arrays)
     stream = stream_of(case, arrays)
     dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
     placed = [
         Dispatch(jax.device_put(d.batches), d.count) for d in stream.dispatches(0, stream.steps_per_epoch)
     ]
-    held = [state]
+    held = [begin()]
 
     def run(n: int) -> float:
         loss = 0.0

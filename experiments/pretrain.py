@@ -19,7 +19,7 @@ from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
 from elmo_jax.lstm import Kernel
-from elmo_jax.mesh import make_mesh, put
+from elmo_jax.mesh import Plan, make_mesh
 from elmo_jax.metrics import perplexities
 from elmo_jax.processes import led, together
 from elmo_jax.rowwise import Rowwise
@@ -152,14 +152,12 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     cli.describe((data.train, data.held_out), data.vocabulary, train)
-    state, optimizer, loss_fn = _begin(config, model, data, train, mesh)
-    cli.say(
-        f"model: {cli.count(state.params):,} parameters, {jax.default_backend()} x {jax.device_count()}, "
-        f"{kernel} LSTM"
-    )
+    begin, optimizer, loss_fn = _begin(config, model, data, train, mesh)
+    count, devices = cli.count(begin.like().params), f"{jax.default_backend()} x {jax.device_count()}"
+    cli.say(f"model: {count:,} parameters, {devices}, {kernel} LSTM")
     if config.dry_run:
         steps = config.epochs * train.steps_per_epoch / data.share
-        estimate(state, loss_fn, optimizer, train, steps, config.seed)
+        estimate(begin(), loss_fn, optimizer, train, steps, config.seed)
         return []
     files = {VOCABULARY: data.vocabulary.text}
     about = {"texts": data.digest} | ({} if config.corpus.corpus is None else {"data": None})
@@ -180,7 +178,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
 
     with cli.tensorboard(run, config.tensorboard) as on_record:
         _, records = fit(
-            state,
+            begin,
             loss_fn,
             optimizer,
             train,
@@ -216,7 +214,7 @@ def _portion(config: PretrainConfig) -> int:
 
 def _begin(
     config: PretrainConfig, model: BiLM, data: Texts, train: Stream, mesh: Mesh | None
-) -> tuple[TrainState, Any, LossFn]:
+) -> tuple[Plan[TrainState], Any, LossFn]:
     """The state before the first step, the optimiser, and the task."""
     left = len(data.vocabulary) % config.model_parallel
     if left:
@@ -243,7 +241,7 @@ def _begin(
         return TrainState.create(params, optimizer, carry=carry)
 
     task = (bilm_window_loss if windows else bilm_loss)(model, negatives, rowwise)
-    return put(begin, mesh, tables=bilm_tables(model)), optimizer, task
+    return Plan(begin, mesh, tables=bilm_tables(model)), optimizer, task
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from elmo_jax.checkpoint import VOCABULARY, Run
 from elmo_jax.datasets import DataConfig, Dataset, load_dataset
 from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
+from elmo_jax.mesh import Plan
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.svd import SVDConfig, svd_vectors
 from elmo_jax.text import UNK
@@ -99,8 +100,9 @@ def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
         cli.say(f"epoch {epoch}: loss {loss:.4f} a pair, {rate:,.0f} tokens/s, {sums['seconds']:.0f} s")
         return {"tokens_per_second": round(rate, 1)}
 
+    key = jax.random.key(config.seed)
     state, records = fit(
-        TrainState.create(sgns_init(size, config.dimensions, jax.random.key(config.seed)), optimizer),
+        Plan(lambda: TrainState.create(sgns_init(size, config.dimensions, key), optimizer)),
         sgns_loss(config.sgns),
         optimizer,
         stream,

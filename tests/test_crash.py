@@ -22,6 +22,7 @@ from elmo_jax.checkpoint import Position, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
 from elmo_jax.loop import Interrupted, fit
+from elmo_jax.mesh import Plan
 from elmo_jax.train import TrainState
 from experiments import pretrain
 
@@ -49,11 +50,10 @@ def train(path, epochs, save_every=2, file_limit=None, resume=True):
     optimizer = optax.adam(0.05)
     params = {"table": jnp.zeros(50), "ballast": jax.random.normal(jax.random.key(5), (200_000,))}
     run = Run.create(path, {}, monitor="loss", resume=resume)
-    state = TrainState.create(params, optimizer)
     on_epoch = lambda state, sums: {"documents": float(sums["documents"])}  # noqa: E731
     try:
         fit(
-            state,
+            Plan(lambda: TrainState.create(params, optimizer)),
             loss_fn,
             optimizer,
             stream,

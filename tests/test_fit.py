@@ -17,6 +17,7 @@ from elmo_jax.data import BatchStream
 from elmo_jax.dispatch import make_dispatch
 from elmo_jax.errors import InputError
 from elmo_jax.loop import Interrupted, fit
+from elmo_jax.mesh import Plan
 from elmo_jax.train import (
     OptimizerConfig,
     TrainState,
@@ -44,10 +45,14 @@ def not_a_number(params, batch, key):
     return loss * jnp.nan, sums
 
 
+def begin(optimizer):
+    return Plan(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer))
+
+
 def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, figure=None, **more):
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05), EPOCHS * stream.steps_per_epoch)
-    state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
+    more["frozen"] = {"scale": jnp.ones(())}
     run = Run.create(path, {"seed": 1}, monitor="figure", resume=resume)
     error = jax.jit(lambda params, batch: loss_fn(params, batch, jax.random.key(0))[1])
 
@@ -57,7 +62,9 @@ def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, fig
         return {"figure": value, "train": float(sums["error"])}
 
     try:
-        return fit(state, loss, optimizer, stream, run, epochs=epochs, seed=7, on_epoch=on_epoch, **more)
+        return fit(
+            begin(optimizer), loss, optimizer, stream, run, epochs=epochs, seed=7, on_epoch=on_epoch, **more
+        )
     finally:
         run.close()
 
@@ -309,7 +316,7 @@ def test_the_best_epoch_is_kept_beyond_the_newest(documents, tmp_path):
     figures = iter([3.0, 1.0, 2.0, 5.0, 4.0])
     stream = BatchStream(documents, 8, seed=1, bounds=(32,))
     optimizer = make_optimizer(OptimizerConfig(), 5 * stream.steps_per_epoch)
-    state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
+    frozen = {"scale": jnp.ones(())}
     run = Run.create(tmp_path / "run", {}, monitor="figure")
     seen = []
 
@@ -317,7 +324,7 @@ def test_the_best_epoch_is_kept_beyond_the_newest(documents, tmp_path):
         seen.append(np.asarray(state.params["table"]).copy())
         return {"figure": next(figures)}
 
-    fit(state, loss_fn, optimizer, stream, run, epochs=5, seed=0, on_epoch=on_epoch)
+    fit(begin(optimizer), loss_fn, optimizer, stream, run, epochs=5, seed=0, on_epoch=on_epoch, frozen=frozen)
     run = Run.open(tmp_path / "run")
     np.testing.assert_array_equal(run.restore_best(("params",))["params"]["table"], seen[1])
     assert len(run.steps.saved()) == 3

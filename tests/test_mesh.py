@@ -29,7 +29,7 @@ from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.fast import fast_recurrence
 from elmo_jax.loop import fit
-from elmo_jax.mesh import DATA, MODEL, everywhere, feed, make_mesh, on, put
+from elmo_jax.mesh import DATA, MODEL, Plan, everywhere, feed, make_mesh, on
 from elmo_jax.persistent import run_persistent
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
@@ -80,7 +80,7 @@ def mesh_on(count):
 
 
 def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False, learning_rate=0.05, **more):
-    """The state, the task, the optimiser and the batches of pre-training."""
+    """The state to be, the task, the optimiser and the batches of pre-training."""
     cnn = CharCNNConfig(filters=((1, 4), (2, 4)), highway=1)
     model = BiLM(BiLMConfig(embedding=4, cells=5, layers=1, characters=cnn, **more), WORDS)
     settings = OptimizerConfig(optimizer=optimizer, learning_rate=learning_rate, schedule="constant")
@@ -98,7 +98,7 @@ def language_model(mesh, optimizer, negatives=None, rowwise=True, windows=False,
     stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
     if windows:
         stream = ContiguousStream(documents, ROWS, UNROLL, seed=1, steps_per_dispatch=2)
-    return put(begin, mesh, tables=bilm_tables(model)), task, steps, stream, model
+    return Plan(begin, mesh, tables=bilm_tables(model)), task, steps, stream, model
 
 
 def classifier(mesh, optimizer):
@@ -111,10 +111,10 @@ def classifier(mesh, optimizer):
     weights = head.init(jax.random.key(2), mixed, jnp.ones(1, jnp.int32))["params"]
     params = {"combiner": mix["params"], "classifier": weights}
     frozen = {"bilm": init_params(model, jax.random.key(0))}
-    state = put(lambda *given: TrainState.create(given[0], steps, given[1]), mesh, params, frozen)
+    begin = Plan(lambda *given: TrainState.create(given[0], steps, given[1]), mesh, (params, frozen))
     documents = replace(texts(), spellings=None)
     stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
-    return state, task, steps, stream, None
+    return begin, task, steps, stream, None
 
 
 def begun(name, mesh):
@@ -123,7 +123,8 @@ def begun(name, mesh):
 
 def walk(name, mesh):
     """Every loss of four steps, what they leave, the program of a step as compiled, how far they went."""
-    state, task, optimizer, stream, _ = begun(name, mesh)
+    begin, task, optimizer, stream, _ = begun(name, mesh)
+    state = begin()
     first = state.params
     places = mesh and (jax.tree.map(lambda a: a.sharding, state), everywhere(mesh))
     step = partial(take_step, key=jax.random.key(3), loss_fn=task, optimizer=optimizer)
@@ -171,7 +172,7 @@ def in_child(path):
             make_mesh(batch, model)
         except InputError as error:
             found["refused"].append(str(error))
-    params = put(lambda: jnp.zeros(1), make_mesh(ROWS))
+    params = Plan(lambda: jnp.zeros(1), make_mesh(ROWS))()
     lengths = jax.jit(lambda params, batch: batch.lengths)
     found["lengths"] = predict(lengths, params, BatchStream(texts(), ROWS)).tolist()
     (path / "found.json").write_text(json.dumps(found))
@@ -206,7 +207,7 @@ def kernel_by_rows():
 
 def train(path, count, epochs):
     """The records of a run on so many devices."""
-    state, task, optimizer, stream, model = begun("lazy", mesh_on(count))
+    begin, task, optimizer, stream, model = begun("lazy", mesh_on(count))
     sums_fn = jax.jit(bilm_sums(model))
 
     def on_epoch(state, sums):
@@ -214,7 +215,7 @@ def train(path, count, epochs):
         return {"held_out": float(held["nll_forward"] / held["tokens"])}
 
     run = Run.create(path, {}, monitor="held_out", resume=True)
-    _, records = fit(state, task, optimizer, stream, run, epochs=epochs, seed=5, on_epoch=on_epoch)
+    _, records = fit(begin, task, optimizer, stream, run, epochs=epochs, seed=5, on_epoch=on_epoch)
     run.close()
     return [[record["loss"], record["held_out"]] for record in records]
 

@@ -17,6 +17,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.errors import InputError
 from elmo_jax.loop import Interrupted, fit
+from elmo_jax.mesh import DATA, MODEL, Plan
 from elmo_jax.processes import agree, first, led, together
 from elmo_jax.train import TrainState
 
@@ -39,9 +40,8 @@ def train(path, index, port, epochs, mark=None):
     documents = Documents(np.arange(160, dtype=np.int32) % 46 + 4, np.arange(0, 161, 4), np.arange(40) % 3)
     stream = BatchStream(documents, 4, seed=1, bounds=(6,), steps_per_dispatch=2)
     optimizer = optax.adam(0.05)
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    begin = jax.jit(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer), out_shardings=everywhere)
+    mesh = jax.make_mesh((1, 2), (DATA, MODEL), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    begin = Plan(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer), mesh)
     run = Run.create(path, {}, monitor="loss", resume=True)
 
     def after_dispatch(step):
@@ -49,7 +49,7 @@ def train(path, index, port, epochs, mark=None):
             mark.value = step
 
     try:
-        fit(begin(), loss_fn, optimizer, stream, run, epochs=epochs, seed=7, save_every=30,
+        fit(begin, loss_fn, optimizer, stream, run, epochs=epochs, seed=7, save_every=30,
             on_epoch=lambda state, sums: {}, after_dispatch=after_dispatch)  # fmt: skip
         run.close()
     except Interrupted as stop:

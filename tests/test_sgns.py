@@ -10,6 +10,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.data import Documents
 from elmo_jax.dispatch import make_dispatch
 from elmo_jax.loop import fit
+from elmo_jax.mesh import Plan
 from elmo_jax.rowwise import RowSGD
 from elmo_jax.sgns import SPAN, SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer, sgns_rows
 from elmo_jax.train import TrainState, train_step
@@ -173,10 +174,10 @@ def test_the_least_share_thins_out_every_token_seen(documents):
 def run_fit(documents, path, epochs, resume=False):
     stream = make_stream(documents)
     optimizer = sgns_optimizer(CONFIG, WINDOW, 3 * stream.steps_per_epoch)
-    state = TrainState.create(sgns_init(V, F, jax.random.key(0)), optimizer)
+    begin = Plan(lambda: TrainState.create(sgns_init(V, F, jax.random.key(0)), optimizer))
     run = Run.create(path, {}, monitor="loss", resume=resume)
     on_epoch = lambda state, sums: {"loss": float(sums["loss"] / sums["pairs"])}  # noqa: E731
-    return fit(state, sgns_loss(CONFIG), optimizer, stream, run, epochs=epochs, seed=0, on_epoch=on_epoch)
+    return fit(begin, sgns_loss(CONFIG), optimizer, stream, run, epochs=epochs, seed=0, on_epoch=on_epoch)
 
 
 @pytest.mark.usefixtures("standard_promotion")
