@@ -18,9 +18,6 @@ from elmo_jax.data import Batch
 from elmo_jax.mesh import everywhere, mesh_of, on
 from elmo_jax.train import LossFn, Optimizer, Params, TrainState, train_step
 
-# Of an index that a loop counts: else a program asks at every step whether it is below 0.
-_COUNTED: Any = {"allow_negative_indices": False}
-
 
 @dataclass(frozen=True)
 class LargeProducts:
@@ -124,11 +121,9 @@ def make_dispatch(
 
         def body(i: Array, carry):
             state, filled = carry
-            at = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False, **_COUNTED)
-            batch = jax.tree.map(lambda a: at(a), batches)
+            batch = jax.tree.map(lambda a: a[i], batches)
             state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
-            put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, **_COUNTED)
-            return state, jax.tree.map(lambda every, value: put(every, value), filled, sums)
+            return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
 
         first = jax.tree.map(lambda a: a[0], batches)
         shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)

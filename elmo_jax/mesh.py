@@ -80,7 +80,8 @@ class Plan(Generic[T]):
     Attributes:
         make: pure; makes the pytree.
         mesh: of all devices; None makes it as it is.
-        given: pytrees of arrays, the arguments of `make`, the same in every process.
+        given: pytrees of arrays, the arguments of `make`, the same in every process; arrays of
+            which it knows otherwise JAX may keep.
         tables: paths of parameters whose first axis is to be split along "model", as is what
             the optimiser keeps of them. What a state carries, ``[D, B, ...]``, is split
             along "data".

@@ -200,8 +200,7 @@ def _chunked(
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
     parts, n = _in_chunks(len(noise.rows), alive, (hidden, true, weight))
-    # From -0, or XLA keeps one array of zeros for this and for the token vectors' gradient, and copies it.
-    begin = (jnp.full_like(noise.rows, -0.0, sums), jnp.zeros_like(of_class)) if wanted else None
+    begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if wanted else None
     d_noise, made = jax.lax.scan(chunk, begin, parts)
     each, weighted, *made = (x.reshape(-1, *x.shape[2:])[:n] for x in made)
     values = jnp.sum(weighted), each

@@ -17,7 +17,7 @@ from elmo_jax.cudnn import pack_weights
 from elmo_jax.lstm import reverse_valid
 from experiments.cases import DIRECTIONS, Case
 from experiments.inputs import Arrays, weights_of
-from experiments.ours import first_gradients, lstm_gradients, optimiser_steps, softmax_gradients
+from experiments.units import first_gradients, lstm_gradients, optimiser_steps, softmax_gradients
 from experiments.worker import RATE, Built
 
 # One direction's layers: weights, x [T, B, I] -> h [T, B, H].

@@ -9,7 +9,7 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _M_ARENA_MAX = -8  # of glibc's malloc.h
-_LONG = 0.2  # seconds of a compilation that leaves much behind; to look for it takes time too
+_LONG = 0.02  # seconds of a compilation that leaves much behind; to look for it takes time too
 
 
 @functools.cache  # or every command run in a process would listen once more

@@ -4,13 +4,12 @@ Nouns: a *peer's* side of a case is its `Built`: something to check and somethin
 Axes: B batch, T time, D direction, K steps a dispatch, P width of states.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax.traverse_util import flatten_dict
 from jax import Array
 
 from elmo_jax.bilm import zero_state
@@ -18,6 +17,7 @@ from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
 from elmo_jax.dispatch import compiler_options, make_dispatch, takes_all
 from elmo_jax.lstm import LSTM, Kernel
+from elmo_jax.mesh import Plan
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
@@ -27,8 +27,15 @@ from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, weights_of
-from experiments.rates import build_copy, build_product, compiled_once
-from experiments.worker import B1, RATE, Built, pair_loss, sentences_of
+from experiments.units import (
+    build_copy,
+    build_product,
+    first_gradients,
+    lstm_gradients,
+    optimiser_steps,
+    softmax_gradients,
+)
+from experiments.worker import RATE, Built, pair_loss, sentences_of
 
 _K = 8  # steps a dispatch, as by default
 
@@ -88,16 +95,6 @@ def _time_last(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(a, 0, 2))
 
 
-def lstm_gradients(loss: Any, case: Case, arrays: Arrays) -> Built:
-    """Loss and gradients of an LSTM ``(weights, x) -> loss``, named alike for all peers."""
-    weights = weights_of(arrays)
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    # Leaves come in the order of their names.
-    kinds = ("bias", "input_kernel", "recurrent_kernel")
-    names = ("loss", *(f"d:lstm_{i}/{kind}" for i in range(case.layers) for kind in kinds), "d:x")
-    return compiled_once(step, names, weights, jnp.asarray(arrays["x"]))
-
-
 def _softmax(case: Case, arrays: Arrays) -> Built:
     targets = jnp.asarray(arrays["targets"])
     weight = jnp.ones(len(targets), jnp.float32)
@@ -113,13 +110,6 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
     return softmax_gradients(loss, arrays, compiler_options(large=draw is None))
 
 
-def softmax_gradients(loss: Any, arrays: Arrays, options: dict[str, Any] | None = None) -> Built:
-    """Loss and gradients of a softmax ``(hidden, table, bias) -> loss``, named alike for all peers."""
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=options)
-    args = [jnp.asarray(arrays[name]) for name in ("hidden", "table", "bias")]
-    return compiled_once(step, ("loss", "d:hidden", "d:table", "d:bias"), *args)
-
-
 def _settings(case: Case) -> OptimizerConfig:
     kind = "adagrad" if case.part == "official" else "adam"
     return OptimizerConfig(optimizer=kind, learning_rate=RATE, schedule="constant")
@@ -129,43 +119,27 @@ def _optimiser(case: Case, arrays: Arrays) -> Built:
     return optimiser_steps(make_optimizer(_settings(case), 1), arrays)
 
 
-def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
-    """Updates of an Optax optimiser, parameters and moments donated; a bias is checked."""
-    gradients = weights_of({n.removeprefix("d:"): a for n, a in arrays.items() if n.startswith("d:")})
-
-    def update(params: Any, opt_state: Any):
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    held: Any = weights_of(arrays)
-    held = [held, optimizer.init(held)]
-    step = jax.jit(update, donate_argnums=(0, 1))
-
-    def run(n: int) -> None:
-        for _ in range(n):
-            held[:] = step(*held)
-        jax.block_until_ready(held)
-
-    def check() -> dict[str, np.ndarray]:
-        run(1)
-        return {"bias": np.array(held[0]["softmax_bias"])}
-
-    return Built(check, [(run, 1.0)])
-
-
-def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -> Built:
-    """Steps through `make_dispatch`, at most K at a time; the first losses and gradients are checked.
+def training(
+    loss_fn: LossFn,
+    begin: Plan[TrainState],
+    batches: Any,
+    optimizer: Any,
+    check: Callable[[TrainState], dict[str, np.ndarray]] | None = None,
+) -> Built:
+    """Steps through `make_dispatch`, at most K at a time, compiled before there is a state, as `fit` does.
 
     A CPU takes as many as are asked for: K large steps would take minutes.
 
     Args:
         loss_fn: the task.
-        state: before the first step; it is used up.
+        begin: the state before the first step.
         batches: K of them, ``[K, ...]``.
-        optimizer: as the state was made with.
+        optimizer: as the state is made with.
+        check: of the state before the first step; else the first losses and gradients are checked.
     """
-    dispatch, key = make_dispatch(loss_fn, optimizer), jax.random.key(0)
-    batches, held = jax.device_put(batches), [state]
+    key, batches = jax.random.key(0), jax.device_put(batches)
+    dispatch = make_dispatch(loss_fn, optimizer, begin.like(), [batches])
+    held = [begin()]
     most = jax.tree.leaves(batches)[0].shape[0]
 
     def run(n: int) -> dict[str, Array]:
@@ -174,23 +148,14 @@ def training(loss_fn: LossFn, state: TrainState, batches: Any, optimizer: Any) -
             held[0], sums = dispatch(held[0], batches, min(most, n - start), key)
         return jax.block_until_ready((held[0], sums))[1]
 
-    def check() -> dict[str, np.ndarray]:
+    def first_steps() -> dict[str, np.ndarray]:
         first = run(1)["loss"][:1]
         gradients = first_gradients(held[0].opt_state)
         return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
 
     whole = most if takes_all() else 1  # steps that a dispatch takes however few are asked for
-    return Built(check, [(lambda n: run(n * whole), 1 / whole)])
-
-
-def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
-    """What Adam was given in its one step so far, of the LSTM and the softmax's bias.
-
-    Its first moments hold it, so that nothing is compiled or kept for the check alone.
-    """
-    moments: Any = flatten_dict(optax.tree.get(opt_state, "mu"), sep="/")
-    checked = {n: m for n, m in moments.items() if n.startswith("lstm") or n == "softmax_bias"}
-    return {f"d:{name}": np.array(moment) / (1 - B1) for name, moment in checked.items()}
+    checked = first_steps if check is None else lambda: check(held[0])
+    return Built(checked, [(lambda n: run(n * whole), 1 / whole)])
 
 
 def _repeated(tree: Any) -> Any:
@@ -203,10 +168,10 @@ def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
 
 def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
     optimizer = make_optimizer(_settings(case), 1)
-    state = TrainState.create(weights_of(arrays), optimizer)
+    begin = Plan(lambda arrays: TrainState.create(weights_of(arrays), optimizer), given=(arrays,))
     batch = _batch(arrays["words"], arrays["lengths"])
     task = bilm_loss(model_of(case, kernel=kernel), case.negatives)
-    return training(task, state, _repeated(batch), optimizer)
+    return training(task, begin, _repeated(batch), optimizer)
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
@@ -243,18 +208,19 @@ def _official(case: Case, arrays: Arrays) -> Built:
     assert case.negatives is not None
     optimizer = Rowwise(make_optimizer(_settings(case), 1), bilm_rows(model, case.negatives))
     window = Window(*(_time_last(arrays[name]) for name in ("words", "weight", "chars")))
-    carry = {"state": zero_state(model.config, case.batch)}
-    state = TrainState.create(weights_of(arrays), optimizer, carry=carry)
-    task = bilm_window_loss(model, case.negatives, rowwise=True)
-    built = training(task, state, _repeated(window), optimizer)
 
-    def check() -> dict[str, np.ndarray]:
+    def begin(arrays: Arrays) -> TrainState:
+        carry = {"state": zero_state(model.config, case.batch)}
+        return TrainState.create(weights_of(arrays), optimizer, carry=carry)
+
+    def check(state: TrainState) -> dict[str, np.ndarray]:
         rows = jax.tree.map(lambda a: a[:, :2], window)
         carry = {"state": zero_state(model.config, 2)}
         loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
         return {"loss": np.array(loss)}
 
-    return built._replace(check=check)
+    task = bilm_window_loss(model, case.negatives, rowwise=True)
+    return training(task, Plan(begin, given=(arrays,)), _repeated(window), optimizer, check)
 
 
 def _embed(case: Case, arrays: Arrays) -> Built:

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from reference import bilm as oracle
 
+from elmo_jax import embedders
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Batch
-from elmo_jax.tasks import bilm_loss, bilm_sums
+from elmo_jax.dispatch import compiler_options
+from elmo_jax.embedders import WordEmbedder
+from elmo_jax.tasks import bilm_loss, bilm_sums, init_params
+from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
 V = 12
 DOCS = [[4, 5, 6, 7, 8], [9], [10, 11, 4]]
@@ -23,6 +27,47 @@ def by_position(n):
 def make(cells=6, **more):
     model = BiLM(BiLMConfig(embedding=6, cells=cells, dropout=0.0, **more), V)
     return model, jax.jit(model.init)(jax.random.key(0), Batch.of(DOCS))["params"]
+
+
+def test_the_gradient_of_a_words_vector_is_the_sum_over_all_its_places():
+    words, shown = np.array([[3, 1, 3], [0, 3, 1]]), np.random.default_rng(0).normal(size=(2, 3, 4))
+    embedder = WordEmbedder(5, 4)
+    table = jnp.array(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
+    with jax.enable_x64():
+        table = jnp.array(table, jnp.float64)
+        embedder = embedder.clone(dtype="float64")
+        vectors, back = jax.vjp(lambda t: embedder.apply({"params": {"table": t}}, words), table)
+        (gradient,) = back(jnp.array(shown))
+    expected = np.zeros((5, 4))
+    np.add.at(expected, words, shown)
+    np.testing.assert_array_equal(vectors, np.asarray(table)[words])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-15)
+
+
+def test_an_id_that_is_none_shows_and_moves_no_vector():
+    table = {"table": jnp.ones((5, 4))}
+    embed = lambda params, words: WordEmbedder(5, 4).apply({"params": params}, words)  # noqa: E731
+    for wrong in -1, 5:
+        words = jnp.array([2, wrong])
+        assert np.isnan(embed(table, words)).tolist() == [[False] * 4, [True] * 4]
+        gradient = jax.grad(lambda params, words=words: embed(params, words).sum())(table)["table"]
+        assert gradient.sum(1).tolist() == [0, 0, 4, 0, 0]
+
+
+def test_while_the_softmax_works_there_is_no_gradient_of_the_token_vectors_yet(monkeypatch):
+    words, width = 20_000, 8
+    model = BiLM(BiLMConfig(embedding=width, cells=width, layers=1, tie=False), words)
+    optimizer, batch = make_optimizer(OptimizerConfig(), 10), Batch.of([[4] * 7], shape=(1, 9))
+    state = jax.eval_shape(lambda: TrainState.create(init_params(model, jax.random.key(0)), optimizer))
+
+    def scratch():
+        take = lambda state: train_step(state, batch, jax.random.key(0), bilm_loss(model), optimizer)[0]  # noqa: E731
+        step = jax.jit(take, donate_argnums=0, compiler_options=compiler_options(True))
+        return step.lower(state).compile().memory_analysis().temp_size_in_bytes
+
+    needed = scratch()
+    monkeypatch.setattr(embedders, "_rows_of", lambda table, words: jnp.take(table, words, axis=0))
+    assert needed < scratch() - 0.9 * 4 * words * width
 
 
 @pytest.mark.parametrize(("cells", "tie"), [(6, True), (9, False)])

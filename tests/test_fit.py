@@ -131,6 +131,28 @@ def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tm
     assert told.count("made") == told.count("called") == told.count("waited")
 
 
+def test_a_state_is_made_once_its_programs_are_there_and_not_at_all_where_one_is_saved(
+    documents, tmp_path, monkeypatch
+):
+    told, call = [], Plan.__call__
+
+    def make(loss_fn, optimizer, like, ahead):
+        ahead = list(ahead)
+        made = make_dispatch(loss_fn, optimizer, like, ahead)
+        told.append(f"{len(ahead)} programs")
+        return made
+
+    monkeypatch.setattr(loop, "make_dispatch", make)
+    monkeypatch.setattr(Plan, "__call__", lambda plan: (told.append("a state"), call(plan))[1])
+    run_fit(documents, tmp_path / "run", epochs=1)
+    assert told == ["2 programs", "a state"]
+    state, _ = run_fit(documents, tmp_path / "run", resume=True)
+    again, _ = run_fit(documents, tmp_path / "run", resume=True)
+    assert told[2:] == ["2 programs", "0 programs"]  # nothing is left to do the second time
+    same(again, state)
+    same(state.frozen, {"scale": jnp.ones(())})
+
+
 def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(32,))
     batches = [jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 10)]

@@ -55,7 +55,7 @@ ALLOWED = {
     "contiguous": {"data", "text"},
     "lines": {"errors", "text"},
     "dump": {"combiners", "elmo", "errors", "hdf5", "integrity", "lines", "text"},
-    "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "loop", "tasks", "text", "train"},
+    "estimator": {"bilm", "checkpoint", "data", "elmo", "errors", "loop", "mesh", "tasks", "text", "train"},
     "page": {"errors"},
     "vectors": {"errors", "integrity", "text"},
     "svd": {"data", "errors"},
