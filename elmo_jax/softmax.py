@@ -17,7 +17,7 @@ from jax import Array
 from elmo_jax.negatives import Negatives
 
 # Of float32 logits alive at once. Larger is hardly faster on a CPU; a GPU waits for every launch.
-CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 24 << 20, 8 << 20, 1 << 30
+CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 16 << 20, 8 << 20, 1 << 30
 # Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it

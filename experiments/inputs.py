@@ -4,10 +4,10 @@ Nouns: a *weight* goes by its place in this library's parameters, ``lstm_0/input
 Axes: B batch, T time, D direction, K steps a dispatch, U steps a window, V vocabulary, N rows.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -23,7 +23,8 @@ from elmo_jax.text import SPECIAL
 from experiments.cases import TIED, Case
 from experiments.worker import is_weight
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+_Drawn = tuple[dict[str, np.ndarray], dict[str, Any]]
 _FIRST = len(SPECIAL)  # word id
 _DOCUMENTS = 78_000  # of the recipe, as many and as long as AG News's
 _K = 8  # steps a dispatch by default
@@ -49,7 +50,7 @@ def model_of(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> BiLM:
     return BiLM(config, 0 if case.part == "embed" else case.vocabulary, kernel)
 
 
-def make_inputs(case: Case, seed: int) -> tuple[Arrays, dict[str, Any]]:
+def make_inputs(case: Case, seed: int) -> _Drawn:
     """What every peer of a case is given.
 
     Args:
@@ -77,7 +78,7 @@ def make_inputs(case: Case, seed: int) -> tuple[Arrays, dict[str, Any]]:
     return make(case, rng)
 
 
-def make_weights(case: Case, rng: np.random.Generator) -> Arrays:
+def make_weights(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Every parameter of the case's model, float32, of a size that keeps states and logits moderate."""
     shapes: Any = jax.eval_shape(lambda: init_params(model_of(case), jax.random.key(0)))
     out = {}
@@ -91,7 +92,8 @@ def make_weights(case: Case, rng: np.random.Generator) -> Arrays:
 
 def weights_of(arrays: Arrays) -> dict[str, Any]:
     """The parameters among the arrays, as a model takes them, on the device: its own, to be donated."""
-    return unflatten_dict({n: jnp.array(a) for n, a in arrays.items() if is_weight(n)}, sep="/")
+    weights = {n: jax.device_put(arrays[n], may_alias=False) for n in arrays if is_weight(n)}
+    return unflatten_dict(jax.block_until_ready(weights), sep="/")
 
 
 def _words(case: Case, rng: np.random.Generator, shape: tuple[int, ...] | int) -> np.ndarray:
@@ -100,11 +102,11 @@ def _words(case: Case, rng: np.random.Generator, shape: tuple[int, ...] | int) -
     return (_FIRST - 1 + np.exp(rng.random(shape) * span)).astype(np.int32)
 
 
-def _matrix(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _matrix(case: Case, rng: np.random.Generator) -> _Drawn:
     return {"x": rng.standard_normal((case.steps, case.steps), np.float32)}, {}
 
 
-def _lstm(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _lstm(case: Case, rng: np.random.Generator) -> _Drawn:
     weights = {name: w for name, w in make_weights(case, rng).items() if name.startswith("lstm")}
     shape = (case.steps, DIRECTIONS, case.batch, case.width)
     data = {name: rng.standard_normal(shape, np.float32) for name in ("x", "cotangent")}
@@ -112,7 +114,7 @@ def _lstm(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]
     return weights | data, {"tokens": positions, "positions": positions}
 
 
-def _softmax(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _softmax(case: Case, rng: np.random.Generator) -> _Drawn:
     positions = case.batch * case.steps
     n = DIRECTIONS * positions
     data = {
@@ -128,14 +130,14 @@ def _softmax(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, An
     return data, {"tokens": positions, "positions": positions}
 
 
-def _optimiser(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _optimiser(case: Case, rng: np.random.Generator) -> _Drawn:
     weights = make_weights(case, rng)
     small = np.float32(1e-4)
     gradients = {f"d:{name}": small * rng.standard_normal(w.shape, np.float32) for name, w in weights.items()}
     return weights | gradients, {"tokens": case.batch * case.steps}
 
 
-def _step(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _step(case: Case, rng: np.random.Generator) -> _Drawn:
     words = _words(case, rng, (case.batch, case.steps + 1))
     words[:, 0], words[:, -1] = 1, 2  # <S>, </S>
     lengths = np.full(case.batch, case.steps + 1, np.int32)
@@ -143,11 +145,11 @@ def _step(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]
     return make_weights(case, rng) | {"words": words, "lengths": lengths}, counts
 
 
-def _recipe(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _recipe(case: Case, rng: np.random.Generator) -> _Drawn:
     """A dispatch of every bucket, and in how many steps of an epoch that bucket is run."""
     stream = BatchStream(_news(case, rng, _DOCUMENTS), case.batch, 0, steps_per_dispatch=_K)
     steps = dict.fromkeys(stream.bounds, 0)
-    data: Arrays = {}
+    data: dict[str, np.ndarray] = {}
     for dispatch in stream.dispatches(0, stream.steps_per_epoch):
         bound = dispatch.batches.words.shape[2]
         steps[bound] += dispatch.count
@@ -176,7 +178,7 @@ def stream_of(case: Case, arrays: Arrays) -> BatchStream:
     return BatchStream(documents, case.batch, seed=0, steps_per_dispatch=_K)
 
 
-def _fit(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _fit(case: Case, rng: np.random.Generator) -> _Drawn:
     documents = _news(case, rng, case.sentences)
     data = {"ids": documents.ids, "offsets": documents.offsets}
     return make_weights(case, rng) | data, _epoch(stream_of(case, data))
@@ -192,7 +194,7 @@ def _letters(rng: np.random.Generator, count: int) -> list[str]:
     return list(words)
 
 
-def _official(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _official(case: Case, rng: np.random.Generator) -> _Drawn:
     """Windows of running text, spelled; words beyond a few thousand share spellings, which costs the same."""
     lengths = rng.integers(10, 40, case.batch * (case.steps + 1))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -213,7 +215,7 @@ def _official(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, A
     return make_weights(case, rng) | data, counts
 
 
-def _embed(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _embed(case: Case, rng: np.random.Generator) -> _Drawn:
     known = _letters(rng, 8000)
     lengths = np.clip(np.exp(np.log(22) + 0.5 * rng.standard_normal(case.sentences)), 3, 90).astype(int)
     small = Case("words", "embed", vocabulary=len(known) + _FIRST)
@@ -224,6 +226,6 @@ def _embed(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]
     return make_weights(case, rng) | {"text": np.array(text), "lengths": lengths}, counts
 
 
-def _sgns(case: Case, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+def _sgns(case: Case, rng: np.random.Generator) -> _Drawn:
     ids = _words(case, rng, case.sentences * 1000)
     return {"ids": ids}, {"tokens": len(ids)}

@@ -17,13 +17,12 @@ from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
 from elmo_jax.dispatch import compiler_options, make_dispatch, takes_all
 from elmo_jax.lstm import LSTM, Kernel
-from elmo_jax.mesh import Plan
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.softmax import full_nll, sampled_nll
-from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss
+from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import Arrays, model_of, weights_of
@@ -81,7 +80,7 @@ def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
             x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
         return jnp.sum(x.astype(jnp.float32) * cotangent)
 
-    built = lstm_gradients(loss, case, arrays | {"x": _time_last(arrays["x"])})
+    built = lstm_gradients(loss, case, {**arrays, "x": _time_last(arrays["x"])})
 
     def check() -> dict[str, np.ndarray]:
         found = built.check()
@@ -121,7 +120,8 @@ def _optimiser(case: Case, arrays: Arrays) -> Built:
 
 def training(
     loss_fn: LossFn,
-    begin: Plan[TrainState],
+    like: TrainState,
+    begin: Callable[[], TrainState],
     batches: Any,
     optimizer: Any,
     check: Callable[[TrainState], dict[str, np.ndarray]] | None = None,
@@ -132,13 +132,14 @@ def training(
 
     Args:
         loss_fn: the task.
+        like: a state's shapes.
         begin: the state before the first step.
         batches: K of them, ``[K, ...]``.
         optimizer: as the state is made with.
         check: of the state before the first step; else the first losses and gradients are checked.
     """
     key, batches = jax.random.key(0), jax.device_put(batches)
-    dispatch = make_dispatch(loss_fn, optimizer, begin.like(), [batches])
+    dispatch = make_dispatch(loss_fn, optimizer, like, [batches])
     held = [begin()]
     most = jax.tree.leaves(batches)[0].shape[0]
 
@@ -167,11 +168,11 @@ def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
 
 
 def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
-    optimizer = make_optimizer(_settings(case), 1)
-    begin = Plan(lambda arrays: TrainState.create(weights_of(arrays), optimizer), given=(arrays,))
+    optimizer, model = make_optimizer(_settings(case), 1), model_of(case, kernel=kernel)
     batch = _batch(arrays["words"], arrays["lengths"])
-    task = bilm_loss(model_of(case, kernel=kernel), case.negatives)
-    return training(task, begin, _repeated(batch), optimizer)
+    like = jax.eval_shape(lambda: TrainState.create(init_params(model, jax.random.key(0)), optimizer))
+    begin = lambda: TrainState.create(weights_of(arrays), optimizer)  # noqa: E731
+    return training(bilm_loss(model, case.negatives), like, begin, _repeated(batch), optimizer)
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
@@ -209,9 +210,9 @@ def _official(case: Case, arrays: Arrays) -> Built:
     optimizer = Rowwise(make_optimizer(_settings(case), 1), bilm_rows(model, case.negatives))
     window = Window(*(_time_last(arrays[name]) for name in ("words", "weight", "chars")))
 
-    def begin(arrays: Arrays) -> TrainState:
+    def begin(params: Any) -> TrainState:
         carry = {"state": zero_state(model.config, case.batch)}
-        return TrainState.create(weights_of(arrays), optimizer, carry=carry)
+        return TrainState.create(params, optimizer, carry=carry)
 
     def check(state: TrainState) -> dict[str, np.ndarray]:
         rows = jax.tree.map(lambda a: a[:, :2], window)
@@ -220,7 +221,8 @@ def _official(case: Case, arrays: Arrays) -> Built:
         return {"loss": np.array(loss)}
 
     task = bilm_window_loss(model, case.negatives, rowwise=True)
-    return training(task, Plan(begin, given=(arrays,)), _repeated(window), optimizer, check)
+    like = jax.eval_shape(lambda: begin(init_params(model, jax.random.key(0))))
+    return training(task, like, lambda: begin(weights_of(arrays)), _repeated(window), optimizer, check)
 
 
 def _embed(case: Case, arrays: Arrays) -> Built:

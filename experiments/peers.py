@@ -8,7 +8,7 @@ Axes: B batch, T time, D direction, H cells, P projection, V vocabulary.
 # pyright: reportMissingImports=false
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from experiments import torch_elmo
 from experiments.cases import DIRECTIONS, Case
 from experiments.worker import B1, RATE, Built, is_weight
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -119,7 +119,7 @@ def _ungated(g: Tensor) -> np.ndarray:
     return np.concatenate([i, j, f, o]).T
 
 
-def by_layer(case: Case, stacks: Sequence[Any], of: Callable[[Tensor], Any]) -> Arrays:
+def by_layer(case: Case, stacks: Sequence[Any], of: Callable[[Tensor], Any]) -> dict[str, np.ndarray]:
     """The gradients of all layers by this library's names, `of` telling that of a parameter."""
     names = (("input_kernel", "weight_ih"), ("recurrent_kernel", "weight_hh"), ("bias", "bias_ih"))
     return {

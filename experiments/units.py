@@ -57,7 +57,7 @@ def softmax_gradients(loss: Any, arrays: Arrays, options: dict[str, Any] | None 
 
 def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
     """Updates of an Optax optimiser, parameters and moments donated; a bias is checked."""
-    gradients = weights_of({n.removeprefix("d:"): a for n, a in arrays.items() if n.startswith("d:")})
+    gradients = weights_of({n.removeprefix("d:"): arrays[n] for n in arrays if n.startswith("d:")})
 
     def update(params: Any, opt_state: Any):
         updates, opt_state = optimizer.update(gradients, opt_state, params)

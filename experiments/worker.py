@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def is_weight(name: str) -> bool:
     return ("/" in name and ":" not in name) or name in ("softmax_table", "softmax_bias")
 
 
-def sentences_of(arrays: dict[str, np.ndarray]) -> list[list[str]]:
+def sentences_of(arrays: Mapping[str, np.ndarray]) -> list[list[str]]:
     """The text of a case as sentences of tokens."""
     ends = np.cumsum(arrays["lengths"])
     return [part.tolist() for part in np.split(arrays["text"], ends[:-1])]
@@ -136,13 +136,11 @@ def main(folder: Path, peer: str, least: float) -> None:
         tame_malloc()  # as this library's commands do
     module, name = _MAKERS[peer]
     make = getattr(importlib.import_module(module), name)
-    with np.load(folder / "inputs.npz", allow_pickle=False) as file:
-        arrays = dict(file)
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_default_matmul_precision", _PRODUCTS[case.precision])
     spent = _count_compilation()
-    built = make(case, arrays)
-    del arrays  # the peer has taken what it needs
+    # Each array is read when a peer asks for it, and no sooner.
+    built = make(case, np.load(folder / "inputs.npz", allow_pickle=False))
     known = len(spent)
     checked = built.check()
     if case.part in ("recipe", "official"):
