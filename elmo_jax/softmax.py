@@ -196,17 +196,20 @@ def _chunked(
         d_rows, d_shift = carry
         d_reached = -others / total * w  # p - 1, however near to 1 p is
         dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows)
-        dh += d_reached[:, None] * own.rows.astype(sums)
+        dh += d_reached[None] * own.rows.astype(sums).T
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
     parts, n = _in_chunks(len(noise.rows), alive, (hidden, true, weight))
     begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if wanted else None
-    d_noise, made = jax.lax.scan(chunk, begin, parts)
-    each, weighted, *made = (x.reshape(-1, *x.shape[2:])[:n] for x in made)
-    values = jnp.sum(weighted), each
+    d_noise, (each, weighted, *made) = jax.lax.scan(chunk, begin, parts)
+
+    def joined(chunks: Array) -> Array:
+        return chunks.reshape(-1, *chunks.shape[2:])[:n]
+
+    values = jnp.sum(joined(weighted)), joined(each)
     if not wanted:
         return values, None
-    dh, d_reached = made
+    dh, d_reached = joined(made[0].mT), joined(made[1])
     d_true = d_reached[:, None] * hidden.astype(sums), d_reached
     return values, (dh.astype(hidden.dtype), d_true, d_noise)
 
@@ -261,14 +264,15 @@ def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
 
 
 def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """Of h, the classes' rows and their bias, from the logits' along `_axes` but for a factor ``[R]``.
+    """Of h as ``[P, R]``, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
 
     The factor goes into the small side of each product, so that the logits are passed over once less.
     """
     sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-    dh = jnp.einsum(f"{axes},vp->rp", g, rows, preferred_element_type=sums)
+    # Turned, for XLA:CPU sums over so many classes faster so.
+    dh = jnp.einsum(f"vp,{axes}->pr", rows, g, preferred_element_type=sums)
     d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
     # A sum over rows, which XLA:CPU is slow at.
     d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
-    return dh * scale[:, None], d_rows, d_bias
+    return dh * scale[None], d_rows, d_bias
