@@ -127,10 +127,11 @@ class BiLM(nn.Module):
         """Word ids ``[...]`` or character ids ``[..., C]`` to token vectors ``[..., E]``."""
         return self.embedder(tokens)
 
-    def read(self, batch: Batch) -> Array:
-        """Token vectors ``[D, B, T, E]``, as each direction reads them."""
+    def read(self, batch: Batch, awaited: bool = False) -> Array:
+        """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
         by_word = self.config.input == "words"
-        vectors = self.token_vectors(jnp.asarray(batch.words if by_word else batch.chars))
+        embed = self.embedder.awaited if by_word and awaited else self.token_vectors
+        vectors = embed(jnp.asarray(batch.words if by_word else batch.chars))
         return _in_reading_order(vectors, jnp.asarray(batch.lengths))
 
     def contextualize(
@@ -170,7 +171,8 @@ class BiLM(nn.Module):
             ``nll_forward``, ``nll_backward``, ``tokens`` predicted a direction, and
             ``words`` of the documents.
         """
-        outputs, _ = self.contextualize(self.read(batch), batch.lengths, None, train)
+        x = self.read(batch, awaited=negatives is None)
+        outputs, _ = self.contextualize(x, batch.lengths, None, train)
         h = self.drop(outputs[-1], deterministic=not train)[:, :, :-1]  # [D, B, T - 1, P]
         targets = _in_reading_order(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
         weight = token_mask(batch.lengths - 1, h.shape[2])[None].astype(jnp.float32)
@@ -192,7 +194,8 @@ class BiLM(nn.Module):
             As `nll` but for ``words``, and the ``state`` after the window, through which no gradient flows.
         """
         if self.config.input == "words":
-            x = self.token_vectors(window.words[:, :, :-1])
+            embed = self.embedder.awaited if negatives is None else self.token_vectors
+            x = embed(window.words[:, :, :-1])
         else:  # rows first: laid end to end, the tokens of a device's rows must be neighbours
             x = self.token_vectors(window.chars.swapaxes(0, 1)).swapaxes(0, 1)
         _, rows, steps, _ = x.shape

@@ -42,30 +42,38 @@ class WordEmbedder(nn.Module):
 
     def __call__(self, words: Array) -> Array:
         """int32 ids ``[...]`` to vectors ``[..., E]``."""
-        return _rows_of(self.table, words).astype(self.dtype)
+        return jnp.take(self.table, words, axis=0).astype(self.dtype)
+
+    def awaited(self, words: Array) -> Array:
+        """The same for a loss of large products, whose memory the table's gradient would only take later.
+
+        XLA makes the zeros that a gradient is added to, as many as the table has numbers, when it
+        likes, and that is before all else. Here they wait for the vectors' gradient. Forward
+        differentiation is not possible, and under `jax.vmap` each example has zeros of its own.
+        """
+        return _awaited(self.table, words).astype(self.dtype)
 
 
 @jax.custom_vjp
-def _rows_of(table: Array, words: Array) -> Array:
-    """A row for each word id, NaN for one that is none."""
-    return table.at[words].get(mode="fill", wrap_negative_indices=False)
+def _awaited(table: Array, words: Array) -> Array:
+    return jnp.take(table, words, axis=0)
 
 
-def _rows_forward(table: Array, words: Array):
-    return _rows_of(table, words), (table, words)
+def _awaited_forward(table: Array, words: Array):
+    return _awaited(table, words), (table, words)
 
 
-def _rows_backward(kept: tuple[Array, Array], d_rows: Array):
+def _awaited_backward(kept: tuple[Array, Array], d_rows: Array):
     table, words = kept
     zero = jnp.zeros((), table.dtype)
-    if jax.device_count() == 1:  # several would have to tell each other
-        # It waits for the gradient: else XLA makes the zeros, as large as the table, before the softmax.
-        zero = jnp.minimum(jnp.abs(d_rows.ravel()[0]), zero)
+    if d_rows.size and jax.device_count() == 1:  # several would have to tell each other
+        some = d_rows.ravel()[0]
+        zero = ((some > 0) & (some < 0)).astype(table.dtype)  # 0 whatever it is, and XLA does not know
     zeros = jnp.broadcast_to(zero, table.shape)
-    return zeros.at[words].add(d_rows, mode="drop", wrap_negative_indices=False), None
+    return zeros.at[words].add(d_rows, mode="drop"), None
 
 
-_rows_of.defvjp(_rows_forward, _rows_backward)
+_awaited.defvjp(_awaited_forward, _awaited_backward)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,9 @@ def fit(
     parameters and records, but for times, as one that was not.
 
     Args:
-        begin: what `TrainState.create` makes; it is made once programs for all of the stream's shapes
-            are there, which takes room, and not at all if the run holds a saved step.
+        begin: what `TrainState.create` makes, nothing frozen; not made if the run holds a saved step.
+            Without a mesh a CPU first compiles programs for all of the stream's shapes, which takes
+            room, and an accelerator begins to; with one, they are compiled when they are met.
         loss_fn: the task.
         optimizer: as the state is created with.
         stream: the training batches.
@@ -111,7 +112,10 @@ def fit(
             the run is to lower, were not finite; or a step could not be saved.
         Interrupted: SIGINT or SIGTERM came; the step was saved.
     """
-    like = replace(begin.like(), frozen=frozen or {})
+    like = begin.like()
+    if like.frozen:
+        raise ValueError("what is frozen is given to fit, not to the state that is to be made")
+    like = replace(like, frozen=frozen or {})
     restored, position = run.restore(_as_tree(like)) or (None, Position())
     run.log(position.records)
     mesh = mesh_of(like)

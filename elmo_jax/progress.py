@@ -13,12 +13,14 @@ T = TypeVar("T")
 
 
 def shown(items: Sequence[T], unit: str) -> Iterator[T]:
-    """The items, a `Meter` telling how many are behind.
+    """The items, a `Meter` telling how many are behind, if there are any.
 
     Example:
         >>> sum(shown([1, 2, 3], "number"))
         6
     """
+    if not items:
+        return
     with Meter(len(items), unit) as meter:
         for item in items:
             yield item

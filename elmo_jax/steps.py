@@ -208,7 +208,7 @@ class Steps:
 
         Args:
             step: a whole step.
-            template: of arrays, or of their shapes and dtypes, and places where it is not the first device.
+            template: of arrays, or of their shapes and dtypes, and places if it is not a new array's.
         """
         abstract = jax.tree.map(_placed, template)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
@@ -283,8 +283,8 @@ def _on_host(array: Any) -> Any:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape, dtype and place of an array, or of what tells them; without a place, the first device."""
-    place = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """The shape, dtype and place of an array, or of what tells them; without a place, a new array's."""
+    place = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 

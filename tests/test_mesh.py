@@ -221,12 +221,15 @@ def train(path, count, epochs):
 
 
 def resumed(path):
-    """A run of one device, and one of eight that went on with another number of them."""
+    """A run of one device, one of eight that went on with another number of them, and one of the fourth."""
     found = {"whole": train(path / "whole", 1, 3)}
     train(path / "8", 8, 1)
     for count in (4, 2, 1):
         shutil.copytree(path / "8", path / str(count))
         found[str(count)] = train(path / str(count), count, 3)
+    with jax.default_device(jax.devices()[3]):
+        train(path / "elsewhere", 1, 1)
+        found["elsewhere"] = train(path / "elsewhere", 1, 3)
     return found
 
 
