@@ -16,8 +16,9 @@ from jax import Array
 
 from elmo_jax.negatives import Negatives
 
-# Of float32 logits alive at once. Larger is hardly faster on a CPU; a GPU waits for every launch.
-CHUNK_BYTES, SAMPLED_CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 16 << 20, 8 << 20, 1 << 30
+# Positions of a chunk on a CPU, whose products are fastest with as many, if their logits are neither fewer
+# bytes nor more than these; and those of an accelerator, which waits for every launch.
+CHUNK_ROWS, LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES = 192, 8 << 20, 48 << 20, 1 << 30
 # Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
 _ALIGNED, _SPLIT = 8, 128
 _ROWS = 16  # of which a chunk is a multiple, as products like it
@@ -68,7 +69,7 @@ class _Candidates(NamedTuple):
 
 @jax.custom_vjp
 def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, CHUNK_BYTES, wanted=False)[0]
+    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, wanted=False)[0]
 
 
 def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
@@ -80,7 +81,7 @@ def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tup
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
     candidates = _everything(hidden, table, bias, targets)
-    values, made = _chunked(hidden, *candidates, weight, CHUNK_BYTES, wanted=True)
+    values, made = _chunked(hidden, *candidates, weight, wanted=True)
     dh, d_true, d_every = made
     d_table, d_bias = (every.at[targets].add(true) for every, true in zip(d_every, d_true, strict=True))
     return values, (dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
@@ -119,11 +120,11 @@ def sampled_nll(
 
 @jax.custom_vjp
 def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    return _chunked(hidden, true, noise, weight, SAMPLED_CHUNK_BYTES, wanted=False)[0]
+    return _chunked(hidden, true, noise, weight, wanted=False)[0]
 
 
 def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    values, made = _chunked(hidden, true, noise, weight, SAMPLED_CHUNK_BYTES, wanted=True)
+    values, made = _chunked(hidden, true, noise, weight, wanted=True)
     dh, *gradients = made
     typed = [
         (d_rows.astype(of.rows.dtype), d_shift.astype(of.shift.dtype))
@@ -143,9 +144,7 @@ _sampled_nll.defvjp(_sampled_forward, _sampled_backward)
 # --- what both share ---------------------------------------------------------------------
 
 
-def _chunked(
-    hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, alive: int, wanted: bool
-) -> Any:
+def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, wanted: bool) -> Any:
     """Each position's own true class among all the noise, of which that class takes no part.
 
     Args:
@@ -153,7 +152,6 @@ def _chunked(
         true: of N candidates, a position each.
         noise: of C candidates.
         weight: ``[N]``.
-        alive: bytes of logits on a CPU, see `_in_chunks`.
         wanted: whether the gradient is, for a cotangent of one.
 
     Returns:
@@ -199,7 +197,7 @@ def _chunked(
         dh += d_reached[None] * own.rows.astype(sums).T
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
-    parts, n = _in_chunks(len(noise.rows), alive, (hidden, true, weight))
+    parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
     begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if wanted else None
     d_noise, (each, weighted, *made) = jax.lax.scan(chunk, begin, parts)
 
@@ -239,14 +237,18 @@ def _longest(table: Array) -> Array:
     return jnp.sqrt(jnp.max(jnp.einsum("vp,vp->v", table, table)))
 
 
-def _in_chunks(classes: int, alive: int, arrays: Any) -> tuple[Any, int]:
-    """Arrays ``[N, ...]`` cut into equal chunks of positions, the last filled with zeros; and N.
+def _most_rows(classes: int) -> int:
+    """Positions of a chunk at most, whose float32 logits are alive at once."""
+    least, most, accelerators = (
+        size // (4 * classes) for size in (LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES)
+    )
+    rows = max(least, min(CHUNK_ROWS, most)) if _on_cpu() else accelerators
+    return max(_ROWS, rows // _ROWS * _ROWS)
 
-    Of the chunks' logits so many bytes may be alive at once, if this is a CPU.
-    """
+
+def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
+    """Arrays ``[N, ...]`` cut into equal chunks of no more positions, the last filled with zeros; and N."""
     n = jax.tree.leaves(arrays)[0].shape[0]
-    alive = alive if _on_cpu() else ACCELERATOR_CHUNK_BYTES
-    most = max(_ROWS, alive // (4 * classes) // _ROWS * _ROWS)
 
     def rows_of(count: int) -> int:
         return -(-n // count // _ROWS) * _ROWS

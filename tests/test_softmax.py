@@ -31,8 +31,7 @@ def plain(hidden, table, bias, targets, weight):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
 def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
     monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(softmax, "CHUNK_BYTES", chunk_rows * V * 4)
-    monkeypatch.setattr(softmax, "ACCELERATOR_CHUNK_BYTES", chunk_rows * 128 * 4)
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: chunk_rows)
     monkeypatch.setattr(softmax, "_ROWS", 1)
     total, each = full_nll(*case)
     oracle = -log_softmax(np.asarray(case[0] @ case[1].T + case[2][None]))[np.arange(N), case[3]]
@@ -119,12 +118,11 @@ def test_targets_may_be_counted_in_bytes():
     np.testing.assert_allclose(total, np.log(600), rtol=1e-6)
 
 
-@pytest.mark.parametrize("classes", [500, 30_000, 793_471])
-def test_chunks_lose_nothing_and_are_few(classes):
+@pytest.mark.parametrize("most", [16, 192, 12_576])
+def test_chunks_lose_nothing_and_are_few(most):
     for n in (1, 17, 208, 209, 2560, 3001, 19_998, 10_000_019):
-        made = jax.eval_shape(lambda a: softmax._in_chunks(classes, 24 << 20, a)[0], jnp.zeros((n, 1)))
+        made = jax.eval_shape(lambda a: softmax._in_chunks(most, a)[0], jnp.zeros((n, 1)))
         count, rows, _ = made.shape
-        most = max(16, (24 << 20) // (4 * classes) // 16 * 16)
         fewest = -(-n // most)
         assert count * rows >= n > (count - 1) * rows and (rows <= most or count == 1)
         assert fewest <= count <= 1.25 * fewest
@@ -148,12 +146,24 @@ def test_bfloat16_rounds_no_more_however_sure_the_model_is(scale):
 
 
 def test_logits_never_exist_whole(case, monkeypatch):
-    monkeypatch.setattr(softmax, "CHUNK_BYTES", 2 * V * 4)
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 2)
     monkeypatch.setattr(softmax, "_ROWS", 2)
     program = str(jax.make_jaxpr(jax.grad(lambda h: full_nll(h, *case[1:])[0]))(case[0]))
     assert f"[{V},2]" in program
     for rows in (N, N + 1):
         assert f"[{V},{rows}]" not in program and f"[{rows},{V}]" not in program
+
+
+def test_chunks_hold_what_products_like_but_no_more_than_fits(monkeypatch):
+    assert [softmax._most_rows(v) for v in (2048, 8192, 30_000, 100_000, 800_000)] == [
+        1024,
+        256,
+        192,
+        112,
+        16,
+    ]
+    monkeypatch.setattr(softmax, "_on_cpu", lambda: False)
+    assert [softmax._most_rows(v) for v in (30_000, 800_000, 2**30)] == [8944, 320, 16]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -169,8 +179,7 @@ def test_sampled_over_all_classes_is_full(case, seed):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_sampled_has_the_gradients_of_its_formula_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
     monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
-    for name in ("SAMPLED_CHUNK_BYTES", "ACCELERATOR_CHUNK_BYTES"):
-        monkeypatch.setattr(softmax, name, chunk_rows * 6 * 4)
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: chunk_rows)
     monkeypatch.setattr(softmax, "_ROWS", 1)
     targets, weight = case[3:]
     drawn, log_expected = negatives = log_uniform_negatives(jax.random.key(3), V, 6)
@@ -189,7 +198,7 @@ def test_sampled_has_the_gradients_of_its_formula_in_any_chunks(case, chunk_rows
 
 
 def test_sampled_logits_never_exist_whole(case, monkeypatch):
-    monkeypatch.setattr(softmax, "SAMPLED_CHUNK_BYTES", 2 * 6 * 4)
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 2)
     monkeypatch.setattr(softmax, "_ROWS", 2)
     negatives = log_uniform_negatives(jax.random.key(3), V, 6)
     program = str(jax.make_jaxpr(jax.grad(lambda h: sampled_nll(h, *case[1:], negatives)[0]))(case[0]))
