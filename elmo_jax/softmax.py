@@ -194,7 +194,7 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         d_rows, d_shift = carry
         d_reached = -others / total * w  # p - 1, however near to 1 p is
         dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows)
-        dh += d_reached[None] * own.rows.astype(sums).T
+        dh += jnp.einsum(f"r,rp->{_order(*h.shape)}", d_reached, own.rows.astype(sums))
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
     parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
@@ -207,7 +207,9 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     values = jnp.sum(joined(weighted)), joined(each)
     if not wanted:
         return values, None
-    dh, d_reached = joined(made[0].mT), joined(made[1])
+    dh, d_reached = made
+    turned = _order(*parts[0].shape[1:]) == "pr"
+    dh, d_reached = joined(dh.mT if turned else dh), joined(d_reached)
     d_true = d_reached[:, None] * hidden.astype(sums), d_reached
     return values, (dh.astype(hidden.dtype), d_true, d_noise)
 
@@ -219,6 +221,11 @@ def _on_cpu() -> bool:
 def _axes() -> str:
     """Of logits, in einsum's letters: v classes and r positions, of which a CPU's products like v first."""
     return "vr" if _on_cpu() else "rv"
+
+
+def _order(rows: int, features: int) -> str:
+    """Of the gradient of hidden states, in einsum's letters: a CPU's sums like the longer axis last."""
+    return "pr" if _on_cpu() and features <= rows else "rp"
 
 
 def _by_class(x: Array) -> Array:
@@ -266,15 +273,15 @@ def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
 
 
 def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """Of h as ``[P, R]``, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
+    """Of h, in its `_order`, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
 
     The factor goes into the small side of each product, so that the logits are passed over once less.
     """
     sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-    # Turned, for XLA:CPU sums over so many classes faster so.
-    dh = jnp.einsum(f"vp,{axes}->pr", rows, g, preferred_element_type=sums)
+    order = _order(*h.shape)
+    dh = jnp.einsum(f"vp,{axes}->{order}", rows, g, preferred_element_type=sums)
     d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
     # A sum over rows, which XLA:CPU is slow at.
     d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
-    return dh * scale[None], d_rows, d_bias
+    return dh * jnp.expand_dims(scale, order.index("p")), d_rows, d_bias
