@@ -111,6 +111,7 @@ def fit(
         InputError: several losses or gradients in a row, or all of an epoch, or the figure
             the run is to lower, were not finite; or a step could not be saved.
         Interrupted: SIGINT or SIGTERM came; the step was saved.
+        ValueError: what is to be made holds something frozen.
     """
     like = begin.like()
     if like.frozen:

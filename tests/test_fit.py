@@ -1,5 +1,6 @@
 """The loop on a model of a few numbers: resuming, sharing out, stopping, and what it refuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -151,6 +152,14 @@ def test_a_state_is_made_once_its_programs_are_there_and_not_at_all_where_one_is
     assert told[2:] == ["2 programs", "0 programs"]  # nothing is left to do the second time
     same(again, state)
     same(state.frozen, {"scale": jnp.ones(())})
+
+
+def test_what_is_frozen_is_given_to_fit_alone(documents, tmp_path):
+    optimizer, stream = make_optimizer(OptimizerConfig(), 1), BatchStream(documents, 4, seed=1, bounds=(32,))
+    frozen = Plan(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())}))
+    with contextlib.closing(Run.create(tmp_path / "run", {}, monitor="figure")) as run:
+        with pytest.raises(ValueError, match="frozen"):
+            fit(frozen, loss_fn, optimizer, stream, run, epochs=1, seed=0, on_epoch=lambda *_: {})
 
 
 def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):
