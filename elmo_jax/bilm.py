@@ -129,10 +129,13 @@ class BiLM(nn.Module):
 
     def read(self, batch: Batch, awaited: bool = False) -> Array:
         """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
-        by_word = self.config.input == "words"
-        embed = self.embedder.awaited if by_word and awaited else self.token_vectors
-        vectors = embed(jnp.asarray(batch.words if by_word else batch.chars))
+        tokens = jnp.asarray(batch.words if self.config.input == "words" else batch.chars)
+        vectors = self._embed(tokens, awaited)
         return _in_reading_order(vectors, jnp.asarray(batch.lengths))
+
+    def _embed(self, tokens: Array, awaited: bool) -> Array:
+        words = self.config.input == "words"
+        return self.embedder.awaited(tokens) if words and awaited else self.embedder(tokens)
 
     def contextualize(
         self, x: Array, lengths: Array, state: tuple[State, ...] | None = None, train: bool = False
@@ -194,8 +197,7 @@ class BiLM(nn.Module):
             As `nll` but for ``words``, and the ``state`` after the window, through which no gradient flows.
         """
         if self.config.input == "words":
-            embed = self.embedder.awaited if negatives is None else self.token_vectors
-            x = embed(window.words[:, :, :-1])
+            x = self._embed(window.words[:, :, :-1], awaited=negatives is None)
         else:  # rows first: laid end to end, the tokens of a device's rows must be neighbours
             x = self.token_vectors(window.chars.swapaxes(0, 1)).swapaxes(0, 1)
         _, rows, steps, _ = x.shape

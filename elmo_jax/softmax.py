@@ -160,6 +160,8 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         ``([N, P], [N])``, and of `noise`, ``([C, P], [C])``.
     """
     sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
+    parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
+    order = _order(*parts[0].shape[1:])
     of_class, classes = noise.shift.astype(sums), axes.index("v")
     longest, highest = _longest(noise.rows), jnp.max(of_class)
     near_enough = _on_cpu() and np.log(float(jnp.finfo(hidden.dtype).max)) > _NEAR  # float16 has no room
@@ -193,11 +195,10 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
             return None, (each, each * w)
         d_rows, d_shift = carry
         d_reached = -others / total * w  # p - 1, however near to 1 p is
-        dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows)
-        dh += jnp.einsum(f"r,rp->{_order(*h.shape)}", d_reached, own.rows.astype(sums))
+        dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows, order)
+        dh += jnp.einsum(f"r,rp->{order}", d_reached, own.rows.astype(sums))
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
-    parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
     begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if wanted else None
     d_noise, (each, weighted, *made) = jax.lax.scan(chunk, begin, parts)
 
@@ -208,8 +209,7 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     if not wanted:
         return values, None
     dh, d_reached = made
-    turned = _order(*parts[0].shape[1:]) == "pr"
-    dh, d_reached = joined(dh.mT if turned else dh), joined(d_reached)
+    dh, d_reached = joined(dh.mT if order == "pr" else dh), joined(d_reached)
     d_true = d_reached[:, None] * hidden.astype(sums), d_reached
     return values, (dh.astype(hidden.dtype), d_true, d_noise)
 
@@ -272,14 +272,15 @@ def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
     return jax.tree.map(cut, arrays), n
 
 
-def _gradients(d_logits: Array, scale: Array, h: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """Of h, in its `_order`, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
+def _gradients(
+    d_logits: Array, scale: Array, h: Array, rows: Array, order: str
+) -> tuple[Array, Array, Array]:
+    """Of h, in that `_order`, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
 
     The factor goes into the small side of each product, so that the logits are passed over once less.
     """
     sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
-    order = _order(*h.shape)
     dh = jnp.einsum(f"vp,{axes}->{order}", rows, g, preferred_element_type=sums)
     d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
     # A sum over rows, which XLA:CPU is slow at.

@@ -201,7 +201,7 @@ class Steps:
         """The state of a whole step as shapes and dtypes, in nested dictionaries."""
         with _quiet(), self._reader(step) as reader:
             saved: Any = reader.metadata(self.path / str(step) / _STATE).item_metadata
-            return jax.tree.map(lambda a: _placed(jax.ShapeDtypeStruct(a.shape, a.dtype)), saved.tree)
+            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:
         """The state of a whole step, or the part of it that the template asks for.
@@ -210,7 +210,13 @@ class Steps:
             step: a whole step.
             template: of arrays, or of their shapes and dtypes, and places if it is not a new array's.
         """
-        abstract = jax.tree.map(_placed, template)
+        new = jnp.zeros(()).sharding
+
+        def placed_like(leaf: Any) -> jax.ShapeDtypeStruct:
+            place = getattr(leaf, "sharding", None) or new
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        abstract = jax.tree.map(placed_like, template)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
         args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
         with _quiet(), self._reader(step) as reader:
@@ -280,12 +286,6 @@ def _on_host(array: Any) -> Any:
     """
     spread = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
     return array if spread else np.asarray(array)
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape, dtype and place of an array, or of what tells them; without a place, a new array's."""
-    place = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 @contextlib.contextmanager

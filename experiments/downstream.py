@@ -141,6 +141,7 @@ def _train(
     if config.source.finetune:
         params, frozen = params | frozen, {}
     cli.say(f"model: {cli.count(params):,} trained parameters, {cli.count(frozen):,} frozen")
+    frozen = Plan(lambda frozen: frozen, mesh, (frozen,))()
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     held_out = BatchStream(source.data.validation, config.batch_size, bounds=train.bounds)
     sums_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
@@ -174,10 +175,10 @@ def _train(
             seed=config.seed,
             on_epoch=on_epoch,
             on_record=on_record,
-            frozen=Plan(lambda frozen: frozen, mesh, (frozen,))(),
+            frozen=frozen,
         )
     best = run.restore_best(("params",))["params"]
-    return records, Plan(lambda best, frozen: {**frozen, **best}, mesh, (best, frozen))()
+    return records, {**frozen, **Plan(lambda best: best, mesh, (best,))()}
 
 
 def _measure(

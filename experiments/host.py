@@ -18,8 +18,8 @@ from elmo_jax.mesh import Plan
 from elmo_jax.tasks import bilm_loss
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
-from experiments.inputs import Arrays, model_of, stream_of, weights_of
-from experiments.worker import RATE, Built
+from experiments.inputs import model_of, stream_of, weights_of
+from experiments.worker import RATE, Arrays, Built
 
 _EPOCHS = 10**6  # more than are ever timed
 

@@ -4,7 +4,6 @@ Nouns: a *weight* goes by its place in this library's parameters, ``lstm_0/input
 Axes: B batch, T time, D direction, K steps a dispatch, U steps a window, V vocabulary, N rows.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,9 +20,8 @@ from elmo_jax.negatives import log_uniform_negatives
 from elmo_jax.tasks import init_params
 from elmo_jax.text import SPECIAL
 from experiments.cases import TIED, Case
-from experiments.worker import is_weight
+from experiments.worker import Arrays, is_weight
 
-Arrays = Mapping[str, np.ndarray]
 _Drawn = tuple[dict[str, np.ndarray], dict[str, Any]]
 _FIRST = len(SPECIAL)  # word id
 _DOCUMENTS = 78_000  # of the recipe, as many and as long as AG News's

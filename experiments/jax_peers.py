@@ -16,9 +16,9 @@ from jax import Array
 from elmo_jax.cudnn import pack_weights
 from elmo_jax.lstm import reverse_valid
 from experiments.cases import DIRECTIONS, Case
-from experiments.inputs import Arrays, weights_of
+from experiments.inputs import weights_of
 from experiments.units import first_gradients, lstm_gradients, optimiser_steps, softmax_gradients
-from experiments.worker import RATE, Built
+from experiments.worker import RATE, Arrays, Built
 
 # One direction's layers: weights, x [T, B, I] -> h [T, B, H].
 Stack = Callable[[Any, Array], Array]

@@ -25,7 +25,7 @@ from elmo_jax.softmax import full_nll, sampled_nll
 from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
-from experiments.inputs import Arrays, model_of, weights_of
+from experiments.inputs import model_of, weights_of
 from experiments.units import (
     build_copy,
     build_product,
@@ -34,7 +34,7 @@ from experiments.units import (
     optimiser_steps,
     softmax_gradients,
 )
-from experiments.worker import RATE, Built, pair_loss, sentences_of
+from experiments.worker import RATE, Arrays, Built, pair_loss, sentences_of
 
 _K = 8  # steps a dispatch, as by default
 

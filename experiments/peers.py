@@ -8,7 +8,7 @@ Axes: B batch, T time, D direction, H cells, P projection, V vocabulary.
 # pyright: reportMissingImports=false
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from experiments import torch_elmo
 from experiments.cases import DIRECTIONS, Case
-from experiments.worker import B1, RATE, Built, is_weight
+from experiments.worker import B1, RATE, Arrays, Built, is_weight
 
-Arrays = Mapping[str, np.ndarray]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -7,7 +7,7 @@ Axes: B batch, T time, N words, C characters, D direction, H cells, P projection
 
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.cases import DIRECTIONS, Case
-from experiments.worker import RATE, Built, is_weight, sentences_of
+from experiments.worker import RATE, Arrays, Built, is_weight, sentences_of
 
-Arrays = Mapping[str, np.ndarray]
 _BATCH = 64  # sentences at once, where the user gives a list
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _C = 50

@@ -9,8 +9,8 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from experiments.cases import Case
-from experiments.inputs import Arrays, weights_of
-from experiments.worker import B1, Built
+from experiments.inputs import weights_of
+from experiments.worker import B1, Arrays, Built
 
 
 def repeat(step: Any, *args: Any) -> Any:

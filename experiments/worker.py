@@ -22,6 +22,7 @@ from experiments.memory import process_peak, tame_malloc
 _PRODUCTS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 RATE = 1e-3  # learning rate of every peer
 B1 = 0.9  # of Adam's first moment, which every peer has so by default
+Arrays = Mapping[str, np.ndarray]  # a case's, by name
 _WARM_UPS = 5  # at most; a peer that still compiles after them does so in every unit
 # Which function makes a peer's side.
 _MAKERS = {
@@ -53,7 +54,7 @@ def is_weight(name: str) -> bool:
     return ("/" in name and ":" not in name) or name in ("softmax_table", "softmax_bias")
 
 
-def sentences_of(arrays: Mapping[str, np.ndarray]) -> list[list[str]]:
+def sentences_of(arrays: Arrays) -> list[list[str]]:
     """The text of a case as sentences of tokens."""
     ends = np.cumsum(arrays["lengths"])
     return [part.tolist() for part in np.split(arrays["text"], ends[:-1])]

@@ -234,7 +234,7 @@ def test_a_ratio_is_taken_round_by_round():
 def test_a_worker_that_dies_says_why(tmp_path):
     case = Case("bad", "sgns", (OURS,), vocabulary=40)
     (lane,) = race(case, {}, tmp_path, 1, 0.0, lambda: None)
-    assert lane.seconds == [] and "KeyError: 'ids" in lane.why
+    assert lane.seconds == [] and "KeyError: 'ids is not a file in the archive'" in lane.why
 
 
 def test_a_worker_killed_between_rounds_leaves_the_others_to_be_timed(tmp_path, monkeypatch):

@@ -36,9 +36,8 @@ def test_an_awaited_gradient_is_the_one_that_would_be(words):
 
     def loss(table, method):
         vectors = WordEmbedder(5, 4).apply({"params": {"table": table}}, words, method=method)
-        return jnp.sum(
-            jnp.where(words[..., None] < 5, vectors**2, 0)
-        ), vectors  # from an id that is none, NaN
+        sound = jnp.where(words[..., None] < 5, vectors**2, 0)  # and yet NaN flows back to an id that is none
+        return jnp.sum(sound), vectors
 
     (_, vectors), gradient = jax.value_and_grad(loss, has_aux=True)(table, "awaited")
     (_, wanted), expected = jax.value_and_grad(loss, has_aux=True)(table, "__call__")

@@ -155,13 +155,8 @@ def test_logits_never_exist_whole(case, monkeypatch):
 
 
 def test_chunks_hold_what_products_like_but_no_more_than_fits(monkeypatch):
-    assert [softmax._most_rows(v) for v in (2048, 8192, 30_000, 100_000, 800_000)] == [
-        1024,
-        256,
-        192,
-        112,
-        16,
-    ]
+    rows = [softmax._most_rows(v) for v in (2048, 8192, 30_000, 100_000, 800_000)]
+    assert rows == [1024, 256, 192, 112, 16]
     monkeypatch.setattr(softmax, "_on_cpu", lambda: False)
     assert [softmax._most_rows(v) for v in (30_000, 800_000, 2**30)] == [8944, 320, 16]
 
