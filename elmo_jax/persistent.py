@@ -25,12 +25,11 @@ from elmo_jax.cudnn import ROUGH, on_cuda
 from elmo_jax.fast import fast_recurrence
 from elmo_jax.layout import Layout
 from elmo_jax.mesh import DATA
-from elmo_jax.recurrence import Clips, State, Weights
+from elmo_jax.recurrence import GATES, Clips, State, Weights
 
 _ROWS, _MOST_ROWS = 16, 128  # of a tile: the fewest that tensor cores multiply, the most for its registers
 _GROUP = 32  # cells
 _MOST = 256  # cells of a layer; beyond, a group's weights do not fit into a processor
-_GATES = 4
 _PIECE = 8192  # numbers of a factor of a product that a program reads at once
 
 
@@ -73,7 +72,7 @@ def _held(cells: int, dtype: DTypeLike) -> int:
     """Bytes that a program holds in its processor's memory, as kernels compiled for an H100 do:
     a group's weights, and one piece of what they are multiplied with."""
     width = -(-cells // _GROUP) * _GROUP
-    return jnp.dtype(dtype).itemsize * (width * _GROUP * _GATES + _PIECE)
+    return jnp.dtype(dtype).itemsize * (width * _GROUP * GATES + _PIECE)
 
 
 def _memory() -> int:
@@ -115,7 +114,7 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
 def _own_rows(state: State, gates: Array, w: Weights, clips: Clips) -> State:
     """The rows of one device, as many at a time as it has room for programs."""
     directions, rows, _, cells = gates.shape
-    most = _most_rows(directions, _groups(cells // _GATES))
+    most = _most_rows(directions, _groups(cells // GATES))
     if not most:
         return fast_recurrence(state, gates, w, clips)
     if rows <= most:
@@ -159,14 +158,14 @@ def _run(state: State, gates: Array, w: Weights, clips: Clips, differentiated: b
         `differentiated`, the gates' values i, j, f, o ``[D, B, T, 4, W]``.
     """
     directions, rows, steps, _ = gates.shape
-    split = lambda x: x.reshape(*x.shape[:-1], _GATES, -1)  # noqa: E731
+    split = lambda x: x.reshape(*x.shape[:-1], GATES, -1)  # noqa: E731
     recurrent = _padded_weights(w)
     width = recurrent.shape[-1]
     made = [
         jax.ShapeDtypeStruct((directions, rows, steps, state.h.shape[-1]), jnp.float32),
         jax.ShapeDtypeStruct((directions, rows, steps + 1, width), w.recurrent.dtype),
         jax.ShapeDtypeStruct((directions, rows, steps + 1, width), jnp.float32),
-        jax.ShapeDtypeStruct((directions, rows, steps, _GATES, width), jnp.float32),
+        jax.ShapeDtypeStruct((directions, rows, steps, GATES, width), jnp.float32),
     ]
     made = made if differentiated else made[:-1]
     return _call("forward", clips, made, split(gates), split(w.bias.astype(gates.dtype)), *state, recurrent)
@@ -177,13 +176,13 @@ def _backward(clips: Clips, residuals: Any, grads: State):
     directions, rows, steps, _, width = by_gate.shape
     cells = grads.h.shape[-1]
     made = [
-        jax.ShapeDtypeStruct((directions, rows, steps, _GATES * width), w.recurrent.dtype),
+        jax.ShapeDtypeStruct((directions, rows, steps, GATES * width), w.recurrent.dtype),
         jax.ShapeDtypeStruct((directions, rows, cells), jnp.float32),
         jax.ShapeDtypeStruct((directions, rows, cells), jnp.float32),
     ]
     to_h = _padded_weights(w).swapaxes(2, 3).reshape(directions, 1, -1, width)
     dz, dc, dh = _call("backward", clips, made, by_gate, c, *grads, to_h)
-    dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], _GATES * cells)
+    dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], GATES * cells)
     layout = Layout(steps, turned=False)
     before = layout.flat(passed[:, :, :-1, :cells])
     d_recurrent = layout.matrix_gradient(before, layout.flat(dz), w.recurrent)
@@ -203,7 +202,7 @@ def _padded_weights(w: Weights) -> Array:
     """h to each gate ``[D, 4, W, W]``."""
     directions, cells, _ = w.recurrent.shape
     more = 0, _groups(cells) * _cells_of_group(cells) - cells
-    by_gate = w.recurrent.reshape(directions, cells, _GATES, cells).swapaxes(1, 2)
+    by_gate = w.recurrent.reshape(directions, cells, GATES, cells).swapaxes(1, 2)
     return jnp.pad(by_gate, ((0, 0), (0, 0), more, more))
 
 

@@ -17,9 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from elmo_jax.recurrence import FORGET_BIAS
-
-_GATES = 4
+from elmo_jax.recurrence import FORGET_BIAS, GATES
 
 
 class _Program:
@@ -119,14 +117,14 @@ def forward_kernel(
     *by_gate, arrived = more
     program = _Program(tile, group, gates.shape[1], arrived, piece, interpreted)
     weights = program.weights(w)
-    biases = [program.bias(bias, g) for g in range(_GATES)]
+    biases = [program.bias(bias, g) for g in range(GATES)]
     c = program.load(c_first)
     program.store(passed, program.load(h_first).astype(passed.dtype), 0)
     program.done()
     program.store(c_all, c, 0)
 
     def step(t: Array, c: Array) -> Array:
-        z = [program.load(gates, t, g) + biases[g] for g in range(_GATES)]  # while others finish
+        z = [program.load(gates, t, g) + biases[g] for g in range(GATES)]  # while others finish
         program.wait(t + 1)
         z = [a + b for a, b in zip(z, program.products(passed, t, weights), strict=True)]
         i, f, o = (jax.nn.sigmoid(x) for x in (z[0], z[2] + FORGET_BIAS, z[3]))
@@ -171,7 +169,7 @@ def backward_kernel(
 
     def slopes(t: Array) -> tuple[Array, ...]:
         """Of c by i, j, f and the c before, h by o and c; and the gradients of c and h from outside."""
-        i, j, f, o = (program.load(by_gate, t, g) for g in range(_GATES))
+        i, j, f, o = (program.load(by_gate, t, g) for g in range(GATES))
         c, before = program.load(c_all, t + 1), program.load(c_all, t)
         tanh_c = _tanh(c)
         by = j * i * (1 - i), i * (1 - j * j), before * f * (1 - f), f

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+GATES = 4  # i, j, f, o: in, new, forget and out, in the official format's order
 FORGET_BIAS = 1.0  # added when the cell runs, never stored, as in the official format
 
 
@@ -67,7 +68,7 @@ def lstm_step(state: State, gates: Array, w: Weights, clips: Clips = Clips()) ->
         The next state.
     """
     z = gates + batched_product(state.h, w.recurrent) + w.bias[:, None].astype(gates.dtype)
-    i, j, f, o = jnp.split(z, 4, axis=-1)  # each [D, B, H]
+    i, j, f, o = jnp.split(z, GATES, axis=-1)  # each [D, B, H]
     c = jax.nn.sigmoid(f + FORGET_BIAS) * state.c + jax.nn.sigmoid(i) * jnp.tanh(j)
     c = clip(c, clips.cell)
     h = jax.nn.sigmoid(o) * jnp.tanh(c)

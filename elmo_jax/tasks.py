@@ -44,8 +44,7 @@ def bilm_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
         small, batch, draw = _prepare(model, negatives, rowwise, batch, key)
         rngs = {"dropout": jax.random.split(key)[0]}
         sums: Any = small.apply({"params": params}, batch, True, draw, rngs=rngs, method="nll")
-        total = sums.pop("loss")
-        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
+        return _a_token(sums)
 
     return LargeProducts(loss) if negatives is None else loss
 
@@ -59,11 +58,15 @@ def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = 
         rngs = {"dropout": jax.random.split(key)[0]}
         state, weights = params["state"], {n: p for n, p in params.items() if n != "state"}
         sums: Any = small.apply({"params": weights}, window, state, draw, rngs=rngs, method="window_nll")
-        total = sums.pop("loss")
-        sums["words"] = sums["tokens"] - ends
-        return total / jnp.maximum(DIRECTIONS * sums["tokens"], 1), sums
+        return _a_token(sums | {"words": sums["tokens"] - ends})
 
     return LargeProducts(loss) if negatives is None else loss
+
+
+def _a_token(sums: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+    """The mean loss, which is to fall, and the other sums."""
+    mean = sums["loss"] / jnp.maximum(DIRECTIONS * sums["tokens"], 1)
+    return mean, {name: value for name, value in sums.items() if name != "loss"}
 
 
 def bilm_rows(model: BiLM, negatives: int):
