@@ -11,23 +11,29 @@ from . import (
     cudnn as cudnn,
     data as data,
     datasets as datasets,
+    dispatch as dispatch,
     dump as dump,
     elmo as elmo,
     embedders as embedders,
     errors as errors,
     estimator as estimator,
     exported as exported,
+    fast as fast,
     hdf5 as hdf5,
     inference as inference,
     integrity as integrity,
+    layout as layout,
     lines as lines,
     loop as loop,
     lstm as lstm,
     mesh as mesh,
     metrics as metrics,
+    negatives as negatives,
     page as page,
+    persistent as persistent,
     pretrained as pretrained,
     processes as processes,
+    programs as programs,
     progress as progress,
     recurrence as recurrence,
     report as report,
@@ -45,6 +51,7 @@ from . import (
 )
 from .bilm import BiLM, BiLMConfig
 from .characters import character_ids
+from .checkpoint import Run
 from .classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
 from .combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
 from .data import Batch, BatchStream, Documents
@@ -55,10 +62,12 @@ from .errors import InputError
 from .estimator import ElmoVectorizer
 from .loop import fit
 from .lstm import LSTM, reverse_valid
+from .mesh import Plan, make_mesh
+from .negatives import Negatives, log_uniform_negatives
 from .softmax import full_nll, sampled_nll
 from .tasks import bilm_features, bilm_loss, bilm_sums
 from .text import Vocabulary, clean, tokenize
-from .train import OptimizerConfig, TrainState, evaluate, make_optimizer, train_step
+from .train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict, train_step
 from .vectors import WordVectors
 
 __version__: str
@@ -82,7 +91,10 @@ __all__ = [
     "FrozenMix",
     "InputError",
     "LearnedFunction",
+    "Negatives",
     "OptimizerConfig",
+    "Plan",
+    "Run",
     "ScalarMix",
     "TrainState",
     "Vocabulary",
@@ -97,7 +109,10 @@ __all__ = [
     "fit",
     "full_nll",
     "load_dataset",
+    "log_uniform_negatives",
+    "make_mesh",
     "make_optimizer",
+    "predict",
     "reverse_valid",
     "sampled_nll",
     "tokenize",

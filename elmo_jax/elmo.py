@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.bilm import BiLM, lstm_layer, zero_state
 from elmo_jax.errors import InputError
 from elmo_jax.exported import load_folder, save_folder
 from elmo_jax.inference import BATCH_TOKENS, Reader
@@ -35,6 +35,7 @@ class Elmo:
             no softmax.
 
     Example:
+        >>> from elmo_jax.bilm import BiLMConfig
         >>> from elmo_jax.data import Batch
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
@@ -52,7 +53,7 @@ class Elmo:
     def __reduce__(self):
         """Pickled as what it is made of: scikit-learn pipelines are."""
         params = jax.tree.map(np.asarray, self.params)
-        return _rebuild, (self.model.config, self.model.vocabulary, params, self.vocabulary)
+        return type(self), (self.model, params, self.vocabulary)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto") -> "Elmo":
@@ -70,7 +71,13 @@ class Elmo:
         return cls(_computing(model, dtype), params, vocabulary)
 
     @classmethod
-    def from_bilm(cls, options: str | Path, weights: str | Path, dtype: Dtype | None = None) -> "Elmo":
+    def from_bilm(
+        cls,
+        options: str | Path,
+        weights: str | Path,
+        dtype: Dtype | None = None,
+        kernel: Kernel = "auto",
+    ) -> "Elmo":
         """Load a model in the official format of bilm-tf and AllenNLP.
 
         If `save_bilm` left the softmax and the vocabulary beside the weights, which the
@@ -80,9 +87,11 @@ class Elmo:
             options: the JSON file, perhaps ``.gz``.
             weights: the HDF5 file, perhaps ``.gz``.
             dtype: of the products, "float32", which is the default, or "bfloat16".
+            kernel: of the LSTM layers, see `LSTM.choose`.
 
         Raises:
-            InputError: a file is missing or damaged, or the two are not of one model.
+            InputError: a file is missing or damaged, the two are not of one model, or the
+                kernel does not run such layers.
         """
         config, flat = read_bilm(options, weights)
         vocabulary = None
@@ -90,7 +99,8 @@ class Elmo:
         if beside.exists():
             vocabulary, softmax = read_softmax(beside, config.embedding)
             flat |= softmax
-        model = _computing(BiLM(config, len(vocabulary or ())), dtype)
+        model = _computing(BiLM(config, len(vocabulary or ()), kernel), dtype)
+        lstm_layer(model.config, kernel).choose()
         return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:
@@ -210,10 +220,6 @@ def _computing(model: BiLM, dtype: Dtype | None) -> BiLM:
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     return model if dtype is None else replace(model, config=replace(model.config, dtype=dtype))
-
-
-def _rebuild(config: BiLMConfig, classes: int, params: Any, vocabulary: Vocabulary | None) -> Elmo:
-    return Elmo(BiLM(config, classes), params, vocabulary)
 
 
 def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:

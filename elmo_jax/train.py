@@ -4,9 +4,10 @@ Nouns: a *task* is a pure ``loss_fn(params, batch, key) -> (loss, sums)``.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from elmo_jax.data import Batch, BatchStream
 from elmo_jax.mesh import feed, fetch, mesh_of, on
@@ -160,7 +162,7 @@ def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, 
     Args:
         sums_fn: compiled ``(params, batch) -> sums``.
         params: all the task needs.
-        stream: of one step a dispatch.
+        stream: what it is of; of how many steps a dispatch does not matter.
     """
     mesh, waiting = mesh_of(params), deque[dict[str, Array]]()
     total: dict[str, np.ndarray] = {}
@@ -169,8 +171,7 @@ def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, 
         for name, value in sums.items():
             total[name] = total.get(name, 0.0) + fetch(value).astype(np.float64)
 
-    for dispatch in feed(stream, 0, stream.steps_per_epoch, mesh):
-        batch = jax.tree.map(lambda a: a[0], dispatch.batches)
+    for batch in _batches(stream, mesh):
         with on(mesh):
             waiting.append(sums_fn(params, batch))
         if len(waiting) > 2:  # the device stays busy, and memory flat
@@ -186,15 +187,21 @@ def predict(rows_fn: RowsFn, params: Params, stream: BatchStream) -> np.ndarray:
     Args:
         rows_fn: compiled ``(params, batch) -> [B, ...]``.
         params: all the task needs.
-        stream: of one step a dispatch.
+        stream: as for `evaluate`.
 
     Returns:
         ``[N, ...]``.
     """
     mesh, values = mesh_of(params), []
-    for dispatch in feed(stream, 0, stream.steps_per_epoch, mesh):
-        batch = jax.tree.map(lambda a: a[0], dispatch.batches)
+    for batch in _batches(stream, mesh):
         with on(mesh):
             rows = rows_fn(params, batch)
         values.append(fetch(rows)[fetch(batch.weight) > 0])
     return np.concatenate(values)[np.argsort(stream.order())]
+
+
+def _batches(stream: BatchStream, mesh: Mesh | None) -> Iterator[Batch]:
+    """Every batch of one pass, however many a dispatch holds."""
+    for batches, count in feed(stream, 0, stream.steps_per_epoch, mesh):
+        for i in range(count):
+            yield jax.tree.map(itemgetter(i), batches)

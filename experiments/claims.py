@@ -5,12 +5,9 @@ the figures show, whichever way they fall.
 Axes: S seeds, X points of a curve.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,13 +20,11 @@ from elmo_jax.page import Page
 from elmo_jax.sample import sample_corpus
 from elmo_jax.vectors import WordVectors
 from experiments import cli
+from experiments.methods import Comparison
 from experiments.results import measure, spread
 from experiments.senses import Occurrences, commonest, probe
 from experiments.sources import VECTORS
 from experiments.stages import Stage
-
-if TYPE_CHECKING:
-    from experiments.compare import Plan
 
 ELMO, STATIC = "ELMo, trainable λ", ("SGNS", "SVD")
 SHARES = (0.01, 0.03, 0.1, 0.3)  # of the labels, beside all of them
@@ -52,30 +47,33 @@ class Studies:
     context: Sequence[Stage]
 
 
-def studies(plan: Plan, full: Mapping[str, Sequence[Stage]]) -> Studies:
+def studies(comparison: Comparison, full: Mapping[str, Sequence[Stage]]) -> Studies:
     """Which runs the claims need, beside the comparison's own."""
 
     def few(method: str, share: float) -> list[Stage]:
         base = full[method][0].settings.epochs
         epochs = round(base / share**0.5)  # an epoch of few documents is few steps
         return [
-            plan.classifier(method, seed, labels=share, epochs=epochs) for seed in range(len(full[method]))
+            comparison.classifier(method, seed, labels=share, epochs=epochs)
+            for seed in range(len(full[method]))
         ]
 
-    shares = distinct_shares(plan)
+    shares = distinct_shares(comparison)
     by_share = {method: {share: few(method, share) for share in shares} for method in (ELMO, *STATIC)}
-    untrained = [plan.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
-    context = type(plan)(plan.config, DataConfig(), plan.output / "context", plan.origins).sources()
+    untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in range(len(full[ELMO]))]
+    context = Comparison(
+        comparison.config, DataConfig(), comparison.output / "context", comparison.origins
+    ).sources()
     renamed = [replace(s, name=f"context {s.name}", kind=f"context {s.kind}") for s in context]
     return Studies(full, by_share, untrained, renamed)
 
 
-def distinct_shares(plan: Plan) -> list[float]:
+def distinct_shares(comparison: Comparison) -> list[float]:
     """Those of `SHARES` that come to other documents than the next one; of a small corpus, fewer.
 
     Each is of the documents of any larger one, and of no others, so seed 0 speaks for all.
     """
-    documents = {share: plan.origins.texts(plan.data, labels=share) for share in (*SHARES, 1.0)}
+    documents = {share: comparison.origins.texts(comparison.data, labels=share) for share in (*SHARES, 1.0)}
     last = {digest: share for share, digest in documents.items()}  # the largest of as many documents
     for share in SHARES:
         if (same := last[documents[share]]) != share:

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from experiments import torch_elmo
 from experiments.cases import DIRECTIONS, Case
+from experiments.torch_elmo import DEVICE, tensor
 from experiments.worker import B1, RATE, Arrays, Built, is_weight
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(case: Case, arrays: Arrays) -> Built:
@@ -38,12 +37,6 @@ def build(case: Case, arrays: Arrays) -> Built:
         "embed": torch_elmo.build_embedding,
     }[case.part]
     return make(case, arrays)
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    """On the device; ids as PyTorch wants them."""
-    made = torch.from_numpy(array).to(DEVICE)
-    return made.long() if made.dtype == torch.int32 else made
 
 
 def wait() -> None:

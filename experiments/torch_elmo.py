@@ -19,9 +19,15 @@ from experiments.cases import DIRECTIONS, Case
 from experiments.worker import RATE, Arrays, Built, is_weight, sentences_of
 
 _BATCH = 64  # sentences at once, where the user gives a list
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _C = 50
 State = tuple[Tensor, Tensor]  # c [B, H], h [B, P]
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """On the device; ids as PyTorch wants them."""
+    made = torch.from_numpy(array).to(DEVICE)
+    return made.long() if made.dtype == torch.int32 else made
 
 
 def spell(word: str) -> list[int]:
@@ -45,7 +51,7 @@ class TorchELMo(nn.Module):
             by_direction = name.startswith("lstm")
             parts = {f"{name}:{d}": a[d] for d in range(DIRECTIONS)} if by_direction else {name: a}
             for part, values in parts.items() if is_weight(name) else ():
-                self.w[part] = nn.Parameter(torch.from_numpy(_layout(name, values)).to(_DEVICE))
+                self.w[part] = nn.Parameter(torch.from_numpy(_layout(name, values)).to(DEVICE))
 
     def get(self, name: str) -> Tensor:
         """A weight by this library's name."""
@@ -104,7 +110,7 @@ class TorchELMo(nn.Module):
     def zero_states(self, rows: int) -> list[State]:
         """The state of every layer of a direction before anything is read."""
         shapes = (rows, self.case.cells), (rows, self.case.width)
-        zeros = tuple(torch.zeros(shape, device=_DEVICE) for shape in shapes)
+        zeros = tuple(torch.zeros(shape, device=DEVICE) for shape in shapes)
         return [(zeros[0], zeros[1])] * self.case.layers
 
 
@@ -126,7 +132,7 @@ def embed(model: TorchELMo, sentences: list[list[str]]) -> list[np.ndarray]:
     for row, i in enumerate(order):
         ids[row, : lengths[row]] = [spell(word) for word in ("<S>", *sentences[i], "</S>")]
     with torch.inference_mode():
-        x = model.words(torch.from_numpy(ids).to(_DEVICE).reshape(-1, _C))
+        x = model.words(torch.from_numpy(ids).to(DEVICE).reshape(-1, _C))
         x = x.reshape(len(order), lengths[0], -1)
         zero = model.zero_states(len(order))
         both = [[x, *model.direction(d, x, lengths, zero)[0]] for d in range(DIRECTIONS)]
@@ -180,7 +186,6 @@ def build_training(case: Case, arrays: Arrays) -> Built:
 
     Of the softmax a step moves the rows it names alone: their gradients are sparse, and so is Adagrad.
     """
-    from experiments.peers import tensor
 
     model = TorchELMo(case, arrays)
     chars, words, weight = (tensor(arrays[name]) for name in ("chars", "words", "weight"))
@@ -190,7 +195,7 @@ def build_training(case: Case, arrays: Arrays) -> Built:
     groups = [{"params": list(model.parameters())}, {"params": [table, bias]}]  # dense and sparse
     torch.sparse.check_sparse_tensor_invariants.disable()  # PyTorch warns where that is not said
     optimizer = torch.optim.Adagrad(groups, RATE, initial_accumulator_value=1.0, eps=1e-7)
-    k = torch.arange(case.vocabulary, device=_DEVICE, dtype=torch.float64)
+    k = torch.arange(case.vocabulary, device=DEVICE, dtype=torch.float64)
     expected = torch.log((k + 2) / (k + 1)) / np.log(case.vocabulary + 1) * (case.negatives or 0)
     log_expected = expected.log().float()
 
@@ -209,10 +214,8 @@ def build_training(case: Case, arrays: Arrays) -> Built:
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        drawn = (
-            torch.exp(torch.rand(case.negatives or 1, device=_DEVICE) * np.log(case.vocabulary)).long() - 1
-        )
-        total = torch.zeros((), device=_DEVICE)
+        drawn = torch.exp(torch.rand(case.negatives or 1, device=DEVICE) * np.log(case.vocabulary)).long() - 1
+        total = torch.zeros((), device=DEVICE)
         for d in range(DIRECTIONS):
             h, targets, after = hidden(d, case.batch, carried[d])
             carried[d] = [(c.detach(), h.detach()) for c, h in after]

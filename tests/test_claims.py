@@ -7,7 +7,7 @@ import pytest
 
 from elmo_jax.datasets import DataConfig
 from experiments import claims
-from experiments.compare import METHODS, CompareConfig, Plan
+from experiments.methods import METHODS, CompareConfig, Comparison
 from experiments.origins import Origins
 from experiments.senses import Occurrences, commonest, probe
 
@@ -85,8 +85,8 @@ def test_shares_that_come_to_the_same_documents_are_trained_once(tmp_path, capsy
         texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
         (tmp_path / "data" / f"{part}.csv").write_text(texts)
     config = CompareConfig(DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2))
-    plan = Plan(config, config.data, tmp_path / "out", Origins())
-    made = claims.studies(plan, {method: [plan.classifier(method, 0)] for method in METHODS})
+    comparison = Comparison(config, config.data, tmp_path / "out", Origins())
+    made = claims.studies(comparison, {method: [comparison.classifier(method, 0)] for method in METHODS})
     assert capsys.readouterr().out == said
     assert [list(of_method) for of_method in made.few.values()] == [shares] * 3
     digests = [Origins().texts(config.data, labels=share) for share in (*claims.SHARES, 1.0)]

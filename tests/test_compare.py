@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.integrity import read_config
 from experiments import compare, downstream, measured, pretrain, results
+from experiments.methods import METHODS, CompareConfig, Comparison
 from experiments.origins import Origins
 from experiments.sources import SourceConfig
 
@@ -82,14 +83,14 @@ SOURCES = {"pretrain", "svd", "sgns"}
 
 
 def _folder(method):
-    return f"{compare.METHODS[method][0][1]}-seed0"
+    return f"{METHODS[method][0][1]}-seed0"
 
 
 def test_it_makes_the_page_and_redoes_only_what_is_not_finished(folder, monkeypatch, capsys):
     out = folder / "out"
     page, html = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "AG News" not in page  # whose figures the report's are
-    for method in compare.METHODS:
+    for method in METHODS:
         test = json.loads((out / _folder(method) / "results.json").read_text())["test"]
         assert f"| {method} | test | {test['accuracy']:.4f} | {test['f1']:.4f} |" in page
     assert html.count("data:image/png;base64,") == 3 + 15 and 'src="http' not in html
@@ -106,10 +107,10 @@ def test_it_makes_the_page_and_redoes_only_what_is_not_finished(folder, monkeypa
 
 
 def test_fine_tuning_is_for_the_language_model_alone(tmp_path):
-    config = compare.CompareConfig(downstream="--finetune")
-    plan = compare.Plan(config, config.data, tmp_path, Origins())
-    tuned = {method: plan.classifier(method, 0).settings.source.finetune for method in compare.METHODS}
-    assert tuned == {method: method.startswith("ELMo") for method in compare.METHODS}
+    config = CompareConfig(downstream="--finetune")
+    comparison = Comparison(config, config.data, tmp_path, Origins())
+    tuned = {method: comparison.classifier(method, 0).settings.source.finetune for method in METHODS}
+    assert tuned == {method: method.startswith("ELMo") for method in METHODS}
 
 
 def test_a_comparison_may_be_moved_with_its_data(folder, monkeypatch, capsys):

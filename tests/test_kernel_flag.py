@@ -1,6 +1,7 @@
 """--kernel: who may ask for what, and that a model and a run know nothing of it."""
 
 import json
+import pickle
 import sys
 
 import cuda as pretended
@@ -61,6 +62,7 @@ def test_a_saved_model_runs_with_any_kernel(elmo, tmp_path):
     loaded = [Elmo.from_pretrained(tmp_path / "model", kernel=kernel) for kernel in ("plain", "auto")]
     assert [e.model.kernel for e in loaded] == ["plain", "auto"]
     assert Elmo.from_pretrained(tmp_path / "model", "bfloat16", "plain").model.kernel == "plain"
+    assert pickle.loads(pickle.dumps(plain)).model.kernel == "plain"
     for a, b in zip(*(e.embed(SENTENCES) for e in loaded), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -115,6 +115,16 @@ def test_import_then_export_is_identity(tmp_path):
     assert (tmp_path / "options.json").read_text() == (tmp_path / "again/options.json").read_text()
 
 
+def test_it_runs_with_any_kernel_that_can(tmp_path):
+    elmo = make(tmp_path)
+    plain = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5", kernel="plain")
+    assert plain.model.kernel == "plain"
+    for a, b in zip(plain.embed(SENTENCES), elmo.embed(SENTENCES), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="--kernel persistent"):  # which projects no cells
+        Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5", kernel="persistent")
+
+
 def test_the_softmax_travels_beside_the_file(tmp_path):
     vocabulary = Vocabulary.from_counts({"bank": 2, "ﬂood": 1})
     elmo = make(tmp_path, vocabulary=vocabulary)
