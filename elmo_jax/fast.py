@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from elmo_jax.layout import Layout
-from elmo_jax.recurrence import FORGET_BIAS, Clips, State, Weights, batched_product, clip
+from elmo_jax.recurrence import FORGET_BIAS, GATES, Clips, State, Weights, batched_product, clip
 
 # Of a direction's recurrent weights. With fewer, its products are too small to be shared out to cores;
 # with more, it is not worth their copy to turn them.
@@ -56,9 +56,52 @@ class _Slopes(NamedTuple):
     inside: Array | None
 
 
+class _Ahead(NamedTuple):
+    """What a part carries from step to step.
+
+    Attributes:
+        now: the state after the last step taken.
+        states: after every step taken so far.
+        by_gate: of steps to come the gates, of those taken the slopes of c by i, j and f, where it
+            was not clipped, and of m by o; or all the gates, if no gradient is wanted.
+        slopes: `_Slopes` of steps taken; None if no gradient is wanted.
+    """
+
+    now: State
+    states: State
+    by_gate: Array
+    slopes: Any
+
+
+class _Back(NamedTuple):
+    """What a part carries from step to step, the last first.
+
+    Attributes:
+        after: the gradient of the state before the last step taken.
+        by_gate: of steps to come the slopes, of those taken the gates' gradient.
+        now: the gates' gradient of one step, to be written over.
+        dh: of every step before its projection's product; None if there is no projection.
+    """
+
+    after: State
+    by_gate: Array
+    now: Array
+    dh: Array | None
+
+
+class _Kept(NamedTuple):
+    """What the backward pass is given: the first state, h after every step, slopes and weights."""
+
+    first: State
+    h: Array
+    by_gate: Array
+    slopes: _Slopes
+    w: Weights
+
+
 def _by_gate(values: tuple[float, ...], bias: Array, dtype: DTypeLike) -> Array:
     """A number for each of the gates i, j, f, o, repeated over its cells: as many axes as their bias."""
-    repeated = jnp.repeat(jnp.array(values, dtype), bias.shape[-1] // 4)
+    repeated = jnp.repeat(jnp.array(values, dtype), bias.shape[-1] // GATES)
     return jnp.expand_dims(repeated, tuple(range(bias.ndim - 1)))
 
 
@@ -84,16 +127,16 @@ def _steps_of(parts: Sequence[tuple[Any, _Step]], steps: int) -> tuple[Any, ...]
     return jax.lax.fori_loop(0, steps, body, carries)
 
 
-def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: Layout, differentiated: bool):
-    """What the loop over steps begins with, and its step; see `_forward`."""
-    cells = state.c.shape[layout.features]
+def _forward_part(first: State, gates: Array, w: Weights, clips: Clips, layout: Layout, differentiated: bool):
+    """What the loop over steps begins with, and its step."""
+    cells = first.c.shape[layout.features]
     bias, scale = (_by_gate(values, w.bias, gates.dtype) for values in (_BIAS, _SCALE))
     bias, scale = (jnp.expand_dims(x, layout.rows) for x in (bias + w.bias.astype(gates.dtype), scale))
 
-    def step(n: Array, carry: tuple[State, State, Array, _Slopes | None]):
-        before, states, gates, slopes = carry
-        t = jnp.tanh((layout.at(gates, n) + layout.product(before.h, w.recurrent) + bias) * scale)
-        i, j, f, o = jnp.split(t, 4, layout.features)
+    def step(n: Array, carry: _Ahead) -> _Ahead:
+        before, states, by_gate, slopes = carry
+        t = jnp.tanh((layout.at(by_gate, n) + layout.product(before.h, w.recurrent) + bias) * scale)
+        i, j, f, o = jnp.split(t, GATES, layout.features)
         i, f, o = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o)
         c = clip(f * before.c + i * j, clips.cell)
         tanh_c = jnp.tanh(c)
@@ -101,10 +144,10 @@ def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: 
         h = clip(m if w.projection is None else layout.product(m, w.projection), clips.projection)
         if slopes is not None:
             inside = _inside(c, clips.cell)
-            by_gate = (j * i * (1 - i), i * (1 - j * j), before.c * f * (1 - f))
-            by_gate = (*(_masked(x, inside) for x in by_gate), tanh_c * o * (1 - o))
-            for k, slope in enumerate(by_gate):  # each to its place: side by side first is a copy more
-                gates = layout.put(gates, slope, n, k * cells)
+            of_c = (_masked(x, inside) for x in (j * i * (1 - i), i * (1 - j * j), before.c * f * (1 - f)))
+            for k, slope in enumerate((*of_c, tanh_c * o * (1 - o))):
+                # Each to its place: side by side first is a copy more.
+                by_gate = layout.put(by_gate, slope, n, k * cells)
             made = _Slopes(
                 _masked(f, inside),
                 o * (1 - tanh_c * tanh_c),
@@ -113,82 +156,83 @@ def _forward_part(state: State, gates: Array, w: Weights, clips: Clips, layout: 
             )
             slopes = jax.tree.map(lambda every, now: layout.put(every, now, n), slopes, made)
         states = State(layout.put(states.c, c, n), layout.put(states.h, h, n))
-        return State(c, h), states, gates, slopes
+        return _Ahead(State(c, h), states, by_gate, slopes)
 
-    states = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], layout.steps * a.shape[-1]), a.dtype), state)
+    states = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], layout.steps * a.shape[-1]), a.dtype), first)
     slopes = None
     if differentiated:
         m = None if w.projection is None else states.c
         slopes = _Slopes(states.c, states.c, m, None if clips.projection is None else states.h)
-    return (state, states, gates, slopes), step
+    return _Ahead(first, states, gates, slopes), step
 
 
-def _forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout, differentiated: bool):
-    """Of every part the states after every step and, if `differentiated`, the slopes.
-
-    The slopes of c by i, j and f, where it was not clipped, and of m by o take the gates' places.
-    """
-    parts = [
-        _forward_part(*part, clips, layout, differentiated) for part in zip(state, gates, w, strict=True)
-    ]
-    return [carry[1:] for carry in _steps_of(parts, layout.steps)]
+def _forward(
+    first: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout, differentiated: bool
+) -> tuple[_Ahead, ...]:
+    parts = zip(first, gates, w, strict=True)
+    return _steps_of([_forward_part(*part, clips, layout, differentiated) for part in parts], layout.steps)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _recurrences(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout) -> _States:
+def _recurrences(first: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout) -> _States:
     """Of every part, which has nothing to do with the others, the states after every step; in one loop."""
-    return tuple(made[0] for made in _forward(state, gates, w, clips, layout, differentiated=False))
+    return tuple(end.states for end in _forward(first, gates, w, clips, layout, differentiated=False))
 
 
-def _recurrences_forward(state: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout):
-    state, gates, w = jax.tree.map(lambda p: p.value, (state, gates, w))
-    made = _forward(state, gates, w, clips, layout, differentiated=True)
-    kept = [(first, states.h, *saved, ww) for first, (states, *saved), ww in zip(state, made, w, strict=True)]
-    return tuple(states for states, _, _ in made), kept
+def _recurrences_forward(first: _States, gates: _Arrays, w: _Many, clips: Clips, layout: Layout):
+    first, gates, w = jax.tree.map(lambda p: p.value, (first, gates, w))
+    ends = _forward(first, gates, w, clips, layout, differentiated=True)
+    parts = zip(first, ends, w, strict=True)
+    kept = [_Kept(began, end.states.h, end.by_gate, end.slopes, own) for began, end, own in parts]
+    return tuple(end.states for end in ends), kept
 
 
-def _backward_part(residuals, grads: State, layout: Layout):
+def _backward_part(kept: _Kept, grads: State, layout: Layout):
     """What the loop over steps, the last first, begins with, and its step."""
-    first, h, by_gate, slopes, w = residuals
+    slopes, w = kept.slopes, kept.w
     to_h, to_m = w.recurrent.mT, None if w.projection is None else w.projection.mT
     # No gradient, no addition in the loop.
     grad_c, grad_h = (None if isinstance(g, SymbolicZero) else g for g in grads)
-    cells = first.c.shape[layout.features]
+    cells = kept.first.c.shape[layout.features]
 
-    def step(k: Array, carry):
-        after, dz, now, dhs = carry
+    def step(k: Array, carry: _Back) -> _Back:
+        after, by_gate, now, dhs = carry
         n = layout.steps - 1 - k
         dh = after.h if grad_h is None else after.h + layout.at(grad_h, n)
         dh = dh if slopes.inside is None else dh * layout.at(slopes.inside, n)
         dm = dh if to_m is None else layout.product(dh, to_m)
         dc = after.c + dm * layout.at(slopes.shown, n)
         dc = dc if grad_c is None else dc + layout.at(grad_c, n)
-        slope = jnp.split(layout.at(dz, n), 4, layout.features)
+        slope = jnp.split(layout.at(by_gate, n), GATES, layout.features)
         for gate, d in enumerate((dc, dc, dc, dm)):  # each to its place, as the slopes
             now = jax.lax.dynamic_update_slice_in_dim(now, d * slope[gate], gate * cells, layout.features)
         dhs = None if dhs is None else layout.put(dhs, dh, n)
         before = State(dc * layout.at(slopes.kept, n), layout.product(now, to_h))
-        return before, layout.put(dz, now, n), now, dhs
+        return _Back(before, layout.put(by_gate, now, n), now, dhs)
 
-    after, now, dhs = jax.tree.map(
-        jnp.zeros_like, (first, layout.at(by_gate, 0), None if to_m is None else h)
-    )
-    return (after, by_gate, now, dhs), step
+    began = (kept.first, layout.at(kept.by_gate, 0), None if to_m is None else kept.h)
+    after, now, dhs = jax.tree.map(jnp.zeros_like, began)
+    return _Back(after, kept.by_gate, now, dhs), step
 
 
-def _recurrences_backward(clips: Clips, layout: Layout, residuals, grads: _States):
+def _recurrences_backward(clips: Clips, layout: Layout, kept: Sequence[_Kept], grads: _States):
     del clips
-    parts = [_backward_part(*part, layout) for part in zip(residuals, grads, strict=True)]
-    after = _steps_of(parts, layout.steps)
-    d_w = []
-    for (first, h, _, slopes, w), (_, dz, _, dh) in zip(residuals, after, strict=True):
-        d_projection = None
-        if w.projection is not None:
-            d_projection = layout.matrix_gradient(slopes.m, dh, w.projection)
-        before = jnp.concatenate([first.h, h[..., : -first.h.shape[-1]]], axis=-1)
-        d_recurrent = layout.matrix_gradient(before, dz, w.recurrent)
-        d_w.append(Weights(d_recurrent, layout.bias_gradient(dz, w.bias), d_projection))
-    return tuple(carry[0] for carry in after), tuple(carry[1] for carry in after), tuple(d_w)
+    parts = [_backward_part(*part, layout) for part in zip(kept, grads, strict=True)]
+    ends: tuple[_Back, ...] = _steps_of(parts, layout.steps)
+    d_w = tuple(_weights_gradient(*part, layout) for part in zip(kept, ends, strict=True))
+    return tuple(end.after for end in ends), tuple(end.by_gate for end in ends), d_w
+
+
+def _weights_gradient(kept: _Kept, end: _Back, layout: Layout) -> Weights:
+    """Of all steps at once, rather than a sum kept through the loop."""
+    first, w = kept.first, kept.w
+    d_projection = None
+    if w.projection is not None:
+        assert kept.slopes.m is not None and end.dh is not None
+        d_projection = layout.matrix_gradient(kept.slopes.m, end.dh, w.projection)
+    before = jnp.concatenate([first.h, kept.h[..., : -first.h.shape[-1]]], axis=-1)
+    d_recurrent = layout.matrix_gradient(before, end.by_gate, w.recurrent)
+    return Weights(d_recurrent, layout.bias_gradient(end.by_gate, w.bias), d_projection)
 
 
 _recurrences.defvjp(_recurrences_forward, _recurrences_backward, symbolic_zeros=True)
