@@ -18,9 +18,8 @@ from jax import Array
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
-from elmo_jax.lstm import LSTM, Kernel, reverse_valid
+from elmo_jax.lstm import LSTM, Kernel, both_ways, side_by_side, token_mask
 from elmo_jax.mesh import by_rows
-from elmo_jax.metrics import token_mask
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips, State
 from elmo_jax.softmax import full_nll, sampled_nll
@@ -117,9 +116,7 @@ class BiLM(nn.Module):
         """
         outputs, state = self.contextualize(self.read(batch), batch.lengths, state, train)
         both = jnp.stack([h.astype(outputs[-1].dtype) for h in outputs])  # [L, D, B, T, P]
-        forward, backward = (both[:, d] for d in range(DIRECTIONS))
-        turn = jax.vmap(reverse_valid, in_axes=(0, None))
-        states = jnp.concatenate([forward, turn(backward, batch.lengths)], axis=-1)
+        states = jax.vmap(side_by_side, in_axes=(0, None))(both, batch.lengths)
         mask = token_mask(batch.lengths, states.shape[2])[None, :, :, None]
         return jnp.where(mask, states.astype(jnp.float32), 0), state
 
@@ -131,7 +128,7 @@ class BiLM(nn.Module):
         """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
         tokens = jnp.asarray(batch.words if self.config.input == "words" else batch.chars)
         vectors = self._embed(tokens, awaited)
-        return _in_reading_order(vectors, jnp.asarray(batch.lengths))
+        return both_ways(vectors, jnp.asarray(batch.lengths))
 
     def _embed(self, tokens: Array, awaited: bool) -> Array:
         words = self.config.input == "words"
@@ -177,7 +174,7 @@ class BiLM(nn.Module):
         x = self.read(batch, awaited=negatives is None)
         outputs, _ = self.contextualize(x, batch.lengths, None, train)
         h = self.drop(outputs[-1], deterministic=not train)[:, :, :-1]  # [D, B, T - 1, P]
-        targets = _in_reading_order(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
+        targets = both_ways(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
         weight = token_mask(batch.lengths - 1, h.shape[2])[None].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
         sums = self._sums(h, targets, weight, negatives)
@@ -231,11 +228,6 @@ def _nll(rows: tuple[Array, Array, Array], whole: tuple[Array, Array, Negatives 
     flat = h.reshape(-1, h.shape[-1]), table, bias, targets.reshape(-1), weight.reshape(-1)
     total, each = full_nll(*flat) if negatives is None else sampled_nll(*flat, negatives)
     return total, each.reshape(targets.shape)
-
-
-def _in_reading_order(x: Array, lengths: Array) -> Array:
-    """``[B, T, ...]`` to ``[D, B, T, ...]``: as it is, and from each row's end."""
-    return jnp.stack([x, reverse_valid(x, lengths)])
 
 
 def zero_state(config: BiLMConfig, rows: int) -> tuple[State, ...]:

@@ -15,8 +15,8 @@ from jax import Array
 
 from elmo_jax.characters import character_ids
 from elmo_jax.data import Batch
-from elmo_jax.lstm import LSTM, Kernel, reverse_valid
-from elmo_jax.metrics import confusion_matrix, token_mask
+from elmo_jax.lstm import LSTM, Kernel, both_ways, side_by_side, token_mask
+from elmo_jax.metrics import confusion_matrix
 from elmo_jax.text import SPECIAL, UNK
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
@@ -73,10 +73,8 @@ class BiLSTMClassifier(nn.Module):
         x = nn.LayerNorm(name="norm")(x)  # features come in any scale; an LSTM wants one near 1
         for i in range(c.classifier_layers):
             x = drop_steps(x)
-            both = jnp.stack([x, reverse_valid(x, lengths)])  # [D, B, T, F]
-            h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(both, lengths)
-            forward, backward = h
-            x = jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)  # [B, T, 2H]
+            h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(both_ways(x, lengths), lengths)
+            x = side_by_side(h, lengths)  # [B, T, 2H]
         scores = nn.Dense(1, name="attention")(x) if "attention" in c.pooling else None
         x = drop(_pool(x, lengths, c.pooling, scores))
         x = drop(nn.relu(nn.Dense(c.hidden, name="hidden")(x)))

@@ -6,7 +6,7 @@ Nouns: a *task* is as in `train`; a *dispatch* is one call of the device that ta
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,33 +16,7 @@ from jax import Array
 
 from elmo_jax.data import Batch
 from elmo_jax.mesh import everywhere, mesh_of, on
-from elmo_jax.train import LossFn, Optimizer, Params, TrainState, train_step
-
-
-@dataclass(frozen=True)
-class LargeProducts:
-    """A task whose time goes into large products that it adds up in a loop, as the full softmax does.
-
-    Compiled for a CPU, such a product adds while it multiplies, and needs no room for what is
-    added. Small products, as those of an LSTM's steps, are the slower for it, so a task says
-    what it is; what it computes stays the same but for rounding. A function that calls a task
-    so marked has to be marked itself.
-
-    Attributes:
-        loss_fn: the task.
-
-    Example:
-        >>> task = LargeProducts(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
-        >>> loss, sums = task({"w": jnp.ones((2, 3))}, jnp.ones(3), jax.random.key(0))
-        >>> float(loss)
-        6.0
-    """
-
-    loss_fn: LossFn
-
-    def __call__(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        """The task."""
-        return self.loss_fn(params, batch, key)
+from elmo_jax.train import LargeProducts, LossFn, Optimizer, Params, TrainState, train_step
 
 
 def compiler_options(large: bool) -> dict[str, Any]:

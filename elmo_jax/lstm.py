@@ -55,6 +55,22 @@ reverse_valid.defvjp(
 )
 
 
+def token_mask(lengths: Array, steps: int) -> Array:
+    """``[B, T]`` bool, true on real steps."""
+    return jnp.arange(steps)[None, :] < lengths[:, None]
+
+
+def both_ways(x: Array, lengths: Array) -> Array:
+    """``[B, T, ...]`` to ``[D, B, T, ...]``: as it is, and from each row's end."""
+    return jnp.stack([x, reverse_valid(x, lengths)])
+
+
+def side_by_side(h: Array, lengths: Array) -> Array:
+    """States ``[D, B, T, P]`` of what was read `both_ways` to ``[B, T, 2P]``: forward, and backward turned back."""
+    forward, backward = h
+    return jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)
+
+
 class LSTM(nn.Module):
     """One layer of D independent LSTMs, all read in the order they are given.
 

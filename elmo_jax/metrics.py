@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -132,8 +131,3 @@ def perplexities(sums: Sums) -> dict[str, float]:
         "perplexity_forward": float(np.exp(forward)),
         "perplexity_backward": float(np.exp(backward)),
     }
-
-
-def token_mask(lengths: Array, steps: int) -> Array:
-    """``[B, T]`` bool, true on real steps."""
-    return jnp.arange(steps)[None, :] < lengths[:, None]

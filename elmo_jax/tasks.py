@@ -16,10 +16,10 @@ from elmo_jax.bilm import BiLM
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
-from elmo_jax.dispatch import LargeProducts
 from elmo_jax.mesh import gathered
 from elmo_jax.negatives import Negatives, log_uniform_negatives
 from elmo_jax.text import EOS
+from elmo_jax.train import LargeProducts
 
 
 def init_params(model: BiLM, key: Array) -> dict[str, Any]:

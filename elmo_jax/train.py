@@ -29,6 +29,32 @@ RowsFn = Callable[[Params, Batch], Array]
 
 
 @dataclass(frozen=True)
+class LargeProducts:
+    """A task whose time goes into large products that it adds up in a loop, as the full softmax does.
+
+    Compiled for a CPU, such a product adds while it multiplies, and needs no room for what is
+    added. Small products, as those of an LSTM's steps, are the slower for it, so a task says
+    what it is; what it computes stays the same but for rounding. A function that calls a task
+    so marked has to be marked itself.
+
+    Attributes:
+        loss_fn: the task.
+
+    Example:
+        >>> task = LargeProducts(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
+        >>> loss, sums = task({"w": jnp.ones((2, 3))}, jnp.ones(3), jax.random.key(0))
+        >>> float(loss)
+        6.0
+    """
+
+    loss_fn: LossFn
+
+    def __call__(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        """The task."""
+        return self.loss_fn(params, batch, key)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters follow their gradients."""
 

@@ -9,9 +9,9 @@ from test_fit import loss_fn
 from elmo_jax import dispatch
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import BatchStream
-from elmo_jax.dispatch import LargeProducts, compiler_options, make_dispatch
+from elmo_jax.dispatch import compiler_options, make_dispatch
 from elmo_jax.tasks import bilm_loss, bilm_window_loss, init_params
-from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
+from elmo_jax.train import LargeProducts, OptimizerConfig, TrainState, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(0)

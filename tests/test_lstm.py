@@ -6,7 +6,7 @@ import pytest
 from reference import lstm as oracle, tree64
 
 from elmo_jax import fast
-from elmo_jax.lstm import LSTM, reverse_valid
+from elmo_jax.lstm import LSTM, reverse_valid, token_mask
 from elmo_jax.recurrence import Clips, State, Weights
 
 T, D, B, I, H, P = 5, 2, 3, 4, 6, 3  # noqa: E741
@@ -61,6 +61,10 @@ def arranged(request, monkeypatch):
     monkeypatch.setattr(fast, "TURNED_ROWS", B if request.param == "turned" else B + 1)
     monkeypatch.setattr(fast, "_alone", lambda: True)
     return request.param
+
+
+def test_mask_is_true_on_real_steps():
+    assert token_mask(jnp.array([2, 0]), 3).tolist() == [[True, True, False], [False] * 3]
 
 
 @pytest.mark.parametrize("kernel", ["fast", "plain"])

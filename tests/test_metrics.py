@@ -8,7 +8,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from elmo_jax.metrics import classification, confusion_matrix, paired_bootstrap, perplexities, token_mask
+from elmo_jax.metrics import classification, confusion_matrix, paired_bootstrap, perplexities
 
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
 
@@ -33,10 +33,6 @@ def test_perplexity_is_the_exponential_of_the_mean():
     assert got["perplexity_forward"] == pytest.approx(np.exp(1.5))
     assert got["perplexity_backward"] == pytest.approx(np.exp(0.5))
     assert got["perplexity"] == pytest.approx(np.exp(1.0))
-
-
-def test_mask_is_true_on_real_steps():
-    assert token_mask(jnp.array([2, 0]), 3).tolist() == [[True, True, False], [False] * 3]
 
 
 @pytest.mark.parametrize(("better", "share"), [(0.5, 0.0), (0.56, 0.3), (0.6, 0.7), (0.75, 0.3)])
