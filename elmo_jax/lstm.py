@@ -66,7 +66,7 @@ def both_ways(x: Array, lengths: Array) -> Array:
 
 
 def side_by_side(h: Array, lengths: Array) -> Array:
-    """States ``[D, B, T, P]`` of what was read `both_ways` to ``[B, T, 2P]``: forward, and backward turned back."""
+    """States ``[D, B, T, P]`` of what was read `both_ways` to ``[B, T, 2P]``, backward turned back."""
     forward, backward = h
     return jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)
 
