@@ -96,7 +96,7 @@ def load_dataset(
     classes, number = _number_classes(train, names)
     train_labels, test_labels = _labels(train, number), _labels(test, number)
     train, test = _truncate((train, test), config.max_length)
-    kept, held_out = _split(train_labels, config)
+    kept, held_out = _split(train, train_labels, config)
     if vocabulary is None:
         vocabulary = _vocabulary(train, kept, config)
     documents = _documents(train, train_labels, vocabulary, spelled)
@@ -197,8 +197,13 @@ def _truncate(parts: tuple[Rows, Rows], longest: int) -> list[Rows]:
     return [rows.truncated(longest) for rows in parts]
 
 
-def _split(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The rows kept for training and those held out, each sorted."""
+def _split(train: Rows, labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The rows kept for training and those held out, each sorted; both parts have every class."""
+    counts = np.bincount(labels)
+    if 1 in counts[labels]:
+        row = int(np.argmax(counts[labels] == 1))
+        told = f"is the only row of class {reprlib.repr(train.labels[row])}; add another, or remove it"
+        raise InputError(f"{train.path}:{train.lines[row]}: {told}")
     from sklearn.model_selection import train_test_split  # 80 MB with SciPy, for this alone
 
     try:
@@ -208,10 +213,10 @@ def _split(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarr
             random_state=config.split_seed,
             stratify=labels,
         )
-    except ValueError as error:  # a class with one row, or fewer rows than classes
-        reason = " ".join(str(error).split())
+    except ValueError:  # a part of fewer rows than classes
         raise InputError(
-            f"train.csv: cannot be split {1 - config.validation:g} to {config.validation:g} ({reason})"
+            f"{train.path}: {len(labels)} rows of {np.count_nonzero(counts)} classes are too few to hold "
+            f"out {config.validation:g} of each; give more rows, or another --validation"
         ) from None
     return np.sort(kept), np.sort(held_out)
 

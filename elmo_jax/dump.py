@@ -88,7 +88,7 @@ class Dump:
         average, top = Mix([1 / layers] * layers), Mix([0.0] * (layers - 1) + [1.0])
         self.mix = {"average": average, "top": top, "mix": mix}.get(config.layers)
         if target.name == ".." or (target.exists() and not target.is_file()):
-            raise InputError(f"{target}: is no regular file; give the HDF5 file to write")
+            raise InputError(f"{target}: is not a regular file; give the HDF5 file to write")
         self.parts = target.with_name(target.name + ".parts")
         self._lock = writer_lock(self.parts / _LOCK)
         self.lines = self.tokens = 0

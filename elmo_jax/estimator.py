@@ -4,6 +4,7 @@ Axes: N texts, L layers, F features.
 """
 
 import contextlib
+import reprlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,11 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         self.n_features_out_ = self._pool(np.zeros(self.elmo_.shape(1), np.float32)).shape[0]
         return self
 
+    def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`fit`, then `transform`; texts that can be read but once are read once."""
+        X = list(X) if not isinstance(X, str) else X
+        return self.fit(X, y).transform(X)
+
     def transform(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
         """Texts, or lists of tokens, to float32 ``[N, n_features_out_]``."""
         check_is_fitted(self)
@@ -183,4 +189,12 @@ def _is_whole(value: Any) -> bool:
 def _tokens(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
     if isinstance(texts, str):
         raise InputError("the texts are one string; give a list of strings")
-    return [tokenize(text) if isinstance(text, str) else list(text) for text in texts]
+    return [_tokens_of(text, i) for i, text in enumerate(texts)]
+
+
+def _tokens_of(text: Any, i: int) -> list[str]:
+    if isinstance(text, str):
+        return tokenize(text)
+    if isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise InputError(f"text {i} is {reprlib.repr(text)}; give a string, or a list of its tokens")
+    return list(text)

@@ -47,7 +47,7 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
             kernel does not run such layers.
     """
     config = read_config(path)
-    if "model" not in config:
+    if not isinstance(config.get("model"), dict):  # a classifier's run has the digest of one
         raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
     check_files(path)
     settings = _model_config(config["model"], f"{path}: model")

@@ -34,7 +34,7 @@ def read_bytes(path: Path) -> bytes:
 def _check_regular(path: Path) -> None:
     """A pipe or a device may have no end, and a folder has no bytes."""
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: cannot be read (it is no regular file); give one")
+        raise InputError(f"{path}: cannot be read (it is not a regular file); give one")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """A text file's lines as tokens, one at a time or in groups, whatever its size."""
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -10,19 +12,20 @@ PART_TOKENS = 50_000  # of a group: a few seconds' work
 
 
 def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers from 0 and their tokens, one line in memory at a time.
+    """Line numbers from 0 and their tokens, one line in memory at a time; gzip if it ends in .gz.
 
     Raises:
         InputError: the file is missing or not UTF-8, with the line.
     """
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no regular file, and is read more than once; save it as one first")
+        raise InputError(f"{path}: is not a regular file, and is read more than once; save it as one first")
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for i, line in enumerate(file):
                 yield i, split(decode(line, path, i + 1))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the file") from None
 
 
 def blocks(lines: Iterable[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:

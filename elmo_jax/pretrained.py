@@ -129,8 +129,11 @@ def write_bilm(
     Raises:
         InputError: the model reads words, for which the format has no place.
     """
-    if str(weights).endswith(".gz") or str(options).endswith(".gz"):
-        raise InputError(f"{weights}: the files are written as they are; give names without .gz")
+    for path in (options, weights):
+        if str(path).endswith(".gz"):
+            raise InputError(f"{path}: the files are written as they are; give names without .gz")
+    if Path(options).resolve() == Path(weights).resolve():
+        raise InputError(f"{weights}: options and weights are two files; give each a name of its own")
     if config.input != "characters":
         raise InputError(
             f"{weights}: the official format holds models that read characters, and this one reads words; "

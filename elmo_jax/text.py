@@ -52,14 +52,15 @@ def tokenize(text: str) -> list[str]:
     return _TOKEN.findall(clean(text).lower())
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """A whole UTF-8 file, without a byte-order mark.
 
     Raises:
         InputError: it is missing, unreadable or not UTF-8 (with the line).
     """
+    path = Path(path)
     if path.exists() and not path.is_file():  # a pipe or a device may have no end
-        raise InputError(f"{path}: is no file; give one")
+        raise InputError(f"{path}: is not a regular file; give the path of one")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -146,19 +147,19 @@ class Vocabulary:
         """What its file holds, a token a line."""
         return "".join(f"{token}\n" for token in self.tokens[1:])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file."""
-        path.write_text(self.text, encoding="utf-8")
+        Path(path).write_text(self.text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "Vocabulary":
+    def load(cls, path: str | Path) -> "Vocabulary":
         """Read a file that `save` or bilm-tf wrote.
 
         Raises:
             InputError: it is missing, not UTF-8, lacks the special tokens, or has a blank
                 or repeated line.
         """
-        lines = read_text(path).removesuffix("\n").replace("\r\n", "\n").split("\n")
+        lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         if "" in lines:
             raise InputError(f"{path}:{lines.index('') + 1}: the line is empty; remove it")
         return cls(lines, source=str(path))

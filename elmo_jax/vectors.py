@@ -65,13 +65,14 @@ class WordVectors:
         ends = [zeros] * UNK
         return np.stack(ends + [rows.get(token, unknown) for token in vocabulary.tokens[UNK:]])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``.npz`` if the path ends so, else word2vec's text format; either is exact.
 
         Raises:
             InputError: what was written could not be read: a number is not finite, or a token
                 stands twice, is empty, holds a line feed, or in the text a space or NUL.
         """
+        path = Path(path)
         self._check(path)
         if path.suffix == ".npz":
             names = np.frombuffer("\n".join(self.tokens).encode(), np.uint8)
@@ -85,12 +86,13 @@ class WordVectors:
         write_atomically(path, "".join(lines))
 
     @classmethod
-    def load(cls, path: Path) -> "WordVectors":
+    def load(cls, path: str | Path) -> "WordVectors":
         """Read what `save`, word2vec or gensim wrote.
 
         Raises:
             InputError: it is missing or malformed, with the line in a text file.
         """
+        path = Path(path)
         with np.errstate(over="ignore"):  # what is too large for float32 is refused below
             vectors = _load_npz(path) if path.suffix == ".npz" else _load_text(path)
         vectors._check(path)
@@ -109,7 +111,9 @@ class WordVectors:
         for token in self.tokens:
             if not token or unfit.search(token):
                 told = "leave it out" + " or save as .npz" * bool(token and not _UNFIT.search(token))
-                raise InputError(f"{path}: {reprlib.repr(token)} is no token such a file can hold; {told}")
+                raise InputError(
+                    f"{path}: {reprlib.repr(token)} is not a token that such a file can hold; {told}"
+                )
 
 
 def _load_npz(path: Path) -> WordVectors:

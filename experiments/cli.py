@@ -20,7 +20,7 @@ from elmo_jax.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.data import BatchStream, Documents
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import write_atomically
+from elmo_jax.integrity import CONFIG, write_atomically
 from elmo_jax.loop import Interrupted
 from elmo_jax.processes import alike, first, led
 from elmo_jax.text import Vocabulary
@@ -152,7 +152,10 @@ def create_run(
     settings = settings_of(config) | {"output": output, **more}
     alike(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
+    nothing = config.resume and not (Path(output) / CONFIG).exists()
     run = Run.create(Path(output), settings, monitor, *started, files=files)
+    if nothing:
+        say(f"{output}: holds no run to go on with; this one begins anew")
     run.steps.remedy = remedy
     begun()
 

@@ -187,9 +187,10 @@ def _show(i: int, places: list[Place], near: list[np.ndarray], names: list[str],
         cli.say(f"  {name}")
         others = cosines[i]
         if np.isclose(np.delete(others, i), 1, atol=1e-5).all():
-            cli.say("     1.00  every occurrence: no context is known here")
+            why = "no context is known here" if name == names[0] else "their contexts are alike"
+            cli.say(f"     1.00  every occurrence: {why}")
             continue
-        for j in np.argsort(-others, kind="stable")[:k]:
+        for j in np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]:  # the last is itself
             sense = f", {places[j].sense}" if places[j].sense else ""
             cli.say(f"    {others[j]:5.2f}  {places[j].shown()}  ({places[j].source}{sense})")
 

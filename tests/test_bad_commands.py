@@ -47,8 +47,8 @@ def circle(path):
 
 TEXTS = {  # what becomes of the text, and what is said of it
     "missing": (lambda path: path.unlink(), "in.txt: cannot be read (No such file"),
-    "a folder": (folder, "in.txt: is no regular file"),
-    "a pipe": (pipe, "in.txt: is no regular file"),
+    "a folder": (folder, "in.txt: is not a regular file"),
+    "a pipe": (pipe, "in.txt: is not a regular file"),
     "a link to itself": (circle, "in.txt: cannot be read"),
     "binary": (raw(bytes(range(256))), "in.txt:1: byte 0x00 is not UTF-8 text"),
     "UTF-16": (raw("the bank\n".encode("utf-16")), "in.txt:1: byte 0xff is not UTF-8"),
@@ -100,11 +100,11 @@ def test_embed(name, model, text, tmp_path, monkeypatch, refused):
 
 OUTS = {
     "below a file": ("in.txt/out.h5", "in.txt/out.h5.parts: cannot be written (Not a directory)"),
-    "a folder": ("model", "model: is no regular file; give the HDF5 file to write"),
+    "a folder": ("model", "model: is not a regular file; give the HDF5 file to write"),
     "no name": ("", "--out is empty; give it a value"),
-    "this folder": (".", "is no regular file"),
-    "the root": ("/", "/: is no regular file"),
-    "above nothing": ("none/..", "none/..: is no regular file"),
+    "this folder": (".", "is not a regular file"),
+    "the root": ("/", "/: is not a regular file"),
+    "above nothing": ("none/..", "none/..: is not a regular file"),
     "the text": ("in.txt", "in.txt: is the text itself"),
     "a name too long": ("x" * 300, "File name too long"),
 }

@@ -82,11 +82,11 @@ CSVS = {
     "NUL": (GOOD + b"a,\0\n", "train.csv:21: byte 0x00 is not UTF-8"),
     "one column": (GOOD + b"alone\n", "train.csv:21: has 1 column"),
     "a line of 50 MB": (GOOD + b"x" * 50_000_000, "train.csv:21: has 1 column"),
-    "a label of 50 MB": (GOOD + b"y" * 50_000_000 + b",a\n", "train.csv: cannot be split"),
+    "a label of 50 MB": (GOOD + b"y" * 50_000_000 + b",a\n", "train.csv:21: is the only row of class 'yyy"),
     "an open quote": (GOOD + b'a,"open\n', "train.csv:21: not a row of CSV"),
     "no tokens": (GOOD + b"a, \n", "train.csv:21: the text has no tokens"),
     "no label": (GOOD + b",text\n", "train.csv:21: the label is empty"),
-    "one class has one row": (GOOD + b"c,text\n", "train.csv: cannot be split"),
+    "one class has one row": (GOOD + b"c,text\n", "train.csv:21: is the only row of class 'c'"),
     "a header alone": (b"label,text\n", "train.csv: holds no rows below its header"),
     "a header with no label": (b",text\n" + GOOD, "train.csv:1: the label is empty"),
     "a comma without quotes": (GOOD + b"a,one,two\n", "train.csv:21: has 3 columns, not 2"),
@@ -161,9 +161,9 @@ def test_files_without_an_end(kind, tmp_path, refused):
     good = tmp_path / "good"
     good.write_text("{}")
     refused(embed.main, [good, tmp_path / "o", "--bilm", path, good], f"{path}: cannot be read")
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         read_bytes(path)
-    with pytest.raises(InputError, match="is no regular file"), open_datasets(path):
+    with pytest.raises(InputError, match="is not a regular file"), open_datasets(path):
         pass
 
 

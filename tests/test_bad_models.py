@@ -60,7 +60,7 @@ def announce(name, shape, dtype, **more):
 HDF5 = {  # of the file of the softmax, whose sizes no other file tells
     "empty": (raw(b""), "cannot be read as HDF5"),
     "binary": (raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000), "cannot be read as HDF5"),
-    "a folder": (folder, "it is no regular file"),
+    "a folder": (folder, "it is not a regular file"),
     "tokens of numbers": (swap("tokens", np.arange(5)), "has no list of tokens"),
     "tokens twice": (swap("tokens", ["<S>", "</S>", "<UNK>", "a", "a"]), "'a' stands twice"),
     "tokens of bytes": (swap("tokens", [b"<S>", b"</S>", b"<UNK>", b"\xff", b"b"]), "is not UTF-8"),

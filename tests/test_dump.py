@@ -1,3 +1,4 @@
+import gzip
 import json
 from dataclasses import asdict, replace
 
@@ -15,6 +16,7 @@ from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import tree_digest
+from elmo_jax.lines import read_lines
 from elmo_jax.tasks import init_params
 from experiments import embed, evaluate
 from experiments.sources import SourceConfig
@@ -117,6 +119,15 @@ def test_a_wrong_text_is_named(elmo, text, data, settings, said):
     text.unlink() if data is None else text.write_bytes(data)
     with pytest.raises(InputError, match=said):
         write(elmo, text, **settings)
+
+
+def test_a_text_may_be_packed(elmo, text):
+    packed = text.with_name("in.txt.gz")
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    assert list(read_lines(packed, str.split)) == list(read_lines(text, str.split))
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"in\.txt\.gz: cannot be read \(.*\); check the file"):
+        list(read_lines(packed, str.split))
 
 
 def test_a_carriage_return_ends_no_line(elmo, text):

@@ -119,6 +119,7 @@ def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
     ("model", "said"),
     [
         (None, "holds no language model"),
+        ("a digest, as a classifier's run has", "holds no language model"),
         ({"width": 3}, "'width' is not known"),
         ({"cells": "five"}, r"Expected `int`, got `str`"),
         ({"embedding": 6, "cells": 5}, r"\[8, 4\] there, but float32 \[8, 6\] is asked for"),

@@ -70,6 +70,13 @@ def test_outputs_are_named_and_set_as_scikit_learn_does(elmo):
     np.testing.assert_allclose(again.transform(TEXTS), vectorizer.transform(TEXTS), atol=1e-6)
 
 
+def test_texts_that_can_be_read_once_are_read_once(standard_promotion):
+    vectorizer = ElmoVectorizer(embedding=2, cells=2, epochs=1, min_count=1)
+    got = vectorizer.fit_transform(text for text in TEXTS)
+    np.testing.assert_array_equal(got, vectorizer.transform(TEXTS))
+    assert len(got) == len(TEXTS)
+
+
 def test_seeds_are_those_of_scikit_learn(monkeypatch):
     seeds = []
 
@@ -103,5 +110,8 @@ def test_wrong_arguments_are_named(elmo):
             ElmoVectorizer(elmo, **settings).fit(TEXTS)
     with pytest.raises(InputError, match="one string"):
         ElmoVectorizer(elmo).fit(TEXTS).transform("a text")
+    for odd in (None, float("nan"), 3, b"abc"):
+        with pytest.raises(InputError, match=r"text 1 is .*; give a string, or a list of its tokens"):
+            ElmoVectorizer(elmo).fit(TEXTS).transform(["a", odd])
     with pytest.raises(InputError, match="hold no token"):
         ElmoVectorizer().fit(["", " "])

@@ -31,7 +31,7 @@ def test_the_command(elmo, tmp_path, capsys, monkeypatch, refused):
     elmo.save_pretrained(tmp_path / "model")
     text, picture = tmp_path / "in.txt", tmp_path / "bank.png"
     text.write_text("the bank rose\nthe river bank\n.\nthe bank rose .\nbank bank\n")
-    call = ["bank", text, "--pretrained", tmp_path / "model", "--picture", picture]
+    call = ["bank", text, "--pretrained", tmp_path / "model", "--picture", picture, "--nearest", "9"]
     monkeypatch.setattr("sys.argv", ["x", *map(str, call)])
     assert neighbours.main() == 0
     said = capsys.readouterr().out
@@ -41,6 +41,7 @@ def test_the_command(elmo, tmp_path, capsys, monkeypatch, refused):
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert f"{cosine:5.2f}  the [bank] rose .  ({text}:4)" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "-1.00" not in said  # which would be the word's own occurrence
     refused(neighbours.main, call, "is there already; replace it with --overwrite")
     refused(neighbours.main, ["flood", *call[1:4]], "'flood' stands in the texts 0 times")
 

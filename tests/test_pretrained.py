@@ -162,6 +162,16 @@ def test_a_projection_between_equal_widths_is_read_and_written(tmp_path):
     np.testing.assert_array_equal(back.embed(SENTENCES)[3], elmo.embed(SENTENCES)[3])
 
 
+def test_two_files_have_two_names(tmp_path):
+    elmo = make(tmp_path)
+    before = (tmp_path / "weights.hdf5").read_bytes()
+    with pytest.raises(InputError, match=r"weights\.hdf5: options and weights are two files"):
+        elmo.save_bilm(tmp_path / "weights.hdf5", str(tmp_path / "." / "weights.hdf5"))
+    with pytest.raises(InputError, match=r"o\.json\.gz: the files are written as they are"):
+        elmo.save_bilm(tmp_path / "o.json.gz", tmp_path / "weights.hdf5")
+    assert (tmp_path / "weights.hdf5").read_bytes() == before
+
+
 def test_a_model_of_words_says_why_it_cannot_be_written(tmp_path):
     vocabulary = Vocabulary.from_counts({"bank": 2})
     model = BiLM(BiLMConfig(embedding=3, cells=3), len(vocabulary))

@@ -86,6 +86,15 @@ def test_a_wrong_vocabulary_file_is_named_with_its_line(tmp_path, data, said):
         Vocabulary.load(path)
 
 
+def test_lines_may_end_as_on_windows_and_paths_be_strings(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"<S>\r\n</S>\r\n<UNK>\r\nthe\r\nbank\r\n")
+    assert Vocabulary.load(str(path)).tokens[-2:] == ("the", "bank")
+    path.write_bytes(path.read_bytes() + b"\r\n")
+    with pytest.raises(InputError, match=":6: the line is empty"):
+        Vocabulary.load(path)
+
+
 def test_a_missing_vocabulary_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.txt: cannot be read"):
         Vocabulary.load(tmp_path / "none.txt")

@@ -50,7 +50,7 @@ def test_any_tokens_are_read_as_they_were_or_refused(tmp_path, name, tokens):
     unfit = any(not t or any(c in marks or "\ud800" <= c <= "\udfff" for c in t) for t in tokens)
     if unfit or len(set(tokens)) < len(tokens):
         with pytest.raises(
-            InputError, match=r"is no token such a file can hold; leave it|stands twice"
+            InputError, match=r"is not a token that such a file can hold; leave it|stands twice"
         ) as told:
             vectors.save(path)
         assert str(told.value).isprintable() and str(path) in str(told.value) and not path.exists()
