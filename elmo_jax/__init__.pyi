@@ -26,6 +26,7 @@ from . import (
     lines as lines,
     loop as loop,
     lstm as lstm,
+    manual as manual,
     mesh as mesh,
     metrics as metrics,
     negatives as negatives,

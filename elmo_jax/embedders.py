@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.characters import IDS
+from elmo_jax.manual import alike
 
 
 class WordEmbedder(nn.Module):
@@ -51,7 +52,7 @@ class WordEmbedder(nn.Module):
         likes, and that is before all else. Here they wait for the vectors' gradient. Forward
         differentiation is not possible, and under `jax.vmap` each example has zeros of its own.
         """
-        return _awaited(self.table, words).astype(self.dtype)
+        return _awaited(*alike((self.table, words))).astype(self.dtype)
 
 
 @jax.custom_vjp

@@ -158,7 +158,8 @@ def _forward_part(first: State, gates: Array, w: Weights, clips: Clips, layout: 
         states = State(layout.put(states.c, c, n), layout.put(states.h, h, n))
         return _Ahead(State(c, h), states, by_gate, slopes)
 
-    states = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], layout.steps * a.shape[-1]), a.dtype), first)
+    of_all = lambda a: (*a.shape[:-1], layout.steps * a.shape[-1])  # noqa: E731
+    states = jax.tree.map(lambda a: jnp.zeros_like(a, shape=of_all(a)), first)
     slopes = None
     if differentiated:
         m = None if w.projection is None else states.c

@@ -16,6 +16,7 @@ from jax import Array
 from elmo_jax.cudnn import obstacle as obstacle_to_cudnn, run_cudnn
 from elmo_jax.errors import InputError
 from elmo_jax.fast import run_fast
+from elmo_jax.manual import alike
 from elmo_jax.persistent import obstacle as obstacle_to_persistent, run_persistent
 from elmo_jax.recurrence import Clips, State, Weights, batched_product, lstm_step
 
@@ -146,6 +147,7 @@ class LSTM(nn.Module):
         if state is None:
             sums = np.promote_types(w.recurrent.dtype, np.float32)
             state = State(jnp.zeros((d, b, hidden), sums), jnp.zeros((d, b, out), sums))
+        x, lengths, state, w_x, w = alike((x, lengths, state, w_x, w))
         if kernel == "cudnn":
             return run_cudnn(x, lengths, state, w_x, w)
 

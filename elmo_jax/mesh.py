@@ -182,9 +182,10 @@ def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> 
         whole: arrays that every row needs.
 
     Returns:
-        What `work` does of all rows.
+        What `work` does of all rows. Rows that do not come out even are not shared out.
     """
-    if jax.sharding.get_abstract_mesh().shape.get(DATA, 1) == 1:
+    devices, count = jax.sharding.get_abstract_mesh().shape.get(DATA, 1), jax.tree.leaves(rows)[0].shape[1]
+    if devices == 1 or count % devices:
         return work(rows, whole)
 
     def own(rows: Any, whole: Any) -> tuple[Array, Array]:

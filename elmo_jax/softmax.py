@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from elmo_jax.manual import alike
 from elmo_jax.negatives import Negatives
 
 # Positions of a chunk on a CPU, whose products are fastest with as many, if their logits are neither fewer
@@ -51,6 +52,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
         >>> round(float(total), 3)  # 3 ln 10
         6.908
     """
+    hidden, table, bias, targets, weight = alike((hidden, table, bias, targets, weight))
     targets = targets.astype(jnp.int32)  # which counts all classes, whatever counts the targets
     if not _on_cpu():
         columns, rows = (0, -hidden.shape[-1] % _ALIGNED), (0, -len(table) % _SPLIT)
@@ -115,7 +117,7 @@ def sampled_nll(
     shift = bias - log_expected.astype(bias.dtype)
     dtype = hidden.dtype
     true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
-    return _sampled_nll(hidden, true, noise, weight)
+    return _sampled_nll(*alike((hidden, true, noise, weight)))
 
 
 @jax.custom_vjp
@@ -163,7 +165,8 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
     order = _order(*parts[0].shape[1:])
     of_class, classes = noise.shift.astype(sums), axes.index("v")
-    longest, highest = _longest(noise.rows), jnp.max(of_class)
+    # Of what bounds the logits no gradient is asked for: of a norm it is NaN where all numbers are 0.
+    longest, highest = _longest(jax.lax.stop_gradient(noise.rows)), jnp.max(of_class)
     near_enough = _on_cpu() and np.log(float(jnp.finfo(hidden.dtype).max)) > _NEAR  # float16 has no room
 
     def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
@@ -181,7 +184,8 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         if near_enough:
             # To find the largest takes a pass over all logits. Where a bound says that none is far above the
             # true class's, that will do, or half way up: so neither sums nor their inverses leave float32.
-            farthest = jnp.linalg.norm(h.astype(sums), axis=-1) * longest + highest - reached
+            norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(sums), axis=-1)
+            farthest = norm * longest + highest - reached
             half_way = reached + jnp.maximum(0, farthest - _NEAR / 2)
             shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: half_way, largest)
         else:

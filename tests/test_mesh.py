@@ -24,7 +24,7 @@ from elmo_jax.checkpoint import Run
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
 from elmo_jax.combiners import CombinerConfig, make_combiner
 from elmo_jax.contiguous import ContiguousStream
-from elmo_jax.data import BatchStream, Documents
+from elmo_jax.data import Batch, BatchStream, Documents
 from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.errors import InputError
 from elmo_jax.fast import fast_recurrence
@@ -172,10 +172,22 @@ def in_child(path):
             make_mesh(batch, model)
         except InputError as error:
             found["refused"].append(str(error))
+    found["uneven"] = uneven_rows()
     params = Plan(lambda: jnp.zeros(1), make_mesh(ROWS))()
     lengths = jax.jit(lambda params, batch: batch.lengths)
     found["lengths"] = predict(lengths, params, BatchStream(texts(), ROWS)).tolist()
     (path / "found.json").write_text(json.dumps(found))
+
+
+def uneven_rows():
+    """How far a loss and its gradients are from one device's, of rows that do not come out even."""
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1, dropout=0.0), WORDS)
+    batch = jax.tree.map(jnp.asarray, Batch.of([[5, 6, 7], [8], [9, 10]]))
+    params, task = init_params(model, jax.random.key(0)), bilm_loss(model)
+    step = jax.value_and_grad(lambda params: task(params, batch, jax.random.key(1))[0])
+    want = jax.jit(step)(params)
+    with on(make_mesh(ROWS)):
+        return furthest(want, jax.jit(step)(params))
 
 
 def kernel_by_rows():
@@ -301,6 +313,10 @@ def test_a_run_goes_on_with_another_number_of_devices(found):
 def test_the_persistent_kernel_runs_the_rows_of_each_device(found):
     assert found["kernel"].keys() == {"whole", "uneven", "shared"}
     assert max(found["kernel"].values()) < 1e-5
+
+
+def test_rows_that_do_not_come_out_even_stay_together(found):
+    assert found["uneven"] < 1e-6
 
 
 def test_what_does_not_come_out_even_is_refused_by_its_flag(found):

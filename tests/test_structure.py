@@ -24,9 +24,9 @@ ALLOWED = {
     "programs": {"recurrence"},
     "fast": {"layout", "recurrence"},
     "persistent": {"cudnn", "fast", "layout", "mesh", "programs", "recurrence"},
-    "lstm": {"cudnn", "errors", "fast", "persistent", "recurrence"},
-    "embedders": {"characters"},
-    "softmax": {"negatives"},
+    "lstm": {"cudnn", "errors", "fast", "manual", "persistent", "recurrence"},
+    "embedders": {"characters", "manual"},
+    "softmax": {"manual", "negatives"},
     "bilm": {
         "contiguous",
         "data",
