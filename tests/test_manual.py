@@ -1,4 +1,4 @@
-"""Losses and layers inside a `jax.shard_map` of the caller's, where JAX watches what differs between devices."""
+"""Losses and layers inside a caller's `jax.shard_map`, where JAX watches what differs between devices."""
 
 import jax
 import jax.numpy as jnp

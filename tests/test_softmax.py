@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from reference import log_softmax
 
 from elmo_jax import softmax
-from elmo_jax.negatives import log_uniform_negatives
+from elmo_jax.negatives import Negatives, log_uniform_negatives
 from elmo_jax.softmax import full_nll, sampled_nll
 
 N, P, V = 7, 3, 20
@@ -211,6 +213,20 @@ def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
     for n, target in enumerate(np.asarray(targets)):
         classes = [target, *(k for k in drawn if k != target)]
         np.testing.assert_allclose(each[n], -log_softmax(logits[n, classes])[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("zeros", [slice(0, 1), slice(None)], ids=["a row", "all"])
+def test_curvature_is_the_plain_softmax_where_states_are_zero(case, monkeypatch, sampled, zeros):
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 4)
+    monkeypatch.setattr(softmax, "_ROWS", 4)  # so that the last chunk is filled with zeros too
+    every = Negatives(jnp.arange(V, dtype=jnp.int32), jnp.zeros(V))
+    ours = partial(sampled_nll, negatives=every) if sampled else full_nll
+    at, along = (case[0].at[zeros].set(0), *case[1:3]), tuple(a + 1 for a in case[:3])
+    got, want = (
+        jax.jvp(jax.grad(lambda *a, f=f: f(*a, *case[3:])[0], (0, 1, 2)), at, along)[1] for f in (ours, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), got, want)
 
 
 @pytest.mark.parametrize("count", [1, 6, 19])
