@@ -92,8 +92,14 @@ class Rowwise:
     ) -> tuple[Any, Any]:
         """Parameters and state after a step; as they were if it is not sound."""
         named = _like(params, rows)
+        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731  # a part another optimiser has
         in_state = optax.tree.map_params(
-            self.optimizer, lambda _, rows: rows, state, named, transform_non_params=lambda _: None
+            self.optimizer,
+            lambda leaf, rows: leaf if masked(leaf) else rows,
+            state,
+            named,
+            transform_non_params=lambda _: None,
+            is_leaf=masked,
         )
         whole, where = (params, state), (named, in_state)
         old = jax.tree.map(_take, whole, where)
