@@ -134,9 +134,9 @@ def _read_parts(config: DataConfig, keep: bool) -> tuple[Rows, Rows, tuple[str, 
             raise InputError(f"{listed}: is empty; write a class's name on each line, or remove the file")
         if names and len(set(names)) < len(names):
             raise InputError(f"{listed}: names a class twice; each line must be another")
-    paths = [_find(folder, name) for name in ("train.csv", "test.csv")]
-    train = read_rows(paths[0], config.text, keep=keep)
-    return train, read_rows(paths[1], config.text, train.header, keep), names
+    train_path, test_path = find_parts(folder)
+    train = read_rows(train_path, config.text, keep=keep)
+    return train, read_rows(test_path, config.text, train.header, keep), names
 
 
 def _ag_news() -> Path:
@@ -155,15 +155,24 @@ def _ag_news() -> Path:
     return folder
 
 
-def _find(folder: Path, name: str) -> Path:
+def find_parts(folder: Path) -> tuple[Path, Path]:
+    """The training and the test rows of a folder, packed or not.
+
+    Raises:
+        InputError: one is missing.
+    """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give sample, ag_news or a folder of CSV files")
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise InputError(
-        f"{folder / name}: no such file; the folder must hold train.csv and test.csv (or .csv.gz)"
-    )
+        raise InputError(
+            f"{folder}: no such folder; give one that holds train.csv and test.csv, or sample or ag_news"
+        )
+    return _find(folder / "train.csv"), _find(folder / "test.csv")
+
+
+def _find(path: Path) -> Path:
+    for there in (path, path.with_name(f"{path.name}.gz")):
+        if there.is_file():
+            return there
+    raise InputError(f"{path}: no such file; the folder must hold train.csv and test.csv (or .csv.gz)")
 
 
 def _number_classes(train: Rows, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:

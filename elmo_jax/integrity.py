@@ -38,7 +38,9 @@ _MOST_JSON = 2**24  # bytes; a configuration or manifest is never that long
 # hangs on; and where it reads and writes.
 PACING = {"save_every", "steps_per_dispatch"}
 _FREE = {"output", "epochs", "files"} | PACING
-PLACES = {"output", "data.dataset", "data.data_dir", "source.pretrained", "source.vectors"}
+PLACES = {"output", "data.dataset", "data.data_dir"} | {
+    f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
+}
 _DIGESTS = {"texts", "model"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from elmo_jax.cudnn import on_cuda
+from elmo_jax.datasets import find_parts
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import write_atomically
 from elmo_jax.progress import Meter
@@ -80,6 +81,8 @@ def benchmark(
         raise InputError(f"{output / RESULT} is there; give another --output, or --overwrite to replace it")
     if config.quick and config.data_dir:
         raise InputError("--data-dir: AG News takes longer than --quick allows; leave out one of the two")
+    if config.data_dir is not None:
+        find_parts(Path(config.data_dir))
     began = time.monotonic() if began is None else began
     deadline = began + _QUICK_END if config.quick else None
     if on_cuda():

@@ -85,9 +85,11 @@ def unread(config: DownstreamConfig) -> dict[str, str]:
     features, combiner = config.source.features, config.combiner.combiner
     mixing = {field.name for field in fields(CombinerConfig)}
     if features != "elmo":
-        return without_effect(mixing | {"pretrained"}, "--features", features, "--features elmo")
+        return without_effect(mixing | {"pretrained", "bilm"}, "--features", features, "--features elmo")
     idle = mixing - {"combiner"} - READS.get(combiner, mixing)
     needs = {"--vectors": "needs --features svd or sgns; give one, or leave it out"}
+    if config.source.bilm is not None:
+        needs["--pretrained"] = "has no effect with --bilm; leave out one of the two"
     return needs | without_effect(idle, "--combiner", combiner, "another --combiner")
 
 

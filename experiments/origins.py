@@ -1,5 +1,6 @@
 """What runs are made from, as it is now: digests to hold a run's ``config.json`` against."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from elmo_jax.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, structure, tree_digest
+from elmo_jax.integrity import read_config, tree_digest
 from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
-from experiments.flags import check
-from experiments.sources import VECTORS, SourceConfig, thinned
+from experiments.sources import VECTORS, SourceConfig, data_of, thinned
 
 
 class Origins:
@@ -65,9 +65,10 @@ class Origins:
         key = (*made, source.features, seed if source.untrained else None)
         if key not in self._features:
             self._features[key] = self._digest(source, made, seed)
-        texts = read_config(path).get("texts", "")
-        if source.labels < 1:
-            texts = self.texts(*_data_of(path), source.labels, seed)
+        saved = read_config(path)
+        texts, data = saved.get("texts", ""), data_of(path)
+        if source.labels < 1 and data is not None:
+            texts = self.texts(data, _spelled(saved), source.labels, seed)
         return {"texts": texts, "model": self._features[key]}
 
     def _digest(self, source: SourceConfig, made: tuple[Path, int], seed: int) -> str:
@@ -88,20 +89,18 @@ class Origins:
                 damaged, or the data set holds other texts now.
         """
         saved = read_config(path)
-        pretrained = isinstance(saved.get("model"), dict) and saved.get("data") is not None
-        if not pretrained or not (path / RESULTS).is_file():
-            raise InputError(f"{path}: is no finished run of experiments.pretrain; finish it first")
-        data, spelled = _data_of(path)
+        if not isinstance(saved.get("model"), dict) or not (path / RESULTS).is_file():
+            raise InputError(f"{path}: is not a finished run of experiments.pretrain; finish it first")
+        data = data_of(path)
+        if data is None:
+            raise InputError(f"{path}: was not made from a labelled data set; give a run that was")
         self.classifier(SourceConfig(pretrained=str(path)), 0)  # it can be loaded
-        if self.texts(data, spelled) != saved.get("texts"):
+        if self.texts(data, _spelled(saved)) != saved.get("texts"):
             raise InputError(f"{path}: was made from other texts than its data set holds now; make it anew")
         return data
 
 
-def _data_of(path: Path) -> tuple[DataConfig, bool]:
-    """A run's data set, and whether the run is of a language model that reads characters."""
-    saved = read_config(path)
-    data = structure(DataConfig, saved["data"], f"{path}: data")
-    check(data)
+def _spelled(saved: Mapping[str, Any]) -> bool:
+    """Whether a run's language model reads characters, by its configuration."""
     model = saved.get("model")
-    return data, isinstance(model, dict) and model.get("input") == "characters"
+    return isinstance(model, dict) and model.get("input") == "characters"

@@ -30,9 +30,15 @@ class SourceConfig:
     features: Literal["elmo", "svd", "sgns"] = "elmo"
     """The layers of a language model, or word vectors that know no context."""
     pretrained: str = "runs/pretrain"
-    """elmo: run of experiments.pretrain; the data set is that run's."""
+    """elmo: run of experiments.pretrain, or what Elmo.save_pretrained wrote."""
+    bilm: tuple[str, str] | None = None
+    """elmo: options and weights of a model in the official format, in place of --pretrained."""
     vectors: str | None = None
-    """svd, sgns: run of experiments.vectors, runs/svd or runs/sgns if not given; the data set is its."""
+    """svd, sgns: run of experiments.vectors, runs/svd or runs/sgns if not given."""
+    dataset: str | None = None
+    """What to classify, as for experiments.pretrain; the data set of the run above if not given."""
+    data_dir: str | None = None
+    """Folder with AG News's train.csv and test.csv, if they are not where that run had them."""
     finetune: bool = False
     """Train the language model too."""
     untrained: bool = False
@@ -75,8 +81,11 @@ def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kerne
 
 def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
     """The layers of a language model."""
-    elmo = Elmo.from_pretrained(config.pretrained, kernel=kernel)
-    data = _data_of(Path(config.pretrained), elmo.vocabulary, config, seed)
+    if config.bilm is not None:
+        elmo, run = Elmo.from_bilm(*config.bilm, kernel=kernel), None
+    else:
+        elmo, run = Elmo.from_pretrained(config.pretrained, kernel=kernel), Path(config.pretrained)
+    data = _labelled(config, run, elmo.vocabulary, elmo.model.config.input == "characters", seed)
     params, c = elmo.params, elmo.model.config
     if config.untrained:
         params = init_params(elmo.model, jax.random.key(seed))
@@ -98,22 +107,43 @@ def _word_vectors(config: SourceConfig, seed: int) -> Source:
         raise InputError(f"{path}: holds {method} vectors, not --features {config.features}; give its run")
     vocabulary = Vocabulary.load(path / VOCABULARY)
     table = WordVectors.load(path / VECTORS).table(vocabulary)
-    data = _data_of(path, vocabulary, config, seed)
+    data = _labelled(config, path, vocabulary, False, seed)
     return Source(data, static_features, OneLayer(), {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
 
 
-def _data_of(path: Path, vocabulary: Vocabulary | None, config: SourceConfig, seed: int) -> Dataset:
-    """The data set that a run was made from, thinned out if asked for."""
-    saved = read_config(path)
-    if saved.get("data") is None:
-        raise InputError(f"{path}: names no data set; give a run of experiments.pretrain")
-    settings = structure(DataConfig, saved["data"], f"{path}: data")
-    check(settings)
-    spelled = config.features == "elmo" and saved["model"].get("input") == "characters"
-    data = load_dataset(settings, vocabulary, spelled)
-    if data.digest != saved.get("texts"):
-        raise InputError(f"{path}: was made from other texts than its data set holds now; make it anew")
+def _labelled(
+    config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, spelled: bool, seed: int
+) -> Dataset:
+    """The data set of the flags, or that of the run the features come from; thinned out if asked for."""
+    known = None if run is None else data_of(run)
+    if config.dataset is None and config.data_dir is None:
+        if known is None:
+            whose = f"{run}: was not made from a labelled data set" if run else "--bilm names no data set"
+            raise InputError(f"{whose}; give one by --dataset")
+        data = load_dataset(known, vocabulary, spelled)
+        if run is not None and data.digest != read_config(run).get("texts"):
+            told = "was made from other texts than its data set holds now; make it anew, or give --dataset"
+            raise InputError(f"{run}: {told}")
+    else:
+        settings = replace(known or DataConfig(), data_dir=config.data_dir)
+        if config.dataset is not None:
+            settings = replace(settings, dataset=config.dataset)
+        data = load_dataset(settings, vocabulary, spelled)
     return thinned(data, config.labels, seed)
+
+
+def data_of(run: Path) -> DataConfig | None:
+    """The labelled data set that a run was made from, if it was made from one.
+
+    Raises:
+        InputError: the run cannot be read.
+    """
+    saved = read_config(run).get("data")
+    if saved is None:
+        return None
+    settings = structure(DataConfig, saved, f"{run}: data")
+    check(settings)
+    return settings
 
 
 def thinned(data: Dataset, labels: float, seed: int) -> Dataset:

@@ -114,7 +114,7 @@ CONFIGS = {
     "no object": (b'"model"', "config.json: is not what was saved"),
     "no seal": (b'{"model": {}}', "config.json: is not what was saved"),
     "a wrong seal": (b'{"model": {}, "sha256": []}', "config.json: is not what was saved"),
-    "no model": ({"model": None}, "model: Expected `object`, got `null`"),
+    "no model": ({"model": None}, "holds no language model"),
     "a model of text": ({"model": {"cells": "4"}}, "model: Expected `int`, got `str`"),
     "a model of 10**30": ({"model": {"cells": 10**30}}, "model: cells is"),
     "a model of 2 billion layers": ({"model": {"layers": 2_000_000_000}}, "no sizes of a model"),
@@ -178,7 +178,7 @@ FOLDERS = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors is missing"),
     "no vocabulary": (lambda folder: (folder / VOCABULARY).unlink(), "vocab.txt is missing"),
     "weights of another time": (lambda f: (f / WEIGHTS).write_bytes(weights(**{BIAS: None})), "(size)"),
-    "no data set": (lambda folder: write_config(folder, *sealed(folder)), "names no data set"),
+    "no data set": (lambda folder: write_config(folder, *sealed(folder)), "give one by --dataset"),
 }
 
 

@@ -330,4 +330,6 @@ def test_results_are_not_replaced_unasked(tmp_path, refused):
     (tmp_path / "benchmark.json").write_text("{}")
     refused(benchmark.main, ["--output", tmp_path], "--overwrite")
     refused(benchmark.main, ["--output", tmp_path / "x", "--only", "lstn"], "--only lstn: no such case")
+    told = "nowhere: no such folder; give one that holds train.csv and test.csv"
+    refused(benchmark.main, ["--output", tmp_path / "x", "--data-dir", tmp_path / "nowhere"], told)
     assert (tmp_path / "benchmark.json").read_text() == "{}" and not (tmp_path / "x").exists()

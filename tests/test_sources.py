@@ -1,0 +1,77 @@
+"""A classifier on a language model that brings no data set of its own: an official one, or one of a corpus."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
+from test_pretrained import make
+
+from elmo_jax.checkpoint import Run
+from elmo_jax.elmo import Elmo
+from elmo_jax.integrity import tree_digest
+from experiments import downstream, pretrain
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+SMALL = "--hidden 4 --epochs 1 --batch-size 8 --classifier-layers 1".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def official(tmp_path):
+    make(tmp_path)
+    return ["--bilm", tmp_path / "options.json", tmp_path / "weights.hdf5"]
+
+
+def scores(run):
+    return json.loads((run / "results.json").read_text())["test"]
+
+
+def test_an_official_model_feeds_a_classifier_and_trains_along(official, corpus, tmp_path, monkeypatch):  # noqa: F811
+    given = [*official, "--dataset", corpus, *SMALL]
+    kept, tuned = tmp_path / "kept", tmp_path / "tuned"
+    assert call(downstream.main, monkeypatch, *given, "--output", kept) == 0
+    assert sum(map(sum, scores(kept)["confusion_matrix"])) == 10
+    model = Elmo.from_bilm(*official[1:])
+    assert json.loads((kept / "config.json").read_text())["model"] == tree_digest({"bilm": model.params})
+
+    assert call(downstream.main, monkeypatch, *given, "--finetune", "--output", tuned) == 0
+    run = Run.open(tuned)
+    trained = run.restore_best(("params",))["params"]["bilm"]
+    run.close()
+    moved = np.abs(trained["lstm_1"]["recurrent_kernel"] - model.params["lstm_1"]["recurrent_kernel"])
+    assert moved.max() > 0
+
+    shutil.move(tmp_path / "weights.hdf5", tmp_path / "moved.hdf5")  # a run is of what is in its files
+    given[2] = tmp_path / "moved.hdf5"
+    assert call(downstream.main, monkeypatch, *given, "--epochs", "2", "--resume", "--output", kept) == 0
+    make(tmp_path, seed=1)
+    given[2] = tmp_path / "weights.hdf5"
+    assert call(downstream.main, monkeypatch, *given, "--epochs", "3", "--resume", "--output", kept) == 2
+
+
+def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, refused):  # noqa: F811
+    (tmp_path / "text.txt").write_text("the goal of 3\nthe bank of 4\n" * 20)
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    flags = ["--corpus", text, "--valid-corpus", text, *TINY, "--output", model]
+    assert call(pretrain.main, monkeypatch, *flags) == 0
+    given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
+    refused(downstream.main, given, "model: was not made from a labelled data set; give one by --dataset")
+    assert call(downstream.main, monkeypatch, *given, "--dataset", corpus) == 0
+    assert sum(map(sum, scores(tmp_path / "run")["confusion_matrix"])) == 10
+
+
+def test_a_run_whose_data_set_has_moved_finds_it(pretrained, corpus, tmp_path, monkeypatch, refused):  # noqa: F811
+    given = ["--pretrained", pretrained, *SMALL, "--output", tmp_path / "run"]
+    shutil.move(corpus, tmp_path / "elsewhere")
+    refused(downstream.main, given, "data: no such folder; give one that holds train.csv and test.csv")
+    assert call(downstream.main, monkeypatch, *given, "--dataset", tmp_path / "elsewhere") == 0
+
+
+def test_what_is_missing_or_too_much_is_named(official, corpus, refused):  # noqa: F811
+    refused(downstream.main, [*official, *SMALL], "--bilm names no data set; give one by --dataset")
+    given = [*official, "--dataset", corpus, *SMALL]
+    refused(downstream.main, [*given, "--pretrained", "run"], "--pretrained has no effect with --bilm")
+    refused(downstream.main, [*given, "--features", "svd"], "--bilm has no effect with --features svd")
+    alone = [*official, "--data-dir", corpus, *SMALL]
+    refused(downstream.main, alone, "--data-dir is where --dataset ag_news lies")
