@@ -1,4 +1,4 @@
-"""A classifier on a language model that brings no data set of its own: an official one, or one of a corpus."""
+"""A classifier on a language model that brings no data set: an official one, or one of a corpus."""
 
 import json
 import shutil
