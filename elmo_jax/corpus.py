@@ -275,4 +275,5 @@ def _sentences(shard: Path, on_bytes: OnBytes) -> Generator[list[str], None, Non
             finally:
                 on_bytes(raw.tell() - told)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{shard}:{number}: cannot be read ({error}); check the file") from None
+        where = f"{shard}:{number}" if number else f"{shard}"
+        raise InputError(f"{where}: cannot be read ({error}); check the file") from None

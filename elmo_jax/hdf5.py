@@ -77,7 +77,7 @@ def read_floats(
     for name in sorted(shapes.keys() - datasets.keys()):
         raise InputError(f"{path}: has no dataset {name}; it is of another model than its options")
     for name in sorted(datasets.keys() - shapes.keys()):
-        raise InputError(f"{path}: has a dataset {name} that its options know nothing of")
+        raise InputError(f"{path}: has a dataset {name} that its options do not know; give its own options")
     for name, shape in shapes.items():
         data = datasets[name]
         if data.shape != shape or data.dtype.kind != "f":

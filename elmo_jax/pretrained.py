@@ -170,6 +170,8 @@ class _Options:
         except (ValueError, RecursionError) as error:
             reason = str(error)[:100]
             raise InputError(f"{path}: is not JSON ({reason}); give the model's options file") from None
+        if not isinstance(self.data, dict):
+            raise InputError(f"{path}: is not an object of JSON; give the model's options file")
 
     def get(self, key: str, kind: Any, least: float = 0, most: float = 1e6, default: Any = None) -> Any:
         value: Any = self.data
@@ -189,7 +191,7 @@ class _Options:
 def _read_options(path: Path) -> BiLMConfig:
     options = _Options(path)
     get = options.get
-    if isinstance(options.data, dict) and "char_cnn" not in options.data:
+    if "char_cnn" not in options.data:
         raise InputError(f"{path}: has no char_cnn; only models that read characters can be loaded")
     get("char_cnn.n_characters", int, IDS - 1, IDS, default=IDS)
     get("char_cnn.max_characters_per_token", int, CHARACTERS, CHARACTERS, default=CHARACTERS)

@@ -151,7 +151,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     held_out = BatchStream(data.held_out, config.batch_size, bounds=bounds)
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
-    cli.describe((data.train, data.held_out), data.vocabulary, train)
+    parts = (data.train,) if data.held_out is data.train else (data.train, data.held_out)
+    cli.describe(parts, data.vocabulary, train)
     begin, optimizer, loss_fn = _begin(config, model, data, train, mesh)
     count, devices = cli.count(begin.like().params), f"{jax.default_backend()} x {jax.device_count()}"
     cli.say(f"model: {count:,} parameters, {devices}, {kernel} LSTM")

@@ -229,7 +229,7 @@ def _set(file, name, value):
         (edit_options("lstm.cell_clip", "3"), "cell_clip must be a number"),
         (edit_options("lstm.use_skip_connections", 1), "use_skip_connections must be true or false"),
         (lambda f: (f / "options.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "options.json").write_text("[]"), "must be"),
+        (lambda f: (f / "options.json").write_text("[]"), "is not an object of JSON"),
         (lambda f: (f / "options.json").unlink(), r"options\.json: cannot be read"),
         (lambda f: (f / "weights.hdf5").unlink(), r"weights\.hdf5: cannot be read"),
         (lambda f: (f / "weights.hdf5").write_bytes(b"not HDF5"), "cannot be read as HDF5"),

@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(corpus, tmp_path, ca
     assert corpus("--dry-run", "--batching", batching) == 0
     said = capsys.readouterr().out
     parts = ("parameters", "memory: ", "million FLOPs a token", " tokens/s, ", " steps in ", " hours")
-    assert all(part in said for part in parts), said
+    assert all(part in said for part in parts) and re.search(r"documents: \d+ \(train\)", said), said
     assert sorted(tmp_path.rglob("*")) == before and not list(cache.rglob("*"))
     monkeypatch.setattr(pretrain, "PORTION", 60)
     flags = ["--steps-per-dispatch", "1", "--batch-size", "1", "--batching", batching]
