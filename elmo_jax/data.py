@@ -254,9 +254,9 @@ class BatchStream:
             self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows in pairs if len(rows)
         ]
 
-    def order(self, epoch: int = 0) -> np.ndarray:
-        """The documents' numbers ``[N]`` in the order of an epoch's rows, fillers left out."""
-        return np.concatenate([rows for _, batches in self._epoch(epoch) for rows in batches])
+    def order(self) -> np.ndarray:
+        """The documents' numbers ``[N]`` in the order of the first epoch's rows, fillers left out."""
+        return np.concatenate([rows for _, batches in self._epoch(0) for rows in batches])
 
     def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
         """An epoch's groups in order, each a bound and its batches' documents."""

@@ -24,6 +24,7 @@ _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
 _ROWS = (1, 4, 16, 64)
 BATCH_TOKENS = 2048  # sentences times steps at once, about
 _SPELLED = 256  # words through the character CNN at once
+_WORDS = 1 << 15  # most in a table
 
 
 class WordTable:
@@ -37,13 +38,12 @@ class WordTable:
         model: the language model.
         params: its parameters.
         vocabulary: its numbering of tokens, if it reads words.
-        capacity: most words kept.
     """
 
-    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None, capacity: int = 1 << 15):
-        self._params, self._vocabulary, self._capacity = params, vocabulary, capacity
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
+        self._params, self._vocabulary, self._capacity = params, vocabulary, _WORDS
         self._rows: dict[str, int] = {}
-        self._size, self._width = 0, model.config.embedding
+        self._width = model.config.embedding
         # As much padding as the widest filter sees is kept; see `character_ids`.
         self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
         by_word = model.config.input == "words"
@@ -58,6 +58,10 @@ class WordTable:
             return jax.lax.dynamic_update_slice(table, vectors, (start, jnp.zeros_like(start)))
 
         self._spell, self._put = jax.jit(spell), jax.jit(put, donate_argnums=0)
+
+    def forget(self) -> None:
+        """Know no word, as at the beginning; of a model of words that is nothing."""
+        self._rows = {}
 
     def rows(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Rows of `table` for every token, ``<S>`` before and ``</S>`` behind: int32 ``[tokens + 2]``."""
@@ -74,7 +78,8 @@ class WordTable:
     def _learn(self, words: dict[str, None]) -> None:
         new = [word for word in words if word not in self._rows]
         if len(self._rows) + len(new) > self._capacity:
-            self._rows, new = {}, list(words)
+            self.forget()
+            new = list(words)
         new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # words of a length share a shape
         self._grow(len(self._rows) + len(new))
         for i in range(0, len(new), _SPELLED):
@@ -98,19 +103,15 @@ class Reader:
         model: the language model.
         params: its parameters.
         vocabulary: its numbering of tokens, if it reads words.
+
+    Attributes:
         window: most steps at once; longer sentences take several windows, each beginning
             with the state the one before ended with, which changes nothing.
     """
 
-    def __init__(
-        self,
-        model: BiLM,
-        params: Any,
-        vocabulary: Vocabulary | None,
-        window: int = 128,
-    ):
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
         self.config, self.words = model.config, WordTable(model, params, vocabulary)
-        self.window = window
+        self.window = _WINDOWS[-1]
         self._params: Any = params
         self._vocabulary: Any = vocabulary
 

@@ -18,6 +18,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 TIED = ("recipe", "fit")  # parts whose softmax has the token vectors' table
 DIRECTIONS = 2
 FLOAT = 4  # bytes
+_LETTERS = 50  # of a word, with what marks its ends
 OURS = "elmo_jax"
 CUDNN, SCAN, REPLAY = (
     "cudnn",
@@ -97,12 +98,12 @@ def softmax_flops(case: Case) -> float:
     return 2.0 * case.width * classes * DIRECTIONS
 
 
-def spelling_flops(case: Case, letters: int = 50) -> float:
+def spelling_flops(case: Case) -> float:
     """Of a word's way through the char-CNN, forward."""
     if not case.filters:
         return 0.0
     wide = sum(number for _, number in case.filters)
-    filters = sum(w * case.characters * number * (letters - w + 1) for w, number in case.filters)
+    filters = sum(w * case.characters * number * (_LETTERS - w + 1) for w, number in case.filters)
     return 2.0 * (filters + case.highway * 2 * wide * wide + wide * case.width)
 
 

@@ -236,7 +236,7 @@ def _embed(case: Case, arrays: Arrays) -> Built:
     def run(n: int) -> list[np.ndarray]:
         out = []
         for _ in range(n):
-            elmo._reader.words._rows.clear()  # else a second pass would find every word's vector
+            elmo._reader.words.forget()  # else a second pass would find every word's vector
             out = [layers for call in calls for layers in elmo.embed(call)]
         return out
 
