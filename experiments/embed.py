@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from elmo_jax.checkpoint import RESULTS, Run
 from elmo_jax.combiners import CombinerConfig, Mix, make_combiner
@@ -25,9 +25,9 @@ from experiments.sources import SourceConfig
 class EmbedConfig:
     """Write the layers of every token of a text, a sentence a line, into an HDF5 file."""
 
-    input: Positional[str]
+    input: Annotated[Positional[str], arg(metavar="TEXT")]
     """The text, UTF-8."""
-    out: Positional[str]
+    out: Annotated[Positional[str], arg(metavar="OUT.h5")]
     """The HDF5 file to write. Until it is done it takes twice its size on the disk."""
     pretrained: str | None = None
     """Run of experiments.pretrain, or a folder that save_pretrained wrote."""

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
@@ -29,7 +29,7 @@ _FILES = ("metrics.jsonl", "scores.jsonl", "config.json")
 class EvaluateConfig:
     """Perplexity by direction, sentence scores and the least expected words of a text; or check a model."""
 
-    paths: Positional[tuple[str, ...]]
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL] TEXT ...")]
     """A run or exported folder and then texts, a sentence a line; or texts alone with --bilm; or, with
     --selfcheck, OPTIONS WEIGHTS SENTENCES EXPECTED..."""
     bilm: tuple[str, str] | None = None

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
@@ -29,9 +29,9 @@ _BLOCK = 256  # sentences at a time
 class NeighboursConfig:
     """The same word in different contexts: which of its occurrences each layer finds alike."""
 
-    word: Positional[str] = "bank"
+    word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"
     """The word, as the model's texts write it."""
-    texts: Positional[tuple[str, ...]] = ()
+    texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT ...")] = ()
     """Texts, a sentence a line; the embedded corpus's test part, which names senses, if none is given."""
     pretrained: str | None = None
     """Run of experiments.pretrain, or a folder that save_pretrained wrote."""
