@@ -232,7 +232,9 @@ def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
             raise InputError(f"sentence {i} is a {type(sentence).__name__}; give a list of its tokens")
         for token in sentence:
             if not isinstance(token, str):
-                raise InputError(f"sentence {i} holds {reprlib.repr(token)}, which is no string; give tokens")
+                raise InputError(
+                    f"sentence {i} holds {reprlib.repr(token)}, which is not a string; give tokens"
+                )
 
 
 def _softmax_path(weights: str | Path) -> Path:

@@ -70,7 +70,7 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
     """
     config = read_config(path)
     if "source" not in config or "combiner" not in config:
-        raise InputError(f"{path}: is no run of experiments.downstream; give one that has lambdas")
+        raise InputError(f"{path}: is not a run of experiments.downstream; give one that has lambdas")
     combiner = structure(CombinerConfig, config["combiner"], f"{path}: combiner")
     source = structure(SourceConfig, config["source"], f"{path}: source")
     if source.untrained:

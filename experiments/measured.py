@@ -123,7 +123,9 @@ def language_model(path: Path) -> list[dict[str, Any]]:
     for record in seen:
         both = (record.perplexity_forward, record.perplexity_backward)
         if not all(0 < x < math.inf for x in (record.perplexity, *both)):
-            raise _refusal(path, METRICS, f"epoch {record.epoch} has a perplexity that is no such number")
+            raise _refusal(
+                path, METRICS, f"epoch {record.epoch} has a perplexity that is not above 0 and finite"
+            )
         if not math.isclose(record.perplexity, math.sqrt(both[0]) * math.sqrt(both[1]), rel_tol=1e-6):
             raise _refusal(path, METRICS, f"epoch {record.epoch}'s perplexity is not its directions' mean")
     best = min(seen, key=lambda record: record.perplexity)
@@ -217,5 +219,5 @@ def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
         pair = (arrays[part], arrays[f"{part}_labels"])
         fit = all(a.ndim == 1 and a.dtype.kind == "i" and len(a) == len(pair[0]) > 0 for a in pair)
         if not fit or not all(a.min() >= 0 and a.max() < classes for a in pair):
-            raise _refusal(path, PREDICTIONS, f"{part} is no class of {classes} a document")
+            raise _refusal(path, PREDICTIONS, f"{part} is not one of {classes} classes for each document")
     return arrays

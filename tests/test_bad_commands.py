@@ -82,7 +82,7 @@ EMBED = {
     ),
     "a mix from a model": (
         ["--pretrained", "model", "--layers", "mix", "--mix-from", "model"],
-        "is no run of experiments.downstream",
+        "is not a run of experiments.downstream",
     ),
     "a million tokens": (["--pretrained", "model", "--long", "refuse"], "in.txt:3: has 1,000,000 tokens"),
 }
@@ -200,7 +200,7 @@ COMPARE = {
     "a flag of none": (["--vectors=--speed 5"], "--speed"),
     "a number of another": (["--downstream=--epochs 0"], "--epochs must be at least 1"),
     "no run": (["--pretrained", "none"], "none: holds no run"),
-    "no finished run": (["--pretrained", "model"], "model: is no finished run"),
+    "no finished run": (["--pretrained", "model"], "model: is not a finished run"),
     "a file": (["--output", "in.txt"], "in.txt: is a file"),
     "another's run": (["--output", "model"], "model: holds a run of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
@@ -215,7 +215,7 @@ COMPARE = {
         "leave out --dataset, --min-count",
     ),
     "two language models": (["--pretrained", "model", "--pretrain=--epochs 1"], "leave out it or --pretrain"),
-    "a run of vectors": (["--pretrained", "svd"], "svd: is no finished run of experiments.pretrain"),
+    "a run of vectors": (["--pretrained", "svd"], "svd: is not a finished run of experiments.pretrain"),
     "help": (["--pretrain=--epochs 1 --help"], "asks for help; see python -m experiments.pretrain --help"),
     "help in short": (["--downstream=-h"], "asks for help; see python -m experiments.downstream --help"),
     "data of a stage": (
@@ -261,7 +261,7 @@ CORPORA = {
         "binary.bin:1: byte 0xff is not UTF-8",
     ),
     "NUL": (["--corpus", "nul.bin", "--valid-corpus", "in.txt"], "nul.bin:1: byte 0x00"),
-    "no gzip": (["--corpus", "in.gz", "--valid-corpus", "in.txt"], "in.gz:0: cannot be read"),
+    "no gzip": (["--corpus", "in.gz", "--valid-corpus", "in.txt"], "in.gz: cannot be read"),
     "no vocabulary": (
         ["--corpus", "in.txt", "--valid-corpus", "in.txt", "--vocab", "blank.txt"],
         "blank.txt:1: the line is empty",

@@ -216,7 +216,7 @@ def test_a_mix_of_another_model_is_named(elmo, tmp_path):
     with pytest.raises(InputError, match="is of another language model"):
         embed.mixed(other, path)
     elmo.save_pretrained(tmp_path / "export")
-    with pytest.raises(InputError, match=r"is no run of experiments\.downstream"):
+    with pytest.raises(InputError, match=r"is not a run of experiments\.downstream"):
         embed.mixed(elmo, tmp_path / "export")
 
 

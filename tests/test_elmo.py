@@ -94,7 +94,7 @@ def test_a_run_is_not_exported_over(elmo, tmp_path):
 def test_a_sentence_that_is_a_string_is_named(elmo):
     with pytest.raises(InputError, match="sentence 1 is a string"):
         elmo.embed([["fine"], "not fine"])
-    with pytest.raises(InputError, match="sentence 0 holds 3, which is no string"):
+    with pytest.raises(InputError, match="sentence 0 holds 3, which is not a string"):
         elmo.surprisal([["fine", 3]])
 
 
