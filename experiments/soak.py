@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes
 
 from elmo_jax import report
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import write_atomically
+from elmo_jax.integrity import CONFIG, write_atomically
 from elmo_jax.loop import Interrupted
 from experiments import cli
 from experiments.pretrain import PretrainConfig, pretrain
@@ -79,7 +79,7 @@ def _watched(config: SoakConfig, looks: list[dict[str, float]], path: Path) -> I
     def watch() -> None:
         while not ended.wait(config.every):
             looks.append({"seconds": round(time.monotonic() - began, 1)} | _look())
-            if path.is_dir():  # or the run has not begun
+            if (path / CONFIG).is_file():  # before, a run refuses a folder that holds anything
                 write_atomically(path / SAMPLES, "".join(json.dumps(look) + "\n" for look in looks))
             training = signal.getsignal(signal.SIGTERM) != before  # and stops in good order
             if training and time.monotonic() - began > 60 * config.minutes:
