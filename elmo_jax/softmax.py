@@ -264,10 +264,14 @@ def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
     def rows_of(count: int) -> int:
         return -(-n // count // _ROWS) * _ROWS
 
-    # A few chunks more may leave less to be filled; each costs about as much as so many rows.
-    fewest = max(1, -(-n // most))
-    count = min(range(fewest, fewest + fewest // 4 + 1), key=lambda count: count * (rows_of(count) + _ROWS))
-    rows = n if count == 1 else rows_of(count)
+    if isinstance(n, int):
+        # A few chunks more may leave less to be filled; each costs about as much as so many rows.
+        fewest = max(1, -(-n // most))
+        few = range(fewest, fewest + fewest // 4 + 1)
+        count = min(few, key=lambda count: count * (rows_of(count) + _ROWS))
+        rows = n if count == 1 else rows_of(count)
+    else:  # exported programs may leave it open
+        count, rows = -(-n // most), most
 
     def cut(a: Array) -> Array:
         filled = jnp.pad(a, [(0, count * rows - n)] + [(0, 0)] * (a.ndim - 1))

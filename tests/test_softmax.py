@@ -229,6 +229,21 @@ def test_curvature_is_the_plain_softmax_where_states_are_zero(case, monkeypatch,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), got, want)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_exported_program_takes_any_number_of_positions(case, monkeypatch, sampled):
+    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 4)
+    every = Negatives(jnp.arange(V, dtype=jnp.int32), jnp.zeros(V))
+    f = partial(sampled_nll, negatives=every) if sampled else full_nll
+    step = jax.jit(jax.value_and_grad(lambda *a: f(*a)[0], (0, 1, 2)))
+    (n,) = jax.export.symbolic_shape("n")
+    kinds = [jax.ShapeDtypeStruct(a.shape if len(a) == V else (n, *a.shape[1:]), a.dtype) for a in case]
+    program = jax.export.export(step)(*kinds)
+    for count in (1, 4, N):
+        given = [a if len(a) == V else a[:count] for a in case]
+        got, want = program.call(*given), step(*given)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, want)
+
+
 @pytest.mark.parametrize("count", [1, 6, 19])
 def test_expected_counts_are_what_draws_hold(count):
     keys = jax.random.split(jax.random.key(0), 4000)
