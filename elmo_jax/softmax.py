@@ -7,6 +7,7 @@ Nouns: the *table* holds a row a class; *negatives* are as in `negatives`.
 Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,9 +144,6 @@ def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
 _sampled_nll.defvjp(_sampled_forward, _sampled_backward)
 
 
-# --- what both share ---------------------------------------------------------------------
-
-
 def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, wanted: bool) -> Any:
     """Each position's own true class among all the noise, of which that class takes no part.
 
@@ -167,7 +165,6 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     of_class, classes = noise.shift.astype(sums), axes.index("v")
     # Of what bounds the logits no gradient is asked for: of a norm it is NaN where all numbers are 0.
     longest, highest = _longest(jax.lax.stop_gradient(noise.rows)), jnp.max(of_class)
-    near_enough = _on_cpu() and np.log(float(jnp.finfo(hidden.dtype).max)) > _NEAR  # float16 has no room
 
     def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
         h, own, w = part
@@ -178,18 +175,7 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         def logits() -> Array:
             return products + _by_class(of_class)
 
-        def largest() -> Array:
-            return jnp.maximum(logits().max(classes), reached)
-
-        if near_enough:
-            # To find the largest takes a pass over all logits. Where a bound says that none is far above the
-            # true class's, that will do, or half way up: so neither sums nor their inverses leave float32.
-            norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(sums), axis=-1)
-            farthest = norm * longest + highest - reached
-            half_way = reached + jnp.maximum(0, farthest - _NEAR / 2)
-            shift = jax.lax.cond(jnp.all(farthest < _NEAR), lambda: half_way, largest)
-        else:
-            shift = largest()
+        shift = _shift(logits, reached, h, longest, highest)
         own_class = _by_class(noise.classes) == _by_row(own.classes)
         exps, own_exp = jnp.where(own_class, 0, jnp.exp(logits() - _by_row(shift))), jnp.exp(reached - shift)
         others = exps.sum(classes)
@@ -216,6 +202,22 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     dh, d_reached = joined(dh.mT if order == "pr" else dh), joined(d_reached)
     d_true = d_reached[:, None] * hidden.astype(sums), d_reached
     return values, (dh.astype(hidden.dtype), d_true, d_noise)
+
+
+def _shift(logits: Callable[[], Array], reached: Array, h: Array, longest: Array, highest: Array) -> Array:
+    """What is taken from a position's logits ``[R]`` before their exponentials: the largest, or near it."""
+
+    def largest() -> Array:
+        return jnp.maximum(logits().max(_axes().index("v")), reached)
+
+    if not _on_cpu() or np.log(float(jnp.finfo(h.dtype).max)) <= _NEAR:  # as float16, which has no room
+        return largest()
+    # To find the largest takes a pass over all logits. Where a bound says that none is far above the
+    # true class's, that will do, or half way up: so neither sums nor their inverses leave float32.
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(reached.dtype), axis=-1)
+    farthest = norm * longest + highest - reached
+    half_way = reached + jnp.maximum(0, farthest - _NEAR / 2)
+    return jax.lax.cond(jnp.all(farthest < _NEAR), lambda: half_way, largest)
 
 
 def _on_cpu() -> bool:
