@@ -26,7 +26,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.hdf5 import Checked, create
 from elmo_jax.integrity import digest, tree_digest, write_atomically, writer_lock
-from elmo_jax.lines import blocks, read_lines
+from elmo_jax.lines import blocks, raw_lines, read_lines
 from elmo_jax.text import tokenize
 
 Layers = Literal["all", "top", "average", "mix"]
@@ -263,7 +263,8 @@ class Dump:
                 with h5py.File(path, "r") as part:
                     for name in part:
                         part.copy(name, file)
-            grows = (None,) if self.source.stat().st_size > _INDEX_BYTES else None
+            small = self.source.suffix != ".gz" and self.source.stat().st_size <= _INDEX_BYTES
+            grows = None if small else (None,)
             index = file.create_dataset("sentence_to_index", (1,), h5py.string_dtype(), maxshape=grows)
             for i, piece in enumerate(self._index()):
                 if i:
@@ -277,13 +278,12 @@ class Dump:
         """Each line's number, in pieces that fit in memory; one if there are no lines."""
         numbers: dict[str, str] = {}
         size = 0
-        with self.source.open(encoding="utf-8-sig", newline="\n") as file:
-            for i, line in enumerate(file):
-                if size > _INDEX_BYTES:
-                    yield numbers
-                    numbers, size = {}, 0
-                numbers[line.rstrip("\r\n")] = str(i)
-                size += len(line)
+        for i, line in enumerate(raw_lines(self.source)):
+            if size > _INDEX_BYTES:
+                yield numbers
+                numbers, size = {}, 0
+            numbers[line.rstrip("\r\n")] = str(i)
+            size += len(line)
         yield numbers
 
 

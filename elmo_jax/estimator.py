@@ -111,8 +111,8 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
 
     def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`fit`, then `transform`; texts that can be read but once are read once."""
-        X = list(X) if not isinstance(X, str) else X
-        return self.fit(X, y).transform(X)
+        sentences = _tokens(X)
+        return self.fit(sentences, y).transform(sentences)
 
     def transform(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
         """Texts, or lists of tokens, to float32 ``[N, n_features_out_]``."""
@@ -187,8 +187,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def _tokens(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
-    if isinstance(texts, str):
+    if isinstance(texts, str | bytes):
         raise InputError("the texts are one string; give a list of strings")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"the texts are {reprlib.repr(texts)}; give a list of strings")
     return [_tokens_of(text, i) for i, text in enumerate(texts)]
 
 

@@ -12,17 +12,22 @@ PART_TOKENS = 50_000  # of a group: a few seconds' work
 
 
 def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers from 0 and their tokens, one line in memory at a time; gzip if it ends in .gz.
+    """Line numbers from 0 and their tokens, one line in memory at a time; see `raw_lines`."""
+    return ((i, split(line)) for i, line in enumerate(raw_lines(path)))
+
+
+def raw_lines(path: Path) -> Iterator[str]:
+    """Lines with what ends them, one in memory at a time; unpacked if the name ends in ``.gz``.
 
     Raises:
-        InputError: the file is missing or not UTF-8, with the line.
+        InputError: the file is missing, damaged or not UTF-8, with the line.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a regular file, and is read more than once; save it as one first")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for i, line in enumerate(file):
-                yield i, split(decode(line, path, i + 1))
+            for i, line in enumerate(file, 1):
+                yield decode(line, path, i)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); check the file") from None

@@ -182,10 +182,12 @@ def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> 
         whole: arrays that every row needs.
 
     Returns:
-        What `work` does of all rows. Rows that do not come out even are not shared out.
+        What `work` does of all rows. Rows that do not come out even, or that a caller has shared
+        out already, are not shared out.
     """
-    devices, count = jax.sharding.get_abstract_mesh().shape.get(DATA, 1), jax.tree.leaves(rows)[0].shape[1]
-    if devices == 1 or count % devices:
+    mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[1]
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if mesh.shape.get(DATA, 1) == 1 or kinds[DATA] == AxisType.Manual or count % mesh.shape[DATA]:
         return work(rows, whole)
 
     def own(rows: Any, whole: Any) -> tuple[Array, Array]:

@@ -70,7 +70,8 @@ class Rowwise:
     that LazyAdam.
 
     Attributes:
-        optimizer: all but its clipping by a global norm must treat each element on its own.
+        optimizer: all but its clipping by a global norm must treat each element on its own, and
+            none may gather gradients over steps, as `optax.MultiSteps` does, whose rows differ.
         rows: of a batch and the step's key, the paths of tables and, for each, the int32 rows
             ``[R]`` it names, each once and rising; V and above are places left over. The
             loss function gets ``[R, F]`` in place of the table.

@@ -102,7 +102,12 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(
-        config, output, monitor="val_loss", texts=source.data.digest, model=tree_digest(source.params)
+        config,
+        output,
+        monitor="val_loss",
+        texts=source.data.digest,
+        model=tree_digest(source.params),
+        **source.about,
     )
     train = BatchStream(
         source.data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch

@@ -18,7 +18,7 @@ from elmo_jax.integrity import read_config, structure, tree_digest
 from elmo_jax.progress import Meter
 from elmo_jax.steps import check_kinds
 from experiments import cli
-from experiments.sources import SourceConfig
+from experiments.sources import SourceConfig, official
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
     if len(weights) != elmo.shape(0)[0]:
         told = f"has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers"
         raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
-    if config.get("model") != tree_digest(elmo.params):
+    options = json.loads(json.dumps(official(elmo.model.config)))["options"]
+    if config.get("model") != tree_digest(elmo.params) or config.get("options", options) != options:
         raise InputError(f"{path}: is of another language model than the one given; give the one it names")
     params = Run.open(path).restore_best(("params",))["params"]
     trained = make_combiner(combiner).lambdas(params.get("combiner", {}))

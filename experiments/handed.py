@@ -22,8 +22,8 @@ _OWN = {
     "pretrain": _ALL | _DATA | {"--dry-run", "--corpus", "--valid-corpus", "--vocab"},
     "vectors": _ALL | _DATA | {"--method"},
     # The figures stand beside those of all labels and of a trained language model.
-    "downstream": _ALL | {"--pretrained", "--bilm", "--vectors", "--dataset", "--data-dir", "--features",
-                          "--combiner", "--seed", "--labels", "--untrained"},
+    "downstream": _ALL | _DATA | {"--pretrained", "--bilm", "--vectors", "--features", "--combiner", "--seed",
+                                  "--labels", "--untrained"},
 }  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """Where a classifier's input comes from: a language model's layers, or word vectors."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from elmo_jax.bilm import BiLMConfig
 from elmo_jax.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.classifier import Features, static_features
 from elmo_jax.combiners import CombinerConfig, OneLayer, make_combiner
@@ -15,6 +17,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.integrity import check_files, read_config, structure
 from elmo_jax.lstm import Kernel
+from elmo_jax.rows import TextColumns
 from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
@@ -39,6 +42,12 @@ class SourceConfig:
     """What to classify, as for experiments.pretrain; the data set of the run above if not given."""
     data_dir: str | None = None
     """Folder with AG News's train.csv and test.csv, if they are not where that run had them."""
+    text: TextColumns | None = None
+    """Of another --dataset: all text columns joined, title+description, or the last alone."""
+    max_length: int | None = None
+    """Of another --dataset: longer texts are cut to this many tokens, 400."""
+    validation: float | None = None
+    """Of another --dataset: share of the training rows held out, 0.2."""
     finetune: bool = False
     """Train the language model too."""
     untrained: bool = False
@@ -56,6 +65,7 @@ class Source(NamedTuple):
         combiner: of their layers.
         params: what features look for among the parameters.
         shape: (L, F).
+        about: what else a run on it records, as it is not told by parameters.
     """
 
     data: Dataset
@@ -63,6 +73,7 @@ class Source(NamedTuple):
     combiner: Any
     params: dict[str, Any]
     shape: tuple[int, int]
+    about: Mapping[str, Any] = {}
 
 
 def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
@@ -90,7 +101,14 @@ def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Ker
     if config.untrained:
         params = init_params(elmo.model, jax.random.key(seed))
     features = bilm_features(elmo.model, config.finetune)
-    return Source(data, features, make_combiner(combiner), {"bilm": params}, (c.layers + 1, 2 * c.embedding))
+    about = {} if run else official(c)  # a run is sealed with its configuration
+    shape = c.layers + 1, 2 * c.embedding
+    return Source(data, features, make_combiner(combiner), {"bilm": params}, shape, about)
+
+
+def official(config: BiLMConfig) -> dict[str, Any]:
+    """What a run on a model in the official format records of its options."""
+    return {"options": asdict(replace(config, dtype=BiLMConfig.dtype))}
 
 
 def _word_vectors(config: SourceConfig, seed: int) -> Source:
@@ -114,21 +132,24 @@ def _word_vectors(config: SourceConfig, seed: int) -> Source:
 def _labelled(
     config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, spelled: bool, seed: int
 ) -> Dataset:
-    """The data set of the flags, or that of the run the features come from; thinned out if asked for."""
+    """The data set of the flags, or that of the run the features come from; thinned out if asked for.
+
+    Raises:
+        InputError: there is none, or it holds other texts than when the run was made.
+    """
     known = None if run is None else data_of(run)
-    if config.dataset is None and config.data_dir is None:
-        if known is None:
-            whose = f"{run}: was not made from a labelled data set" if run else "--bilm names no data set"
-            raise InputError(f"{whose}; give one by --dataset")
-        data = load_dataset(known, vocabulary, spelled)
-        if run is not None and data.digest != read_config(run).get("texts"):
-            told = "was made from other texts than its data set holds now; make it anew, or give --dataset"
-            raise InputError(f"{run}: {told}")
-    else:
-        settings = replace(known or DataConfig(), data_dir=config.data_dir)
-        if config.dataset is not None:
-            settings = replace(settings, dataset=config.dataset)
-        data = load_dataset(settings, vocabulary, spelled)
+    if config.dataset is None and known is None:
+        whose = f"{run}: was not made from a labelled data set" if run else "--bilm names no data set"
+        raise InputError(f"{whose}; give one by --dataset")
+    same = known is not None and config.dataset in (None, known.dataset)
+    names = ("dataset", "data_dir", "text", "max_length", "validation")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    data = load_dataset(replace(known if same and known else DataConfig(), **given), vocabulary, spelled)
+    if same and run is not None and data.digest != read_config(run).get("texts"):
+        told = (
+            "was made from other texts than its data set holds now; make it anew, or give another --dataset"
+        )
+        raise InputError(f"{run}: {told}")
     return thinned(data, config.labels, seed)
 
 

@@ -113,5 +113,8 @@ def test_wrong_arguments_are_named(elmo):
     for odd in (None, float("nan"), 3, b"abc"):
         with pytest.raises(InputError, match=r"text 1 is .*; give a string, or a list of its tokens"):
             ElmoVectorizer(elmo).fit(TEXTS).transform(["a", odd])
+    for odd in (5, b"a text"):
+        with pytest.raises(InputError, match=r"the texts are .*; give a list of strings"):
+            ElmoVectorizer(elmo).fit_transform(odd)
     with pytest.raises(InputError, match="hold no token"):
         ElmoVectorizer().fit(["", " "])

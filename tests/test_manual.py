@@ -1,64 +1,120 @@
-"""Losses and layers inside a caller's `jax.shard_map`, where JAX watches what differs between devices."""
+"""Losses and layers inside a caller's `jax.shard_map`, where JAX watches what differs between devices.
+
+The devices are two virtual ones of the CPU, in a process of their own.
+"""
+
+import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from test_crash import PROCESSES, finish
 
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Batch
 from elmo_jax.lstm import LSTM
+from elmo_jax.mesh import DATA
 from elmo_jax.negatives import log_uniform_negatives
 from elmo_jax.softmax import full_nll, sampled_nll
 from elmo_jax.tasks import bilm_loss, init_params
 
-ROWS, WHOLE = PartitionSpec("d"), PartitionSpec()
+RNG = np.random.default_rng(0)
+LENGTHS = np.array([4, 0, 2, 3], np.int32)  # of JAX it would ask for the devices
 
 
-def check(value, whole, rows):
-    """The value of all rows, and its gradients, are the same where a device has them, and JAX agrees."""
-    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
-    own = jax.shard_map(
-        lambda whole, rows: jax.lax.psum(value(whole, rows), "d"),
-        mesh=mesh,
-        in_specs=(WHOLE, ROWS),
-        out_specs=WHOLE,
-    )
-    got, want = (jax.jit(jax.value_and_grad(f))(whole, rows) for f in (own, value))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
+def floats(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("negatives", [None, 5])
-def test_losses(negatives, rng):
-    draw = None if negatives is None else log_uniform_negatives(jax.random.key(0), 11, negatives)
+def loss(draw):
+    """Of what all devices have and of what each has of its own; and both."""
+    rows = floats(6, 3), jnp.asarray(RNG.integers(0, 11, 6), jnp.int32), jnp.ones(6)
 
     def value(whole, rows):
-        if draw is None:
-            return full_nll(rows[0], *whole, *rows[1:])[0]
-        return sampled_nll(rows[0], *whole, *rows[1:], draw)[0]
+        given = rows[0], *whole, *rows[1:]
+        if not draw:
+            return full_nll(*given)[0]
+        return sampled_nll(*given, log_uniform_negatives(jax.random.key(0), 11, 5))[0]
 
-    floats = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((11, 3), (11,), (6, 3))]
-    targets = jnp.asarray(rng.integers(0, 11, 6), jnp.int32)
-    check(value, tuple(floats[:2]), (floats[2], targets, jnp.ones(6)))
+    return value, (floats(11, 3), floats(11)), rows
 
 
-@pytest.mark.parametrize("kernel", ["fast", "plain"])
-def test_layers(kernel, rng):
-    layer, lengths = LSTM(3, kernel=kernel), jnp.array([4, 0, 2], jnp.int32)
-    x = jnp.asarray(rng.normal(size=(3, 2, 4, 5)), jnp.float32)  # rows first, to be shared out
-    params = layer.init(jax.random.key(0), x.swapaxes(0, 1), lengths)
+def layer(kernel):
+    lstm, x = LSTM(3, kernel=kernel), floats(4, 2, 4, 5)  # rows first, to be shared out
 
     def value(whole, rows):
-        h, state = layer.apply(whole, rows[0].swapaxes(0, 1), rows[1])
-        return jnp.sum(h**2) + jnp.sum(state.c)
+        h, state = lstm.apply(whole, rows[0].swapaxes(0, 1), rows[1])
+        mask = jnp.arange(4)[None] < rows[1][:, None]
+        return jnp.sum(jnp.where(mask[None, :, :, None], h**2, 0)) + jnp.sum(state.c)
 
-    check(value, params, (x, lengths))
+    return value, lstm.init(jax.random.key(0), x.swapaxes(0, 1), LENGTHS), (x, LENGTHS)
 
 
-@pytest.mark.parametrize("negatives", [None, 5])
-def test_the_language_model(negatives):
+def language_model(negatives):
     model = BiLM(BiLMConfig(embedding=3, cells=3, layers=1, dropout=0.0), 11)
-    batch = jax.tree.map(jnp.asarray, Batch.of([[5, 6, 7], [8]]))
     task = bilm_loss(model, negatives)
-    check(lambda p, b: task(p, b, jax.random.key(1))[0], init_params(model, jax.random.key(0)), batch)
+
+    def value(whole, rows):
+        mean, sums = task(whole, rows, jax.random.key(1))
+        return mean * sums["tokens"]
+
+    batch = jax.tree.map(jnp.asarray, Batch.of([[5, 6, 7], [8], [9], [4, 4]]))
+    return value, init_params(model, jax.random.key(0)), batch
+
+
+CASES = {
+    "full": lambda: loss(draw=False),
+    "sampled": lambda: loss(draw=True),
+    "fast": lambda: layer("fast"),
+    "plain": lambda: layer("plain"),
+    "language model, full": lambda: language_model(None),
+    "language model, sampled": lambda: language_model(5),
+}
+
+
+def apart(value, whole, rows, axis, watched):
+    """How far the value and its gradients, summed over two devices, are from those of one."""
+    mesh = jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,))
+    shared = jax.shard_map(
+        lambda whole, rows: jax.lax.psum(value(whole, rows), axis),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axis)),
+        out_specs=PartitionSpec(),
+        check_vma=watched,
+    )
+    got, want = (jax.jit(jax.value_and_grad(f))(whole, rows) for f in (shared, value))
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got, want)))
+
+
+def in_child(path):
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    found = {}
+    for name, make in CASES.items():
+        for axis in ("d", DATA):  # the second is what this library calls its own
+            for watched in (True, False):
+                try:
+                    found[f"{name} {axis} {watched}"] = apart(*make(), axis, watched)
+                except Exception as error:
+                    found[f"{name} {axis} {watched}"] = f"{type(error).__name__}: {error}"[:500]
+    path.write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    path = tmp_path_factory.mktemp("manual") / "found.json"
+    process = PROCESSES.Process(target=in_child, args=(path,))
+    process.start()
+    assert finish(process) == 0
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "not watched"])
+@pytest.mark.parametrize("axis", ["d", DATA])
+@pytest.mark.parametrize("name", CASES)
+def test_two_devices_of_the_callers_give_what_one_gives(found, name, axis, watched):
+    gap = found[f"{name} {axis} {watched}"]
+    assert isinstance(gap, float) and gap < 2e-6, gap

@@ -100,27 +100,26 @@ OPTIMIZERS = {
     "each its own": lambda: optax.multi_transform(
         {"few": optax.adagrad(0.1), "all": optax.sgd(0.1)}, {"t": "few", "d": "all"}
     ),
-    "accumulated": lambda: optax.MultiSteps(optax.adagrad(0.1), 1),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimisers_of_parts_of_the_parameters_move_them_as_optax_does(name, standard_promotion):
-    params, rows = {"t": jnp.arange(12.0).reshape(4, 3), "d": jnp.ones(3)}, jnp.array([1, 3])
-    cut = lambda table: jnp.take(table, rows, axis=0) if len(table) == 4 else table  # noqa: E731
+    params = {"t": jnp.arange(12.0).reshape(4, 3), "d": jnp.ones(3)}
+    dense, by_rows = OPTIMIZERS[name](), Rowwise(OPTIMIZERS[name](), lambda batch, key: {"t": batch})
 
-    def loss(params, batch, key):
-        return jnp.sum(jnp.sin(cut(params["t"]) * params["d"][None])), {}
+    def loss(params, rows, key):
+        table = params["t"] if len(params["t"]) == 2 else jnp.take(params["t"], rows, axis=0)
+        return jnp.sum(jnp.sin(table * params["d"][None])), {}
 
-    dense, by_rows = OPTIMIZERS[name](), Rowwise(OPTIMIZERS[name](), lambda batch, key: {"t": rows})
     want, state = params, dense.init(params)
     ours = [TrainState.create(params, optimizer) for optimizer in (dense, by_rows)]
-    for _ in range(3):
-        gradients = jax.grad(lambda p: loss(p, None, KEY)[0])(want)
+    for rows in map(jnp.array, ([1, 3], [0, 1], [1, 2])):
+        gradients = jax.grad(lambda p, rows=rows: loss(p, rows, KEY)[0])(want)
         updates, state = dense.update(gradients, state, want)
         want = optax.apply_updates(want, updates)
-        ours = [train_step(s, None, KEY, loss, o)[0] for s, o in zip(ours, (dense, by_rows), strict=True)]  # type: ignore
-    assert (np.asarray(want["t"][1]) != params["t"][1]).any()
+        ours = [train_step(s, rows, KEY, loss, o)[0] for s, o in zip(ours, (dense, by_rows), strict=True)]  # type: ignore
+    assert (np.asarray(want["t"]) != params["t"]).any(1).all()
     for got in ours:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got.params, want)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
 from test_pretrained import make
 
 from elmo_jax.checkpoint import Run
+from elmo_jax.combiners import CombinerConfig
 from elmo_jax.elmo import Elmo
 from elmo_jax.integrity import tree_digest
-from experiments import downstream, pretrain
+from experiments import downstream, embed, pretrain
+from experiments.sources import SourceConfig, open_source
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SMALL = "--hidden 4 --epochs 1 --batch-size 8 --classifier-layers 1".split()  # noqa: SIM905
@@ -27,7 +31,7 @@ def scores(run):
     return json.loads((run / "results.json").read_text())["test"]
 
 
-def test_an_official_model_feeds_a_classifier_and_trains_along(official, corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
     given = [*official, "--dataset", corpus, *SMALL]
     kept, tuned = tmp_path / "kept", tmp_path / "tuned"
     assert call(downstream.main, monkeypatch, *given, "--output", kept) == 0
@@ -45,9 +49,20 @@ def test_an_official_model_feeds_a_classifier_and_trains_along(official, corpus,
     shutil.move(tmp_path / "weights.hdf5", tmp_path / "moved.hdf5")  # a run is of what is in its files
     given[2] = tmp_path / "moved.hdf5"
     assert call(downstream.main, monkeypatch, *given, "--epochs", "2", "--resume", "--output", kept) == 0
+    (tmp_path / "in.txt").write_text("the bank\n")
+    mixing = [tmp_path / "in.txt", tmp_path / "out.h5", *given[:3], "--layers", "mix", "--mix-from", kept]
+    assert call(embed.main, monkeypatch, *mixing) == 0
+    options = json.loads(given[1].read_text())
+    options["lstm"]["cell_clip"] = 3.0
+    given[1].write_text(json.dumps(options))
+    again = [*given, "--epochs", "3", "--resume", "--output", kept]
+    assert call(downstream.main, monkeypatch, *again) == 2
+    assert "options.cell_clip 0.3 -> 3.0" in capsys.readouterr().err
+    assert call(embed.main, monkeypatch, *mixing, "--overwrite") == 2
+    assert "of another language model" in capsys.readouterr().err
     make(tmp_path, seed=1)
-    given[2] = tmp_path / "weights.hdf5"
-    assert call(downstream.main, monkeypatch, *given, "--epochs", "3", "--resume", "--output", kept) == 2
+    again[2] = tmp_path / "weights.hdf5"
+    assert call(downstream.main, monkeypatch, *again) == 2
 
 
 def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, refused):  # noqa: F811
@@ -68,10 +83,31 @@ def test_a_run_whose_data_set_has_moved_finds_it(pretrained, corpus, tmp_path, m
     assert call(downstream.main, monkeypatch, *given, "--dataset", tmp_path / "elsewhere") == 0
 
 
+def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch, refused):  # noqa: F811
+    model, other = tmp_path / "model", shutil.copytree(corpus, tmp_path / "other")
+    flags = ["--dataset", corpus, "--max-length", "2", *TINY, "--output", model]
+    with warnings.catch_warnings(action="ignore"):  # that texts are cut
+        assert call(pretrain.main, monkeypatch, *flags) == 0
+    config = SourceConfig(pretrained=str(model))
+
+    def longest(**given):
+        source = open_source(replace(config, **given), CombinerConfig(), 0, "auto")
+        return source.data.train.lengths.max()
+
+    with pytest.warns(UserWarning, match="longer than 2"):
+        assert longest() == longest(dataset=str(corpus)) == 2
+    assert longest(dataset=str(other)) > 3
+    with pytest.warns(UserWarning, match="longer than 3"):
+        assert longest(dataset=str(other), max_length=3) == 3
+    given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
+    told = "model: was made from other texts than its data set holds now; make it anew, or give another"
+    refused(downstream.main, [*given, "--max-length", "400"], told)
+
+
 def test_what_is_missing_or_too_much_is_named(official, corpus, refused):  # noqa: F811
     refused(downstream.main, [*official, *SMALL], "--bilm names no data set; give one by --dataset")
     given = [*official, "--dataset", corpus, *SMALL]
     refused(downstream.main, [*given, "--pretrained", "run"], "--pretrained has no effect with --bilm")
     refused(downstream.main, [*given, "--features", "svd"], "--bilm has no effect with --features svd")
     alone = [*official, "--data-dir", corpus, *SMALL]
-    refused(downstream.main, alone, "--data-dir is where --dataset ag_news lies")
+    refused(downstream.main, alone, "--bilm names no data set; give one by --dataset")
