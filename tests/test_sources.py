@@ -32,30 +32,27 @@ def scores(run):
 
 
 def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
-    given = [*official, "--dataset", corpus, *SMALL]
-    kept, tuned = tmp_path / "kept", tmp_path / "tuned"
-    assert call(downstream.main, monkeypatch, *given, "--output", kept) == 0
-    assert sum(map(sum, scores(kept)["confusion_matrix"])) == 10
-    model = Elmo.from_bilm(*official[1:])
-    assert json.loads((kept / "config.json").read_text())["model"] == tree_digest({"bilm": model.params})
-
-    assert call(downstream.main, monkeypatch, *given, "--finetune", "--output", tuned) == 0
-    run = Run.open(tuned)
-    trained = run.restore_best(("params",))["params"]["bilm"]
-    run.close()
-    moved = np.abs(trained["lstm_1"]["recurrent_kernel"] - model.params["lstm_1"]["recurrent_kernel"])
+    given, run = [*official, "--dataset", corpus, "--finetune", *SMALL], tmp_path / "run"
+    assert call(downstream.main, monkeypatch, *given, "--output", run) == 0
+    assert sum(map(sum, scores(run)["confusion_matrix"])) == 10
+    params = Elmo.from_bilm(*official[1:]).params
+    assert json.loads((run / "config.json").read_text())["model"] == tree_digest({"bilm": params})
+    saved = Run.open(run)
+    trained = saved.restore_best(("params",))["params"]["bilm"]
+    saved.close()
+    moved = np.abs(trained["lstm_1"]["recurrent_kernel"] - params["lstm_1"]["recurrent_kernel"])
     assert moved.max() > 0
 
     shutil.move(tmp_path / "weights.hdf5", tmp_path / "moved.hdf5")  # a run is of what is in its files
     given[2] = tmp_path / "moved.hdf5"
-    assert call(downstream.main, monkeypatch, *given, "--epochs", "2", "--resume", "--output", kept) == 0
+    assert call(downstream.main, monkeypatch, *given, "--epochs", "2", "--resume", "--output", run) == 0
     (tmp_path / "in.txt").write_text("the bank\n")
-    mixing = [tmp_path / "in.txt", tmp_path / "out.h5", *given[:3], "--layers", "mix", "--mix-from", kept]
+    mixing = [tmp_path / "in.txt", tmp_path / "out.h5", *given[:3], "--layers", "mix", "--mix-from", run]
     assert call(embed.main, monkeypatch, *mixing) == 0
     options = json.loads(given[1].read_text())
     options["lstm"]["cell_clip"] = 3.0
     given[1].write_text(json.dumps(options))
-    again = [*given, "--epochs", "3", "--resume", "--output", kept]
+    again = [*given, "--epochs", "3", "--resume", "--output", run]
     assert call(downstream.main, monkeypatch, *again) == 2
     assert "options.cell_clip 0.3 -> 3.0" in capsys.readouterr().err
     assert call(embed.main, monkeypatch, *mixing, "--overwrite") == 2
