@@ -169,6 +169,13 @@ def fetch(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
+def sharers() -> int:
+    """Devices that rows are still to be shared out to: one without a mesh, or where a caller has done it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return 1 if kinds.get(DATA, AxisType.Manual) == AxisType.Manual else mesh.shape[DATA]
+
+
 def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> tuple[Array, Array]:
     """A sum over rows, taken on every device over its own; and what each row has of its own.
 
@@ -185,9 +192,8 @@ def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> 
         What `work` does of all rows. Rows that do not come out even, or that a caller has shared
         out already, are not shared out.
     """
-    mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[1]
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if mesh.shape.get(DATA, 1) == 1 or kinds[DATA] == AxisType.Manual or count % mesh.shape[DATA]:
+    devices = sharers()
+    if devices == 1 or jax.tree.leaves(rows)[0].shape[1] % devices:
         return work(rows, whole)
 
     def own(rows: Any, whole: Any) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from elmo_jax.cudnn import ROUGH, on_cuda
 from elmo_jax.fast import fast_recurrence
 from elmo_jax.layout import Layout
-from elmo_jax.mesh import DATA
+from elmo_jax.mesh import DATA, sharers
 from elmo_jax.recurrence import GATES, Clips, State, Weights
 
 _ROWS, _MOST_ROWS = 16, 128  # of a tile: the fewest that tensor cores multiply, the most for its registers
@@ -98,11 +98,10 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
     Returns:
         The states after every step, c and h ``[D, B, T, H]``.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if mesh.shape.get(DATA, 1) == 1 or kinds[DATA] == AxisType.Manual:
+    devices = sharers()
+    if devices == 1:
         return _own_rows(state, gates, w, clips)
-    if gates.shape[1] % mesh.shape[DATA] or set(kinds.values()) != {AxisType.Auto}:
+    if gates.shape[1] % devices or set(jax.sharding.get_abstract_mesh().axis_types) != {AxisType.Auto}:
         return fast_recurrence(state, gates, w, clips)  # which any mesh can share out
     rows, everywhere = PartitionSpec(None, DATA), PartitionSpec()
     own: Any = jax.shard_map(

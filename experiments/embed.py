@@ -87,7 +87,7 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
     if len(weights) != elmo.shape(0)[0]:
         told = f"has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers"
         raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
-    options = json.loads(json.dumps(official(elmo.model.config)))["options"]
+    options = official(elmo.model.config)["options"]
     if config.get("model") != tree_digest(elmo.params) or config.get("options", options) != options:
         raise InputError(f"{path}: is of another language model than the one given; give the one it names")
     params = Run.open(path).restore_best(("params",))["params"]

@@ -66,8 +66,8 @@ class Origins:
         if key not in self._features:
             self._features[key] = self._digest(source, made, seed)
         saved = read_config(path)
-        texts, data = saved.get("texts", ""), data_of(path)
-        if source.labels < 1 and data is not None:
+        texts = saved.get("texts", "")
+        if source.labels < 1 and (data := data_of(path)) is not None:
             texts = self.texts(data, _spelled(saved), source.labels, seed)
         return {"texts": texts, "model": self._features[key]}
 

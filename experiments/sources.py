@@ -1,5 +1,6 @@
 """Where a classifier's input comes from: a language model's layers, or word vectors."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Ker
 
 def official(config: BiLMConfig) -> dict[str, Any]:
     """What a run on a model in the official format records of its options."""
-    return {"options": asdict(replace(config, dtype=BiLMConfig.dtype))}
+    return {"options": json.loads(json.dumps(asdict(replace(config, dtype=BiLMConfig.dtype))))}
 
 
 def _word_vectors(config: SourceConfig, seed: int) -> Source:

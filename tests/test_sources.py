@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
 from test_pretrained import make
+from test_products import SMALL
 
 from elmo_jax.checkpoint import Run
 from elmo_jax.combiners import CombinerConfig
@@ -18,7 +19,6 @@ from experiments import downstream, embed, pretrain
 from experiments.sources import SourceConfig, open_source
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-SMALL = "--hidden 4 --epochs 1 --batch-size 8 --classifier-layers 1".split()  # noqa: SIM905
 
 
 @pytest.fixture
