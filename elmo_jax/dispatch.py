@@ -93,14 +93,21 @@ def make_dispatch(
     def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
         state = replace(state, frozen=frozen)
 
+        @partial(jax.jit, inline=True)  # it comes twice below, and is traced once
+        def step(state: TrainState, batch: Batch, key: Array, wanted: Array | bool):
+            return train_step(state, batch, key, loss_fn, optimizer, wanted)
+
+        def wanted(i: Array | int) -> Array | bool:
+            return i < count if known else True
+
         def body(i: Array, carry):
             state, filled = carry
             batch = jax.tree.map(lambda a: a[i], batches)
-            state, sums = train_step(state, batch, key, loss_fn, optimizer, i < count if known else True)
+            state, sums = step(state, batch, key, wanted(i))
             return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
 
         first = jax.tree.map(lambda a: a[0], batches)
-        shapes = jax.eval_shape(lambda s: train_step(s, first, key, loss_fn, optimizer)[1], state)
+        shapes = jax.eval_shape(step, state, first, key, wanted(0))[1]
         steps = batches.words.shape[0]
         filled = {name: jnp.zeros((steps, *s.shape), s.dtype) for name, s in shapes.items()}
         state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))

@@ -16,7 +16,7 @@ if version("jaxlib").startswith(
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for what all of a run's processes compile
     _programs = tempfile.TemporaryDirectory(prefix="elmo_jax_programs")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import cuda
 import jax

@@ -72,6 +72,16 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
     same(walked(run, stream), expected)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_step_is_traced_once_a_shape(documents, monkeypatch, known):
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    calls = []
+    monkeypatch.setattr(dispatch, "takes_all", lambda: known)
+    monkeypatch.setattr(dispatch, "train_step", lambda *args: (calls.append(1), train_step(*args))[1])
+    walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    assert len(calls) == 2
+
+
 def test_a_shape_that_was_not_told_ahead_is_compiled_when_it_comes(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
     run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes()[:1])
