@@ -1,7 +1,10 @@
 """Strict promotion everywhere, a cache of its own for every test, and the small fixtures."""
 
+import contextlib
+import io
 import os
 import resource
+import shutil
 import sys
 import tempfile
 from importlib.metadata import version
@@ -22,6 +25,7 @@ import cuda
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.experimental import rnn
 
 from elmo_jax.bilm import BiLM, BiLMConfig
@@ -29,6 +33,7 @@ from elmo_jax.data import Documents
 from elmo_jax.elmo import Elmo
 from elmo_jax.tasks import init_params
 from elmo_jax.text import Vocabulary
+from experiments import pretrain
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -92,6 +97,31 @@ def refused(monkeypatch, capsys):
         assert in_use() - before < 1.5e9  # for inputs of up to 50 MB
 
     return check
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A data set of two classes in a folder."""
+    tiny.write_corpus(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """A finished run of such a data set, of which tests take copies, and what the command said."""
+    folder, said = tmp_path_factory.mktemp("trained"), io.StringIO()
+    tiny.write_corpus(folder / "data")
+    flags = ["--dataset", folder / "data", "--output", folder / "lm", *tiny.TINY]
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        with contextlib.redirect_stdout(said):
+            assert tiny.call(pretrain.main, patch, *flags) == 0
+    return folder / "lm", said.getvalue()
+
+
+@pytest.fixture
+def pretrained(trained, tmp_path) -> Path:
+    """The run."""
+    return Path(shutil.copytree(trained[0], tmp_path / "lm"))
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """The commands, end to end and in this process, on a tiny data set."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+from tiny import TINY, call, records
 
 from elmo_jax import report
 from elmo_jax.elmo import Elmo
@@ -14,39 +14,11 @@ from elmo_jax.vectors import WordVectors
 from experiments import downstream, pretrain, vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-dispatch 2".split()  # noqa: SIM905
 
 
-def call(main, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["prog", *map(str, args)])
-    return main()
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    words = ("goal team match", "rate bank profit")
-    rows = [f"{'sb'[i % 2]},the {words[i % 2]} of {i % 7}" for i in range(40)]
-    (folder / "train.csv").write_text("\n".join(rows))
-    (folder / "test.csv").write_text("\n".join(rows[:10]))
-    return folder
-
-
-@pytest.fixture
-def pretrained(corpus, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "lm"
-    code = call(pretrain.main, monkeypatch, "--dataset", corpus, "--output", run, *TINY)
-    assert code == 0, capsys.readouterr().err
-    return run
-
-
-def records(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_pretrain_writes_what_it_promises(pretrained, capsys):
-    got = records(pretrained)
+def test_pretrain_writes_what_it_promises(trained):
+    run, out = trained
+    got = records(run)
     assert [r["epoch"] for r in got] == [1, 2]
     keys = {
         "event",
@@ -59,13 +31,12 @@ def test_pretrain_writes_what_it_promises(pretrained, capsys):
     }
     assert all(keys <= r.keys() and r["event"] == "epoch" for r in got)
     assert got[1]["perplexity"] < got[0]["perplexity"]
-    config = json.loads((pretrained / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     assert config["model"]["embedding"] == 4 and config["epochs"] == 2
     for name in ("loss.png", "perplexity.png"):
-        assert (pretrained / name).read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
-    assert "padding" in out and str(pretrained) in out
-    assert Elmo.from_pretrained(pretrained).embed([["the", "bank"]])[0].shape == (3, 2, 8)
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert "padding" in out and str(run) in out
+    assert Elmo.from_pretrained(run).embed([["the", "bank"]])[0].shape == (3, 2, 8)
 
 
 @pytest.mark.parametrize(

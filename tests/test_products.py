@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
+from tiny import TINY, call
 
 from elmo_jax import dump, report
 from elmo_jax.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY, Run
@@ -28,7 +28,7 @@ def names(path):
     return {p.name for p in path.iterdir()}
 
 
-def commands(corpus, pretrained, path):  # noqa: F811
+def commands(corpus, pretrained, path):
     """Each command's function and flags but for its output."""
     data = ["--dataset", corpus, "--min-count", "1"]
     tiny = [*data, "--dimensions", "4"]
@@ -40,7 +40,7 @@ def commands(corpus, pretrained, path):  # noqa: F811
     ]
 
 
-def test_nothing_of_a_run_that_ended_survives_beside_a_new_one(corpus, pretrained, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_of_a_run_that_ended_survives_beside_a_new_one(corpus, pretrained, tmp_path, monkeypatch):
     def refuse(*args, **more):
         raise InputError("no")
 
@@ -61,7 +61,7 @@ def test_nothing_of_a_run_that_ended_survives_beside_a_new_one(corpus, pretraine
     assert made == set(cli.PRODUCTS) - {"memory.jsonl", "memory.png"}
 
 
-def test_the_vocabulary_of_an_overwritten_run_goes(corpus, pretrained, tmp_path, monkeypatch):  # noqa: F811
+def test_the_vocabulary_of_an_overwritten_run_goes(corpus, pretrained, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert call(pretrain.main, monkeypatch, "--dataset", corpus, *TINY, "--output", out) == 0
     flags = ["--pretrained", pretrained, *SMALL, "--output", out, "--overwrite"]
@@ -69,7 +69,7 @@ def test_the_vocabulary_of_an_overwritten_run_goes(corpus, pretrained, tmp_path,
     assert not (out / VOCABULARY).exists()
 
 
-def test_a_picture_that_failed_is_drawn_when_the_run_goes_on(pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_picture_that_failed_is_drawn_when_the_run_goes_on(pretrained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     flags = ["--pretrained", pretrained, *SMALL, "--output", out]
 
@@ -90,7 +90,7 @@ def test_a_picture_that_failed_is_drawn_when_the_run_goes_on(pretrained, tmp_pat
     assert json.loads((out / RESULTS).read_text())["test"]["accuracy"] >= 0
 
 
-def test_a_dry_run_of_labelled_texts_writes_nothing(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_a_dry_run_of_labelled_texts_writes_nothing(corpus, tmp_path, monkeypatch):
     cache = Path(os.environ["XDG_CACHE_HOME"])
     flags = ["--dataset", corpus, *TINY, "--output", tmp_path / "run"]
     before = set(tmp_path.rglob("*"))
@@ -100,7 +100,7 @@ def test_a_dry_run_of_labelled_texts_writes_nothing(corpus, tmp_path, monkeypatc
     assert list(cache.rglob("tokens/*.npz"))
 
 
-def test_skip_grams_progress_and_epochs_tell_the_same_figure(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_skip_grams_progress_and_epochs_tell_the_same_figure(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Meter, "INTERVAL", -1.0)
     short = functools.partial(vectors.SpanStream, spans=1, steps_per_dispatch=1)
     monkeypatch.setattr(vectors, "SpanStream", short)
@@ -156,7 +156,7 @@ def test_a_long_line_is_mixed_where_space_cannot_be_reserved(elmo, tmp_path, mon
     assert (layers[0] == layers[1]).all()
 
 
-def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkeypatch, capsys):
     _, flags = commands(corpus, None, tmp_path)[-1]
     flags = [*flags, "--output", tmp_path / "run"]
     assert call(vectors.main, monkeypatch, *flags) == 0
@@ -171,7 +171,7 @@ def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkey
 
 
 @pytest.mark.parametrize("module", [downstream, vectors])
-def test_a_folder_is_held_until_its_results_are_written(module, corpus, pretrained, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folder_is_held_until_its_results_are_written(module, corpus, pretrained, tmp_path, monkeypatch):
     out, said = tmp_path / "run", []
     write = cli.write_results
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_experiments import TINY, call, corpus, pretrained, records  # noqa: F401
+from tiny import TINY, call, records
 
 from elmo_jax import combiners, loop
 from elmo_jax.checkpoint import Run
@@ -48,7 +48,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]], ids=["float32", "bfloat16"])
-def test_pretraining_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch, more):  # noqa: F811
+def test_pretraining_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch, more):
     flags = ["--dataset", corpus, *TINY, *more]
     assert call(pretrain.main, monkeypatch, *flags, "--output", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
@@ -60,7 +60,7 @@ def test_pretraining_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch, more):  #
 
 
 @pytest.mark.parametrize("more", [[], ["--finetune"]], ids=["frozen", "finetuned"])
-def test_the_classifier_goes_on_bit_by_bit(pretrained, tmp_path, monkeypatch, more):  # noqa: F811
+def test_the_classifier_goes_on_bit_by_bit(pretrained, tmp_path, monkeypatch, more):
     flags = ["--pretrained", pretrained, *SMALL, *more]
     assert call(downstream.main, monkeypatch, *flags, "--output", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
@@ -73,8 +73,8 @@ def test_the_classifier_goes_on_bit_by_bit(pretrained, tmp_path, monkeypatch, mo
 
 
 def test_readmes_combiner_runs_and_another_model_or_text_is_refused(
-    pretrained,  # noqa: F811
-    corpus,  # noqa: F811
+    pretrained,
+    corpus,
     tmp_path,
     monkeypatch,
     capsys,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_experiments import TINY, call, corpus, pretrained  # noqa: F401
 from test_pretrained import make
 from test_products import SMALL
+from tiny import TINY, call
 
 from elmo_jax.checkpoint import Run
 from elmo_jax.combiners import CombinerConfig
@@ -31,7 +31,7 @@ def scores(run):
     return json.loads((run / "results.json").read_text())["test"]
 
 
-def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkeypatch, capsys):
     given, run = [*official, "--dataset", corpus, "--finetune", *SMALL], tmp_path / "run"
     assert call(downstream.main, monkeypatch, *given, "--output", run) == 0
     assert sum(map(sum, scores(run)["confusion_matrix"])) == 10
@@ -62,7 +62,7 @@ def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkey
     assert call(downstream.main, monkeypatch, *again) == 2
 
 
-def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, refused):  # noqa: F811
+def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, refused):
     (tmp_path / "text.txt").write_text("the goal of 3\nthe bank of 4\n" * 20)
     text, model = tmp_path / "text.txt", tmp_path / "model"
     flags = ["--corpus", text, "--valid-corpus", text, *TINY, "--output", model]
@@ -73,14 +73,16 @@ def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, r
     assert sum(map(sum, scores(tmp_path / "run")["confusion_matrix"])) == 10
 
 
-def test_a_run_whose_data_set_has_moved_finds_it(pretrained, corpus, tmp_path, monkeypatch, refused):  # noqa: F811
-    given = ["--pretrained", pretrained, *SMALL, "--output", tmp_path / "run"]
+def test_a_run_whose_data_set_has_moved_finds_it(corpus, tmp_path, monkeypatch, refused):
+    model = tmp_path / "model"
+    assert call(pretrain.main, monkeypatch, "--dataset", corpus, *TINY, "--output", model) == 0
+    given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
     shutil.move(corpus, tmp_path / "elsewhere")
     refused(downstream.main, given, "data: no such folder; give one that holds train.csv and test.csv")
     assert call(downstream.main, monkeypatch, *given, "--dataset", tmp_path / "elsewhere") == 0
 
 
-def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch, refused):  # noqa: F811
+def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch, refused):
     model, other = tmp_path / "model", shutil.copytree(corpus, tmp_path / "other")
     flags = ["--dataset", corpus, "--max-length", "2", *TINY, "--output", model]
     with warnings.catch_warnings(action="ignore"):  # that texts are cut
@@ -101,7 +103,7 @@ def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch
     refused(downstream.main, [*given, "--max-length", "400"], told)
 
 
-def test_what_is_missing_or_too_much_is_named(official, corpus, refused):  # noqa: F811
+def test_what_is_missing_or_too_much_is_named(official, corpus, refused):
     refused(downstream.main, [*official, *SMALL], "--bilm names no data set; give one by --dataset")
     given = [*official, "--dataset", corpus, *SMALL]
     refused(downstream.main, [*given, "--pretrained", "run"], "--pretrained has no effect with --bilm")
