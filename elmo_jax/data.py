@@ -211,7 +211,7 @@ class BatchStream:
         seed: of the order; None keeps the documents by length, for evaluation.
         bounds: of the buckets; by `bucket_bounds` if None. Documents longer than the last
             get one more bucket.
-        steps_per_dispatch: K; it does not change the order.
+        steps_per_dispatch: K, of which no more than eight are taken; it does not change the order.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))

@@ -134,7 +134,7 @@ class LSTM(nn.Module):
             InputError: see `choose`.
         """
         kernel = self.choose()
-        d, b, _, inputs = x.shape
+        d, b, steps, inputs = x.shape
         hidden, out = self.cells, self.projection or self.cells
         w_x = self.param("input_kernel", _glorot, (d, inputs, 4 * hidden))
         w_h = self.param("recurrent_kernel", _glorot, (d, out, 4 * hidden))
@@ -148,6 +148,8 @@ class LSTM(nn.Module):
             sums = np.promote_types(w.recurrent.dtype, np.float32)
             state = State(jnp.zeros((d, b, hidden), sums), jnp.zeros((d, b, out), sums))
         x, lengths, state, w_x, w = alike((x, lengths, state, w_x, w))
+        if 0 in (b, steps):
+            return jnp.zeros((d, b, steps, out), state.h.dtype), state
         if kernel == "cudnn":
             return run_cudnn(x, lengths, state, w_x, w)
 

@@ -53,7 +53,7 @@ class DownstreamConfig:
     seed: int = 0
     """Of parameters, order and dropout."""
     steps_per_dispatch: int = 8
-    """Steps run by one call of the device."""
+    """Steps run by one call of the device, no more than 8."""
     kernel: Kernel = "auto"
     """What runs the LSTM layers, the language model's too; see experiments.pretrain."""
     tensorboard: bool = False

@@ -61,7 +61,7 @@ class PretrainConfig:
     save_every: int = 1000
     """Steps between saves within an epoch."""
     steps_per_dispatch: int = 8
-    """Steps run by one call of the device."""
+    """Steps run by one call of the device; no more than 8 where a document is a row."""
     kernel: Kernel = "auto"
     """What runs the LSTM layers: on CUDA one kernel for all steps where it can, else the fast scan; or
     one of them, cuDNN, or the plain scan. It is no part of the run: --resume may name another."""
@@ -84,11 +84,21 @@ def unread(config: PretrainConfig) -> dict[str, str]:
     told: dict[str, str] = {}
     if config.softmax == "full":
         told |= without_effect(["negatives"], "--softmax", "full", "--softmax sampled")
-    if config.model.input == "words":
+    model, corpus = config.model, config.corpus
+    if model.input == "words":
         spelling = [field.name for field in fields(CharCNNConfig)]
         told |= without_effect(spelling, "--input", "words", "--input characters")
-    if config.corpus.batching == "sentences":
+    elif model.tie:
+        told |= without_effect(["tie"], "--input", "characters", "--input words")
+    if model.cells == model.embedding and not model.project_cells:
+        now = f"{model.cells}, as wide as --embedding"
+        told |= without_effect(["projection_clip"], "--cells", now, "--project-cells")
+    if corpus.batching == "sentences":
         told |= without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
+    if corpus.corpus is not None:
+        told |= without_effect(["text", "validation", "split_seed"], "--corpus", corpus.corpus, "--dataset")
+        if corpus.vocab is not None:
+            told |= without_effect(["min_count", "max_vocab"], "--vocab", corpus.vocab, "no --vocab")
     return told
 
 

@@ -22,7 +22,7 @@ from elmo_jax.rows import TextColumns
 from elmo_jax.tasks import bilm_features, init_params
 from elmo_jax.text import Vocabulary
 from elmo_jax.vectors import WordVectors
-from experiments.flags import check
+from experiments.flags import check, flag_of
 
 VECTORS = "vectors.npz"
 
@@ -145,6 +145,10 @@ def _labelled(
     same = known is not None and config.dataset in (None, known.dataset)
     names = ("dataset", "data_dir", "text", "max_length", "validation")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    for name in names[2:]:
+        if same and run is not None and given.get(name, getattr(known, name)) != getattr(known, name):
+            told = f"{flag_of(name)} is for another --dataset than {run} was made from"
+            raise InputError(f"{told}; leave it out, or give another")
     data = load_dataset(replace(known if same and known else DataConfig(), **given), vocabulary, spelled)
     if same and run is not None and data.digest != read_config(run).get("texts"):
         told = (

@@ -179,3 +179,14 @@ def test_reverse_gradient_is_the_numerical_one():
     x = jax.random.normal(jax.random.key(0), (3, 5, 2))
     f = lambda x: jnp.sum(jnp.sin(reverse_valid(x, LENGTHS) * jnp.arange(5.0)[None, :, None]))  # noqa: E731
     jax.test_util.check_grads(f, (x,), order=1, modes=["rev"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["fast", "plain"])
+@pytest.mark.parametrize(("rows", "steps"), [(0, 3), (2, 0)])
+def test_of_no_steps_the_first_state_comes_back(kernel, rows, steps):
+    layer = LSTM(3, projection=2, kernel=kernel)
+    state = State(jnp.ones((2, rows, 3)), jnp.ones((2, rows, 2)))
+    given = jnp.ones((2, rows, steps, 4)), jnp.zeros(rows, jnp.int32), state
+    (h, after), _ = layer.init_with_output(jax.random.key(0), *given)
+    assert h.shape == (2, rows, steps, 2) and h.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, after, state)

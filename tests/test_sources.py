@@ -99,7 +99,7 @@ def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="longer than 3"):
         assert longest(dataset=str(other), max_length=3) == 3
     given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
-    told = "model: was made from other texts than its data set holds now; make it anew, or give another"
+    told = f"--max-length is for another --dataset than {model} was made from; leave it out"
     refused(downstream.main, [*given, "--max-length", "400"], told)
 
 
