@@ -97,17 +97,17 @@ def make_dispatch(
         def step(state: TrainState, batch: Batch, key: Array, wanted: Array | bool):
             return train_step(state, batch, key, loss_fn, optimizer, wanted)
 
-        def wanted(i: Array | int) -> Array | bool:
+        def is_wanted(i: Array | int) -> Array | bool:
             return i < count if known else True
 
         def body(i: Array, carry):
             state, filled = carry
             batch = jax.tree.map(lambda a: a[i], batches)
-            state, sums = step(state, batch, key, wanted(i))
+            state, sums = step(state, batch, key, is_wanted(i))
             return state, {name: filled[name].at[i].set(value) for name, value in sums.items()}
 
         first = jax.tree.map(lambda a: a[0], batches)
-        shapes = jax.eval_shape(step, state, first, key, wanted(0))[1]
+        shapes = jax.eval_shape(step, state, first, key, is_wanted(0))[1]
         steps = batches.words.shape[0]
         filled = {name: jnp.zeros((steps, *s.shape), s.dtype) for name, s in shapes.items()}
         state, filled = jax.lax.fori_loop(0, steps if known else count, body, (state, filled))
