@@ -25,7 +25,7 @@ class CorpusConfig:
     valid_corpus: str | None = None
     """Glob of the held-out texts."""
     vocab: str | None = None
-    """Vocabulary file in bilm-tf's format; made from the corpus if not given."""
+    """Vocabulary file in bilm-tf's format, taken whole; made from the corpus if not given."""
     batching: Literal["sentences", "contiguous"] = "sentences"
     """A document a row; or running text, --unroll steps a batch, the LSTM state carried on."""
     unroll: int = 20
