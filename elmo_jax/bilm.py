@@ -53,11 +53,16 @@ class BiLMConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products; sums, states and parameters stay float32."""
 
+    @property
+    def projected(self) -> bool:
+        """Whether the cells are projected to the embedding's width."""
+        return self.project_cells or self.cells != self.embedding
+
 
 def lstm_layer(config: BiLMConfig, kernel: Kernel) -> LSTM:
     """One of the model's LSTM layers, all of which are alike."""
     c = config
-    projection = c.embedding if c.project_cells or c.cells != c.embedding else None
+    projection = c.embedding if c.projected else None
     clips = Clips(c.cell_clip, c.projection_clip if projection else None)
     return LSTM(c.cells, projection, clips, c.dtype, kernel)
 

@@ -82,7 +82,7 @@ def _lstm_slots(config: BiLMConfig) -> Iterator[Slot]:
             yield Slot(cell + "W_0", both, slice(0, p), ours + "input_kernel", half, d)
             yield Slot(cell + "W_0", both, slice(p, None), ours + "recurrent_kernel", half, d)
             yield Slot(cell + "B", (4 * h,), slice(None), ours + "bias", (DIRECTIONS, 4 * h), d)
-            if config.project_cells or h != p:
+            if config.projected:
                 shape = (DIRECTIONS, h, p)
                 yield Slot(cell + "W_P_0", (h, p), slice(None), ours + "projection_kernel", shape, d)
 

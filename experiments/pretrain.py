@@ -90,7 +90,7 @@ def unread(config: PretrainConfig) -> dict[str, str]:
         told |= without_effect(spelling, "--input", "words", "--input characters")
     elif model.tie:
         told |= without_effect(["tie"], "--input", "characters", "--input words")
-    if model.cells == model.embedding and not model.project_cells:
+    if not model.projected:
         now = f"{model.cells}, as wide as --embedding"
         told |= without_effect(["projection_clip"], "--cells", now, "--project-cells")
     if corpus.batching == "sentences":

@@ -142,15 +142,16 @@ def _labelled(
     if config.dataset is None and known is None:
         whose = f"{run}: was not made from a labelled data set" if run else "--bilm names no data set"
         raise InputError(f"{whose}; give one by --dataset")
-    same = known is not None and config.dataset in (None, known.dataset)
-    names = ("dataset", "data_dir", "text", "max_length", "validation")
+    own = known if known is not None and config.dataset in (None, known.dataset) else None
+    rules = ("text", "max_length", "validation")
+    names = ("dataset", "data_dir", *rules)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    for name in names[2:]:
-        if same and run is not None and given.get(name, getattr(known, name)) != getattr(known, name):
-            told = f"{flag_of(name)} is for another --dataset than {run} was made from"
-            raise InputError(f"{told}; leave it out, or give another")
-    data = load_dataset(replace(known if same and known else DataConfig(), **given), vocabulary, spelled)
-    if same and run is not None and data.digest != read_config(run).get("texts"):
+    settings = replace(own or DataConfig(), **given)
+    if changed := [name for name in rules if own and getattr(settings, name) != getattr(own, name)]:
+        told = f"{flag_of(changed[0])} is for another --dataset than {run} was made from"
+        raise InputError(f"{told}; leave it out, or give another")
+    data = load_dataset(settings, vocabulary, spelled)
+    if own and run and data.digest != read_config(run).get("texts"):
         told = (
             "was made from other texts than its data set holds now; make it anew, or give another --dataset"
         )

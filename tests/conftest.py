@@ -5,7 +5,6 @@ import io
 import os
 import resource
 import shutil
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -89,9 +88,8 @@ def refused(monkeypatch, capsys):
     in_use = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
 
     def check(main, args, said):
-        monkeypatch.setattr(sys, "argv", ["prog", *map(str, args)])
         before = in_use()
-        code, err = main(), capsys.readouterr().err
+        code, err = tiny.call(main, monkeypatch, *args), capsys.readouterr().err
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err[:2000]
         assert said in err and len(err) < 1000, err[:2000]
         assert in_use() - before < 1.5e9  # for inputs of up to 50 MB

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 
 import archives
 import filelock
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from tiny import call, write_corpus
 
 from elmo_jax.datasets import DataConfig, load_dataset
 from elmo_jax.integrity import read_config
@@ -24,30 +24,17 @@ LM = "--embedding 4 --cells 4 --epochs 1"
 HEAD = "--hidden 4 --epochs 1 --classifier-layers 1 --batch-size 16"
 
 
-def write_corpus(folder, last="0"):
-    folder.mkdir(exist_ok=True)
-    words = ("goal team match", "rate bank profit")
-    rows = [f"{'sb'[i % 2]},the {words[i % 2]} of {i % 7}" for i in range(40)]
-    (folder / "train.csv").write_text("\n".join(rows))
-    (folder / "test.csv").write_text("\n".join([*rows[:9], f"s,the goal of {last}"]))
-
-
 def flags(folder, lm=LM, vectors="--dimensions 4 --epochs 1"):
     given = ["--dataset", folder / "data", "--min-count", "1", "--output", folder / "out"]
     given += [f"--pretrain={lm}", f"--vectors={vectors}"]
     return [*given, f"--downstream={HEAD}"]
 
 
-def call(main, monkeypatch, args):
-    monkeypatch.setattr(sys, "argv", ["prog", *map(str, args)])
-    return main()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A finished comparison and its data set; its tests take copies of it."""
     folder = tmp_path_factory.mktemp("made")
-    write_corpus(folder / "data")
+    write_corpus(folder / "data", last="s,the goal of 0")
     return folder
 
 
@@ -58,7 +45,7 @@ def folder(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(made)
     if not (made / "out").exists():
         with jax.numpy_dtype_promotion("standard"):
-            assert call(compare.main, monkeypatch, flags(compare.Path())) == 0, capsys.readouterr().err
+            assert call(compare.main, monkeypatch, *flags(compare.Path())) == 0, capsys.readouterr().err
         capsys.readouterr()
     # The first comparison's pictures are drawn; those after it are only counted.
     monkeypatch.setattr(Figure, "savefig", lambda self, path: compare.Path(path).write_bytes(b"\x89PNG"))
@@ -160,16 +147,13 @@ def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, c
     assert of(said, "finished before") == SOURCES | ELMO | STATIC
     assert len(loads) == 1  # not once a stage
 
-    write_corpus(folder / "data", last="6")
-    longer = LM.replace("--epochs 1", "--epochs 3")  # whose schedule spans all epochs
+    longer = LM.replace("--epochs 1", "--epochs 3")
     said = lines(monkeypatch, capsys, flags(folder, longer))
-    assert of(said, "runs anew") == SOURCES | ELMO | STATIC
-    digest = Origins().texts(DataConfig(dataset="data", min_count=1))
-    assert {read_config(path.parent)["texts"] for path in folder.glob("out/*/results.json")} == {digest}
+    assert of(said, "runs anew") == {"pretrain"} | ELMO  # whose schedule spans all epochs
     new = ["--preset", "report", "--dataset", "data", "--min-count", "1", "--output", "new", *longer.split()]
-    assert call(pretrain.main, monkeypatch, new) == 0
+    assert call(pretrain.main, monkeypatch, *new) == 0
     new = ["--preset", "report", "--pretrained", "new", "--output", "one", *HEAD.split()]
-    assert call(downstream.main, monkeypatch, new) == 0
+    assert call(downstream.main, monkeypatch, *new) == 0
     capsys.readouterr()
     for stage, fresh in (("pretrain", "new"), ("trainable-seed0", "one")):
         assert _figures(folder / "out" / stage) == _figures(folder / fresh)
@@ -178,6 +162,12 @@ def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, c
     (folder / "out" / "svd" / "results.json").touch()
     said = lines(monkeypatch, capsys, flags(folder, longer))
     assert of(said, "runs anew") == {"svd seed 0"} and len(of(said, "finished before")) == 7
+
+    write_corpus(folder / "data", last="s,the goal of 6")
+    said = lines(monkeypatch, capsys, flags(folder, longer))
+    assert of(said, "runs anew") == SOURCES | ELMO | STATIC
+    digest = Origins().texts(DataConfig(dataset="data", min_count=1))
+    assert {read_config(path.parent)["texts"] for path in folder.glob("out/*/results.json")} == {digest}
     assert len(measured.read_records(folder / "out" / "pretrain")) == 3
     assert of(lines(monkeypatch, capsys, flags(folder, longer)), "finished before") == SOURCES | ELMO | STATIC
 
@@ -189,16 +179,16 @@ def test_a_language_model_that_is_given_may_change_too(folder, monkeypatch, caps
     given = ["--pretrained", "lm", *flags(folder)[4:6], *flags(folder)[7:]]
     said = lines(monkeypatch, capsys, given)
     assert of(said, "runs") == {"trainable seed 0"} and len(of(said, "finished before")) == 6
-    assert call(pretrain.main, monkeypatch, [*lm, "--overwrite", "--seed", "1"]) == 0
+    assert call(pretrain.main, monkeypatch, *lm, "--overwrite", "--seed", "1") == 0
     capsys.readouterr()
     said = [line for line in _said(monkeypatch, capsys, given) if "runs" in line]
     assert len(said) == 3 and all("since what it builds on was made anew" in line for line in said)
-    write_corpus(folder / "data", last="6")
+    write_corpus(folder / "data", last="s,the goal of 6")
     refused(compare.main, given, "lm: was made from other texts than its data set holds now; make it anew")
 
 
 def _said(monkeypatch, capsys, args):
-    assert call(compare.main, monkeypatch, args) == 0, capsys.readouterr().err
+    assert call(compare.main, monkeypatch, *args) == 0, capsys.readouterr().err
     return capsys.readouterr().out.splitlines()
 
 
@@ -302,7 +292,7 @@ def test_origins_are_what_a_classifier_records(more, folder, monkeypatch, capsys
     args = ["--seed", "3", "--epochs", "1", *more]
     args += ["--vectors", "out/svd"] if "svd" in more else ["--pretrained", "out/pretrain"]
     args += ["--hidden", "4", "--classifier-layers", "1", "--batch-size", "16"]
-    assert call(downstream.main, monkeypatch, [*args, "--output", "one"]) == 0
+    assert call(downstream.main, monkeypatch, *args, "--output", "one") == 0
     saved = read_config(folder / "one")
     now = Origins().classifier(SourceConfig(**saved["source"]), 3)
     assert now == {name: saved[name] for name in ("texts", "model")}
@@ -324,4 +314,4 @@ def test_one_comparison_writes_into_a_folder_at_a_time(folder, monkeypatch, refu
         before = (folder / "out" / "config.json").read_bytes()
         refused(compare.main, flags(folder, LM + " --seed 3"), "out: another comparison writes there; wait")
         assert (folder / "out" / "config.json").read_bytes() == before
-    assert call(compare.main, monkeypatch, flags(folder)) == 0
+    assert call(compare.main, monkeypatch, *flags(folder)) == 0

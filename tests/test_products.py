@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tiny import TINY, call
+from tiny import SMALL, TINY, call
 
 from elmo_jax import dump, report
 from elmo_jax.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY, Run
@@ -20,7 +20,6 @@ from elmo_jax.progress import Meter
 from experiments import cli, downstream, memory, pretrain, vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-SMALL = "--hidden 4 --epochs 1 --batch-size 8 --classifier-layers 1".split()  # noqa: SIM905
 BEGUN = {"checkpoints", CONFIG, METRICS, VOCABULARY, ".lock"}
 
 

@@ -73,11 +73,7 @@ def test_the_classifier_goes_on_bit_by_bit(pretrained, tmp_path, monkeypatch, mo
 
 
 def test_readmes_combiner_runs_and_another_model_or_text_is_refused(
-    pretrained,
-    corpus,
-    tmp_path,
-    monkeypatch,
-    capsys,
+    pretrained, corpus, tmp_path, monkeypatch, capsys
 ):
     block = re.search(r"```python\n(class TopLayer.*?)```", README, re.DOTALL)
     assert block is not None

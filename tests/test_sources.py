@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_pretrained import make
-from test_products import SMALL
-from tiny import TINY, call
+from tiny import SMALL, TINY, call
 
 from elmo_jax.checkpoint import Run
 from elmo_jax.combiners import CombinerConfig
