@@ -77,15 +77,15 @@ class _Back(NamedTuple):
     """What a part carries from step to step, the last first.
 
     Attributes:
-        after: the gradient of the state before the last step taken.
+        dc: the gradient of c before the last step taken.
+        now: the gates' gradient of the last step taken.
         by_gate: of steps to come the slopes, of those taken the gates' gradient.
-        now: the gates' gradient of one step, to be written over.
         dh: of every step before its projection's product; None if there is no projection.
     """
 
-    after: State
-    by_gate: Array
+    dc: Array
     now: Array
+    by_gate: Array
     dh: Array | None
 
 
@@ -189,7 +189,11 @@ def _recurrences_forward(first: _States, gates: _Arrays, w: _Many, clips: Clips,
 
 
 def _backward_part(kept: _Kept, grads: State, layout: Layout):
-    """What the loop over steps, the last first, begins with, and its step."""
+    """What the loop over steps, the last first, begins with, and its step.
+
+    The product that takes the gradient to h is made at the beginning of the next step: XLA:CPU begins a
+    step on one core, and each core goes on with the part whose product it has made.
+    """
     slopes, w = kept.slopes, kept.w
     to_h, to_m = w.recurrent.mT, None if w.projection is None else w.projection.mT
     # No gradient, no addition in the loop.
@@ -197,31 +201,32 @@ def _backward_part(kept: _Kept, grads: State, layout: Layout):
     cells = kept.first.c.shape[layout.features]
 
     def step(k: Array, carry: _Back) -> _Back:
-        after, by_gate, now, dhs = carry
+        dc, now, by_gate, dhs = carry
         n = layout.steps - 1 - k
-        dh = after.h if grad_h is None else after.h + layout.at(grad_h, n)
+        dh = layout.product(now, to_h)
+        dh = dh if grad_h is None else dh + layout.at(grad_h, n)
         dh = dh if slopes.inside is None else dh * layout.at(slopes.inside, n)
         dm = dh if to_m is None else layout.product(dh, to_m)
-        dc = after.c + dm * layout.at(slopes.shown, n)
+        dc = dc + dm * layout.at(slopes.shown, n)
         dc = dc if grad_c is None else dc + layout.at(grad_c, n)
         slope = jnp.split(layout.at(by_gate, n), GATES, layout.features)
         for gate, d in enumerate((dc, dc, dc, dm)):  # each to its place, as the slopes
             now = jax.lax.dynamic_update_slice_in_dim(now, d * slope[gate], gate * cells, layout.features)
         dhs = None if dhs is None else layout.put(dhs, dh, n)
-        before = State(dc * layout.at(slopes.kept, n), layout.product(now, to_h))
-        return _Back(before, layout.put(by_gate, now, n), now, dhs)
+        return _Back(dc * layout.at(slopes.kept, n), now, layout.put(by_gate, now, n), dhs)
 
-    began = (kept.first, layout.at(kept.by_gate, 0), None if to_m is None else kept.h)
-    after, now, dhs = jax.tree.map(jnp.zeros_like, began)
-    return _Back(after, kept.by_gate, now, dhs), step
+    began = (kept.first.c, layout.at(kept.by_gate, 0), None if to_m is None else kept.h)
+    dc, now, dhs = jax.tree.map(jnp.zeros_like, began)
+    return _Back(dc, now, kept.by_gate, dhs), step
 
 
 def _recurrences_backward(clips: Clips, layout: Layout, kept: Sequence[_Kept], grads: _States):
     del clips
     parts = [_backward_part(*part, layout) for part in zip(kept, grads, strict=True)]
     ends: tuple[_Back, ...] = _steps_of(parts, layout.steps)
-    d_w = tuple(_weights_gradient(*part, layout) for part in zip(kept, ends, strict=True))
-    return tuple(end.after for end in ends), tuple(end.by_gate for end in ends), d_w
+    both = list(zip(kept, ends, strict=True))
+    first = tuple(State(end.dc, layout.product(end.now, own.w.recurrent.mT)) for own, end in both)
+    return first, tuple(end.by_gate for end in ends), tuple(_weights_gradient(*p, layout) for p in both)
 
 
 def _weights_gradient(kept: _Kept, end: _Back, layout: Layout) -> Weights:
