@@ -23,7 +23,8 @@ def compiler_options(large: bool) -> dict[str, Any]:
     """What XLA:CPU is told of a step's program, as far as it knows the words, for `jax.jit`.
 
     It is told not to copy what a step writes over, or it copies Adam's moments of every table
-    in every step, and they are large.
+    in every step, and they are large; and to take vectors as wide as the processor has, which
+    it shuns on some of Intel's.
 
     Args:
         large: whether the program is one of large products, see `LargeProducts`.
@@ -38,7 +39,10 @@ def compiler_options(large: bool) -> dict[str, Any]:
     """
     if jax.default_backend() != "cpu":
         return {}
-    options: dict[str, Any] = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    options: dict[str, Any] = {
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+        "xla_cpu_prefer_vector_width": 512,
+    }
     if large:  # by default it takes each product by itself
         fused = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
         options["xla_cpu_experimental_ynn_fusion_type"] = fused

@@ -25,7 +25,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from elmo_jax.layout import Layout
+from elmo_jax.layout import Layout, nth, with_nth
 from elmo_jax.recurrence import FORGET_BIAS, GATES, Clips, State, Weights, batched_product, clip
 
 # Of a direction's recurrent weights. With fewer, its products are too small to be shared out to cores;
@@ -43,16 +43,14 @@ _SCALE = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 where the gate is a s
 
 
 class _Slopes(NamedTuple):
-    """What the backward pass reads of every step beside the gates' slopes.
+    """What the backward pass reads of every step beside the gates' slopes, a step after the other.
 
-    ``m`` is h before its projection, ``kept`` the slope of c by the c before (0 where c was
-    clipped), ``shown`` that of m by c. ``m`` and ``inside``, 1 where h was not clipped, are
-    None where there is no projection, or no clip.
+    ``kept`` is the slope of c by the c before (0 where c was clipped), ``shown`` that of m, which is
+    h before its projection, by c; ``inside`` is 1 where h was not clipped, or None without a clip.
     """
 
     kept: Array
     shown: Array
-    m: Array | None
     inside: Array | None
 
 
@@ -65,12 +63,14 @@ class _Ahead(NamedTuple):
         by_gate: of steps to come the gates, of those taken the slopes of c by i, j and f, where it
             was not clipped, and of m by o; or all the gates, if no gradient is wanted.
         slopes: `_Slopes` of steps taken; None if no gradient is wanted.
+        m: of steps taken h before its projection; None if there is none, or no gradient is wanted.
     """
 
     now: State
     states: State
     by_gate: Array
     slopes: Any
+    m: Array | None
 
 
 class _Back(NamedTuple):
@@ -90,12 +90,13 @@ class _Back(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the backward pass is given: the first state, h after every step, slopes and weights."""
+    """What the backward pass is given: the first state, h after every step, slopes, m and weights."""
 
     first: State
     h: Array
     by_gate: Array
     slopes: _Slopes
+    m: Array | None
     w: Weights
 
 
@@ -134,7 +135,7 @@ def _forward_part(first: State, gates: Array, w: Weights, clips: Clips, layout: 
     bias, scale = (jnp.expand_dims(x, layout.rows) for x in (bias + w.bias.astype(gates.dtype), scale))
 
     def step(n: Array, carry: _Ahead) -> _Ahead:
-        before, states, by_gate, slopes = carry
+        before, states, by_gate, slopes, m_all = carry
         t = jnp.tanh((layout.at(by_gate, n) + layout.product(before.h, w.recurrent) + bias) * scale)
         i, j, f, o = jnp.split(t, GATES, layout.features)
         i, f, o = 0.5 * (1 + i), 0.5 * (1 + f), 0.5 * (1 + o)
@@ -148,23 +149,20 @@ def _forward_part(first: State, gates: Array, w: Weights, clips: Clips, layout: 
             for k, slope in enumerate((*of_c, tanh_c * o * (1 - o))):
                 # Each to its place: side by side first is a copy more.
                 by_gate = layout.put(by_gate, slope, n, k * cells)
-            made = _Slopes(
-                _masked(f, inside),
-                o * (1 - tanh_c * tanh_c),
-                None if w.projection is None else m,
-                _inside(h, clips.projection),
-            )
-            slopes = jax.tree.map(lambda every, now: layout.put(every, now, n), slopes, made)
+            made = _Slopes(_masked(f, inside), o * (1 - tanh_c * tanh_c), _inside(h, clips.projection))
+            slopes = jax.tree.map(lambda every, now: with_nth(every, now, n), slopes, made)
+            m_all = None if m_all is None else layout.put(m_all, m, n)
         states = State(layout.put(states.c, c, n), layout.put(states.h, h, n))
-        return _Ahead(State(c, h), states, by_gate, slopes)
+        return _Ahead(State(c, h), states, by_gate, slopes, m_all)
 
     of_all = lambda a: (*a.shape[:-1], layout.steps * a.shape[-1])  # noqa: E731
     states = jax.tree.map(lambda a: jnp.zeros_like(a, shape=of_all(a)), first)
-    slopes = None
+    slopes = m_all = None
     if differentiated:
-        m = None if w.projection is None else states.c
-        slopes = _Slopes(states.c, states.c, m, None if clips.projection is None else states.h)
-    return _Ahead(first, states, gates, slopes), step
+        c_of, h_of = (jnp.zeros_like(a, shape=(layout.steps, *a.shape)) for a in first)
+        slopes = _Slopes(c_of, c_of, None if clips.projection is None else h_of)
+        m_all = None if w.projection is None else states.c
+    return _Ahead(first, states, gates, slopes, m_all), step
 
 
 def _forward(
@@ -184,7 +182,7 @@ def _recurrences_forward(first: _States, gates: _Arrays, w: _Many, clips: Clips,
     first, gates, w = jax.tree.map(lambda p: p.value, (first, gates, w))
     ends = _forward(first, gates, w, clips, layout, differentiated=True)
     parts = zip(first, ends, w, strict=True)
-    kept = [_Kept(began, end.states.h, end.by_gate, end.slopes, own) for began, end, own in parts]
+    kept = [_Kept(began, end.states.h, end.by_gate, end.slopes, end.m, own) for began, end, own in parts]
     return tuple(end.states for end in ends), kept
 
 
@@ -205,15 +203,15 @@ def _backward_part(kept: _Kept, grads: State, layout: Layout):
         n = layout.steps - 1 - k
         dh = layout.product(now, to_h)
         dh = dh if grad_h is None else dh + layout.at(grad_h, n)
-        dh = dh if slopes.inside is None else dh * layout.at(slopes.inside, n)
+        dh = dh if slopes.inside is None else dh * nth(slopes.inside, n)
         dm = dh if to_m is None else layout.product(dh, to_m)
-        dc = dc + dm * layout.at(slopes.shown, n)
+        dc = dc + dm * nth(slopes.shown, n)
         dc = dc if grad_c is None else dc + layout.at(grad_c, n)
         slope = jnp.split(layout.at(by_gate, n), GATES, layout.features)
         for gate, d in enumerate((dc, dc, dc, dm)):  # each to its place, as the slopes
             now = jax.lax.dynamic_update_slice_in_dim(now, d * slope[gate], gate * cells, layout.features)
         dhs = None if dhs is None else layout.put(dhs, dh, n)
-        return _Back(dc * layout.at(slopes.kept, n), now, layout.put(by_gate, now, n), dhs)
+        return _Back(dc * nth(slopes.kept, n), now, layout.put(by_gate, now, n), dhs)
 
     began = (kept.first.c, layout.at(kept.by_gate, 0), None if to_m is None else kept.h)
     dc, now, dhs = jax.tree.map(jnp.zeros_like, began)
@@ -234,8 +232,8 @@ def _weights_gradient(kept: _Kept, end: _Back, layout: Layout) -> Weights:
     first, w = kept.first, kept.w
     d_projection = None
     if w.projection is not None:
-        assert kept.slopes.m is not None and end.dh is not None
-        d_projection = layout.matrix_gradient(kept.slopes.m, end.dh, w.projection)
+        assert kept.m is not None and end.dh is not None
+        d_projection = layout.matrix_gradient(kept.m, end.dh, w.projection)
     before = jnp.concatenate([first.h, kept.h[..., : -first.h.shape[-1]]], axis=-1)
     d_recurrent = layout.matrix_gradient(before, end.by_gate, w.recurrent)
     return Weights(d_recurrent, layout.bias_gradient(end.by_gate, w.bias), d_projection)

@@ -2,7 +2,8 @@
 
 Nouns: a step of an array is ``[B, N]`` for N features, and all steps lie side by side, ``[B, T * N]``;
 where they are *turned*, a step is ``[N, B]``, all are ``[N, T * B]``, and a matrix ``[I, O]`` is ``[O, I]``.
-Any of them may have an axis of directions before these.
+Any of them may have an axis of directions before these. What no product over all steps reads lies
+a step after the other, ``[T, ...]``, so that a step is read and written without leaps.
 Axes: B batch, T time, I and O features before and after a matrix.
 """
 
@@ -88,6 +89,16 @@ class Layout(NamedTuple):
         """Of what is added to every step."""
         total = g.sum(-1) if self.turned else _by_step(g, bias.shape[-1]).sum(-2)
         return total.astype(bias.dtype)
+
+
+def nth(every: Array, n: Array) -> Array:
+    """Step n of what lies a step after the other."""
+    return jax.lax.dynamic_index_in_dim(every, n, keepdims=False, allow_negative_indices=False)
+
+
+def with_nth(every: Array, value: Array, n: Array) -> Array:
+    """The same with step n replaced."""
+    return jax.lax.dynamic_update_index_in_dim(every, value, n, 0, allow_negative_indices=False)
 
 
 def _by_step(a: Array, features: int) -> Array:

@@ -80,7 +80,8 @@ def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
             x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
         return jnp.sum(x.astype(jnp.float32) * cotangent)
 
-    built = lstm_gradients(loss, case, {**arrays, "x": _time_last(arrays["x"])})
+    arrays = {**arrays, "x": _time_last(arrays["x"])}
+    built = lstm_gradients(loss, case, arrays, compiler_options(large=False))
 
     def check() -> dict[str, np.ndarray]:
         found = built.check()

@@ -38,10 +38,10 @@ def compiled_once(step: Any, names: tuple[str, ...], *args: Any) -> Built:
     return Built(check, [(repeat(step, *args), 1.0)])
 
 
-def lstm_gradients(loss: Any, case: Case, arrays: Arrays) -> Built:
+def lstm_gradients(loss: Any, case: Case, arrays: Arrays, options: dict[str, Any] | None = None) -> Built:
     """Loss and gradients of an LSTM ``(weights, x) -> loss``, named alike for all peers."""
     weights = weights_of(arrays)
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options)
     # Leaves come in the order of their names.
     kinds = ("bias", "input_kernel", "recurrent_kernel")
     names = ("loss", *(f"d:lstm_{i}/{kind}" for i in range(case.layers) for kind in kinds), "d:x")

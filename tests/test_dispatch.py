@@ -112,7 +112,7 @@ def test_the_tasks_of_large_products_are_those_of_the_full_softmax():
 
 
 def test_a_compiler_is_told_what_it_knows(monkeypatch):
-    assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 2
+    assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 3
     assert not dispatch._knows("xla_cpu_no_such_option", True)
     small = compiler_options(False)
     monkeypatch.setattr(dispatch, "_knows", lambda name, value: "fusion" not in name)
