@@ -15,10 +15,12 @@ if version("jaxlib").startswith(
     "0.10."
 ):  # whose emitters take most of compilation; later ones know no such flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for what all of a run's processes compile
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a place for what a run's processes compile
     _programs = tempfile.TemporaryDirectory(prefix="elmo_jax_programs")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+else:  # each worker its own: what another writes could be read half written
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += os.sep + os.environ["PYTEST_XDIST_WORKER"]
 
 import cuda
 import jax
