@@ -189,8 +189,8 @@ def _recurrences_forward(first: _States, gates: _Arrays, w: _Many, clips: Clips,
 def _backward_part(kept: _Kept, grads: State, layout: Layout):
     """What the loop over steps, the last first, begins with, and its step.
 
-    The product that takes the gradient to h is made at the beginning of the next step: XLA:CPU begins a
-    step on one core, and each core goes on with the part whose product it has made.
+    The product that takes the gradient to h is made at the beginning of the next step, the last one
+    after the loop: XLA:CPU begins a step on one core, and a core goes on with the part whose product it made.
     """
     slopes, w = kept.slopes, kept.w
     to_h, to_m = w.recurrent.mT, None if w.projection is None else w.projection.mT
@@ -284,8 +284,9 @@ def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> St
     """
     _, rows, steps, _ = x.shape
     many = isinstance(rows, int) and rows >= TURNED_ROWS  # exported programs may leave them open
+    wide = w.recurrent.dtype.itemsize > 2  # of bfloat16 XLA:CPU may make turned products that it cannot run
     size = math.prod(w.recurrent.shape[1:]) * w.recurrent.dtype.itemsize
-    layout = Layout(steps, turned=many and size < TURNED_BYTES and _on_cpu() and _alone())
+    layout = Layout(steps, turned=many and wide and size < TURNED_BYTES and _on_cpu() and _alone())
     if not (layout.turned or (size < APART_BYTES and _on_cpu())):
         return fast_recurrence(state, batched_product(x, w_x), w, clips)
     # Split, not indexed, and turned after that: so XLA sees that layers turn back what others have turned.

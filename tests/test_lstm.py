@@ -165,6 +165,20 @@ def test_bfloat16_stays_near_float32(arranged):
     assert not np.array_equal(half, full)
 
 
+@pytest.mark.parametrize("steps", [1, T])
+def test_bfloat16_has_gradients_of_all_it_is_given(arranged, steps):
+    x, lengths = jax.random.normal(jax.random.key(0), (D, B, steps, I)), jnp.full(B, steps, jnp.int32)
+    state = State(jnp.full((D, B, H), 0.1), jnp.full((D, B, H), -0.1))
+    params = LSTM(H).init(jax.random.key(1), x, lengths)
+
+    def loss(params, x, state, dtype):
+        return jnp.sum(LSTM(H, dtype=dtype, kernel="fast").apply(params, x, lengths, state)[0] ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    half, full = (gradient(params, x, state, dtype) for dtype in ("bfloat16", "float32"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), half, full)
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2)])
 def test_reverse_is_slicing_and_its_own_inverse(shape):
     x = jnp.arange(np.prod(shape)).reshape(shape)
