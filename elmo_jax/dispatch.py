@@ -3,6 +3,7 @@
 Nouns: a *task* is as in `train`; a *dispatch* is one call of the device that takes several steps.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -23,8 +24,8 @@ def compiler_options(large: bool) -> dict[str, Any]:
     """What XLA:CPU is told of a step's program, as far as it knows the words, for `jax.jit`.
 
     It is told not to copy what a step writes over, or it copies Adam's moments of every table
-    in every step, and they are large; and to take vectors as wide as the processor has, which
-    it shuns on some of Intel's.
+    in every step, and they are large; and to take vectors of 512 bits where the processor has
+    them, of which it takes half by itself. What ``XLA_FLAGS`` settles is left at that.
 
     Args:
         large: whether the program is one of large products, see `LargeProducts`.
@@ -46,7 +47,8 @@ def compiler_options(large: bool) -> dict[str, Any]:
     if large:  # by default it takes each product by itself
         fused = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
         options["xla_cpu_experimental_ynn_fusion_type"] = fused
-    return {name: value for name, value in options.items() if _knows(name, value)}
+    settled = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in settled and _knows(name, value)}
 
 
 @cache  # for it compiles a program

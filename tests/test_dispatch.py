@@ -114,6 +114,9 @@ def test_the_tasks_of_large_products_are_those_of_the_full_softmax():
 def test_a_compiler_is_told_what_it_knows(monkeypatch):
     assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 3
     assert not dispatch._knows("xla_cpu_no_such_option", True)
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
+        assert compiler_options(False).keys() == {"xla_cpu_copy_insertion_use_region_analysis"}
     small = compiler_options(False)
     monkeypatch.setattr(dispatch, "_knows", lambda name, value: "fusion" not in name)
     assert compiler_options(True) == compiler_options(False) == small
