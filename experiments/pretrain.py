@@ -97,6 +97,8 @@ def unread(config: PretrainConfig) -> dict[str, str]:
         told |= without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
     if corpus.corpus is not None:
         told |= without_effect(["text", "validation", "split_seed"], "--corpus", corpus.corpus, "--dataset")
+    if corpus.vocab is not None:
+        told |= without_effect(["min_count", "max_vocab"], "--vocab", corpus.vocab, "no --vocab")
     return told
 
 

@@ -41,6 +41,7 @@ FLAGS = {
     "--tie --input=characters": "--tie has no effect with --input characters; leave it out, or give --input",
     "--projection-clip=1": "--projection-clip has no effect with --cells 150, as wide as --embedding; leave",
     "--corpus=c --validation=.5": "--validation has no effect with --corpus c; leave it out, or give --dat",
+    "--corpus=c --vocab=v --max-vocab=9": "--max-vocab has no effect with --vocab v; leave it out, or give",
     "--unroll=9": "--unroll has no effect with --batching sentences; leave it out, or give --batching contig",
     "--steps-per-dispatch=1000000000": "--steps-per-dispatch must be at most",
     "--max-length=0": "--max-length must be at least 1",
