@@ -152,7 +152,8 @@ class CharCNN(nn.Module):
         bias = self.param(f"filter_bias_{i}", nn.initializers.zeros, (count,))
         windows = x.shape[1] - width + 1
         x = jnp.concatenate([x[:, k : k + windows] for k in range(width)], -1)  # [N, windows, width d]
-        y = _product(x, kernel.reshape(width * d, count))
+        rows = x.reshape(-1, width * d)  # of more axes XLA:CPU turns copies, for the gradient
+        y = _product(rows, kernel.reshape(width * d, count)).reshape(*x.shape[:2], count)
         y = y.max(1) + bias[None]
         return jax.nn.relu(y) if relu else jnp.tanh(y)
 
