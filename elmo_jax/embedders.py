@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -170,7 +171,7 @@ class CharCNN(nn.Module):
 
 def _product(x: Array, w: Array) -> Array:
     """``[..., I] x [I, O]`` in w's dtype, summed in float32 at least."""
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.promote_types(w.dtype, jnp.float32))
+    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=np.promote_types(w.dtype, np.float32))
 
 
 def _uniform(bound: float):

@@ -10,7 +10,7 @@ from elmo_jax import embedders
 from elmo_jax.bilm import BiLM, BiLMConfig
 from elmo_jax.data import Batch
 from elmo_jax.dispatch import compiler_options
-from elmo_jax.embedders import WordEmbedder
+from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.tasks import bilm_loss, bilm_sums, init_params
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
@@ -170,3 +170,10 @@ def test_sampled_training_is_full_over_all_classes_and_dropout_is_seeded():
     assert one == same != other
     dry, plain = (jax.jit(bilm_sums(m))(params, batch) for m in (wet, model))
     assert dry == plain
+
+
+def test_characters_in_bfloat16_need_no_promotion_of_dtypes():
+    cnn = CharCNNConfig(filters=((1, 3), (2, 4)), character_features=3, highway=1)
+    chars = jnp.ones((2, 50), jnp.int32)
+    vectors, _ = CharCNN(cnn, 5, "bfloat16").init_with_output(jax.random.key(0), chars)
+    assert vectors.shape == (2, 5) and vectors.dtype == jnp.bfloat16
