@@ -153,8 +153,7 @@ class CharCNN(nn.Module):
         bias = self.param(f"filter_bias_{i}", nn.initializers.zeros, (count,))
         windows = x.shape[1] - width + 1
         x = jnp.concatenate([x[:, k : k + windows] for k in range(width)], -1)  # [N, windows, width d]
-        rows = x.reshape(-1, width * d)  # of more axes XLA:CPU turns copies, for the gradient
-        y = _product(rows, kernel.reshape(width * d, count)).reshape(*x.shape[:2], count)
+        y = _product(x, kernel.reshape(width * d, count))
         y = y.max(1) + bias[None]
         return jax.nn.relu(y) if relu else jnp.tanh(y)
 
@@ -171,7 +170,9 @@ class CharCNN(nn.Module):
 
 def _product(x: Array, w: Array) -> Array:
     """``[..., I] x [I, O]`` in w's dtype, summed in float32 at least."""
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=np.promote_types(w.dtype, np.float32))
+    sums = np.promote_types(w.dtype, np.float32)
+    rows = x.reshape(-1, x.shape[-1]).astype(w.dtype)  # of more axes XLA:CPU turns copies, for the gradient
+    return jnp.matmul(rows, w, preferred_element_type=sums).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _uniform(bound: float):
