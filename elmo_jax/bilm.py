@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.characters import Distinct
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
@@ -131,13 +133,30 @@ class BiLM(nn.Module):
 
     def read(self, batch: Batch, awaited: bool = False) -> Array:
         """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
-        tokens = jnp.asarray(batch.words if self.config.input == "words" else batch.chars)
-        vectors = self._embed(tokens, awaited)
+        if self.config.input == "words":
+            vectors = self._embed(jnp.asarray(batch.words), awaited)
+        elif batch.distinct is None:
+            vectors = self.embedder(jnp.asarray(batch.chars))
+        else:
+            vectors = self._spell(jnp.asarray(batch.chars), batch.distinct)
         return both_ways(vectors, jnp.asarray(batch.lengths))
 
-    def _embed(self, tokens: Array, awaited: bool) -> Array:
-        words = self.config.input == "words"
-        return self.embedder.awaited(tokens) if words and awaited else self.embedder(tokens)
+    def _embed(self, words: Array, awaited: bool) -> Array:
+        return self.embedder.awaited(words) if awaited else self.embedder(words)
+
+    def _spell(self, chars: Array, distinct: Distinct) -> Array:
+        """Character ids ``[..., C]`` to token vectors ``[..., E]``, each word that differs spelled once."""
+        # A group at a time, so that no bit depends on how many groups there are; see `characters.SPELLED`.
+        spell = nn.scan(
+            lambda embedder, carry, words: (carry, embedder(words)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        vectors = spell(self.embedder, (), chars.reshape(-1, chars.shape[-1])[distinct.first])[1]
+        vectors = vectors.reshape(-1, vectors.shape[-1])
+        # The gradients of a frequent word's places are many: no sum for bfloat16.
+        sums = np.promote_types(vectors.dtype, np.float32)
+        return vectors.astype(sums)[distinct.place].astype(vectors.dtype)
 
     def contextualize(
         self, x: Array, lengths: Array, state: tuple[State, ...] | None = None, train: bool = False
@@ -200,6 +219,8 @@ class BiLM(nn.Module):
         """
         if self.config.input == "words":
             x = self._embed(window.words[:, :, :-1], awaited=negatives is None)
+        elif window.distinct is not None:
+            x = self._spell(jnp.asarray(window.chars), window.distinct)
         else:  # rows first: laid end to end, the tokens of a device's rows must be neighbours
             x = self.token_vectors(window.chars.swapaxes(0, 1)).swapaxes(0, 1)
         _, rows, steps, _ = x.shape

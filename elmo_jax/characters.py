@@ -1,9 +1,10 @@
 """Words to character ids, as the official format numbers them: UTF-8 bytes between markers.
 
-Axes: N words, C characters.
+Axes: N words, C characters, G groups of S words that differ.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,50 @@ CHARACTERS = 50  # a word, with the markers of its begin and end
 IDS = 262  # 0 is a padding token; the others are the numbers below and a byte's own, plus 1
 _SENTENCE_BEGIN, _SENTENCE_END, _BEGIN, _END, _PAD = range(256, 261)
 _MARKERS = {"<S>": _SENTENCE_BEGIN, "</S>": _SENTENCE_END}
+# Words through the character CNN at once. XLA:CPU compiles loops over less than a kilobyte otherwise;
+# of this many words none is so small, and how many groups there are changes no bit.
+SPELLED = 128
+
+
+class Distinct(NamedTuple):
+    """The words of a step that differ, each of which is to be spelled once; a JAX pytree.
+
+    Attributes:
+        first: ``[G, S]`` int32, where among the step's words each is found first; filled up with
+            0, the first word, whose copies no `place` names.
+        place: ``[*step]`` int32, which of these every word of the step is.
+    """
+
+    first: Any
+    place: Any
+
+
+def distinct(ids: np.ndarray, axes: int) -> Distinct | None:
+    """The words that differ, step by step; None of steps too short for it to be worth while.
+
+    Args:
+        ids: a number for each spelling, ``[..., *step]``.
+        axes: of a step.
+
+    Returns:
+        Of every step, with one G for all, at least 2; S is `SPELLED`.
+
+    Example:
+        >>> found = distinct(np.arange(600).reshape(2, 300) % 7, axes=2)
+        >>> found.first.shape, found.place[0, :9].tolist()
+        ((2, 128), [0, 1, 2, 3, 4, 5, 6, 0, 1])
+    """
+    leading, step = ids.shape[:-axes], ids.shape[-axes:]
+    if np.prod(step) < 2 * SPELLED:
+        return None
+    made = [np.unique(one, return_index=True, return_inverse=True) for one in ids.reshape(-1, np.prod(step))]
+    # A loop of one step is no loop to XLA, which then rounds bfloat16 elsewhere.
+    groups = max(2, -(-max(len(types) for types, _, _ in made) // SPELLED))
+    first = np.zeros((len(made), groups * SPELLED), np.int32)
+    for row, (_, found, _) in zip(first, made, strict=True):
+        row[: len(found)] = found
+    place = np.array([which for _, _, which in made], np.int32)
+    return Distinct(first.reshape(*leading, groups, SPELLED), place.reshape(ids.shape))
 
 
 def spelling_table(tokens: Sequence[str]) -> np.ndarray:

@@ -132,7 +132,7 @@ def _hide_words(batch: Batch, key: Array, share: float) -> Batch:
     if chars is not None:
         unknown = jnp.asarray(character_ids([SPECIAL[UNK]])[0, : chars.shape[-1]])
         chars = jnp.where(hidden[..., None], unknown[None, None], chars)
-    return replace(batch, words=jnp.where(hidden, UNK, words), chars=chars)
+    return replace(batch, words=jnp.where(hidden, UNK, words), chars=chars, distinct=None)
 
 
 def static_features(params: Any, batch: Batch, key: Array | None) -> Array:

@@ -8,7 +8,6 @@ Axes: B batch, U steps a window, D direction, C characters, K steps a dispatch.
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from flax import struct
 
@@ -26,11 +25,13 @@ class Window:
         weight: ``[D, B, U]`` float32: 1 where the next token is to be predicted, 0 from a
             sentence's last mark to the next one's first.
         chars: ``[D, B, U, C]`` int32 of all but the last token, or None.
+        distinct: which of their words differ, so that each is spelled once; or None.
     """
 
     words: Any
     weight: Any
     chars: Any = None
+    distinct: Any = None
     ROWS: ClassVar[int] = 1  # the axis of B
 
 
@@ -72,13 +73,13 @@ class ContiguousStream:
         while step < last:
             left = self.steps_per_epoch - step % self.steps_per_epoch
             count = min(self.steps_per_dispatch, left, last - step)
-            made = [self.window(step + i, part) for i in range(count)]
+            made = [self._ids(step + i, part) for i in range(count)]
             made += [made[0]] * (self.steps_per_dispatch - count)  # never run, see Dispatch
-            yield Dispatch(jax.tree.map(lambda *leaves: np.stack(leaves), *made), count)
+            yield Dispatch(self._read(*map(np.stack, zip(*made, strict=True))), count)
             step += count
 
     def shapes(self) -> list[Any]:
-        """None: there is one alone."""
+        """None: there is one alone, or how many words differ is not known."""
         return []
 
     def rows(self, step: int) -> np.ndarray:
@@ -96,18 +97,25 @@ class ContiguousStream:
 
     def window(self, step: int, part: slice = ALL) -> Window:
         """The window of a step, or these rows of it."""
+        return self._read(*self._ids(step, part))
+
+    def _read(self, ids: np.ndarray, weight: np.ndarray) -> Window:
+        """Windows of token ids ``[..., D, B, U + 1]``."""
+        chars, differ = self.documents.spell(ids[..., :-1], axes=3)
+        return Window(self.documents.as_classes(ids), weight, chars, differ)
+
+    def _ids(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids ``[D, B, U + 1]`` and weights of a step's window."""
         document, within = self._places(step, part)
         begin = np.asarray(self.documents.offsets[document])
         n = np.asarray(self.documents.offsets[document + 1]) - begin
         inner = (within > 0) & (within <= n)
-        words = np.empty((DIRECTIONS, *within.shape), np.int32)
+        ids = np.empty((DIRECTIONS, *within.shape), np.int32)
         for d, (at, marks) in enumerate(((within - 1, (BOS, EOS)), (n - within, (EOS, BOS)))):
-            words[d] = np.where(within == 0, marks[0], marks[1])
-            words[d][inner] = self.documents.ids[(begin + at)[inner]]
+            ids[d] = np.where(within == 0, marks[0], marks[1])
+            ids[d][inner] = self.documents.ids[(begin + at)[inner]]
         weight = (within <= n)[:, :-1].astype(np.float32)  # the last mark predicts nothing
-        weight = np.repeat(weight[None], DIRECTIONS, axis=0)
-        words, chars = self.documents.read(words)
-        return Window(words, weight, None if chars is None else chars[:, :, :-1])
+        return ids, np.repeat(weight[None], DIRECTIONS, axis=0)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's sentences in order, and where in the stream each begins."""

@@ -9,18 +9,20 @@ Axes: B batch, T time, K steps a dispatch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from flax import struct
 
+from elmo_jax.buckets import ROUND, bucket_bounds
+from elmo_jax.characters import Distinct, distinct
 from elmo_jax.text import BOS, EOS, PAD, UNK
 
 DIRECTIONS = 2  # forward, then backward
 ALL = slice(None)  # rows of a batch
-_ROUND = 4  # bounds are multiples of it, the longest too
+_LOOKED = 64  # dispatches, for the shapes that spelled words have
 _GROUP = 8  # batches of one shape in a row, so that a dispatch can hold several
-_PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
 
 
 @struct.dataclass
@@ -33,6 +35,7 @@ class Batch:
         labels: ``[B]`` int32 classes, or None.
         weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
         chars: ``[B, T, C]`` int32 character ids, 0 beyond the length, or None.
+        distinct: which of their words differ, so that each is spelled once; or None.
 
     Example:
         >>> batch = Batch.of([[7, 8], [9]])
@@ -45,6 +48,7 @@ class Batch:
     labels: Any
     weight: Any
     chars: Any = None
+    distinct: Any = None
     ROWS: ClassVar[int] = 0  # the axis of B
 
     @classmethod
@@ -122,55 +126,21 @@ class Documents:
         ids[inner] = self.ids[(self.offsets[rows][..., None] + t - 1)[inner]]
         ids[..., 0] = np.where(real, BOS, PAD)
         ids[(t == n - 1) & (n > 0)] = EOS
-        words, chars = self.read(ids)
+        chars, differ = self.spell(ids, axes=2)
         labels = np.where(real, self.labels[rows], 0).astype(np.int32)
-        return Batch(words, lengths, labels, real.astype(np.float32), chars)
+        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), chars, differ)
 
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Token ids ``[...]`` as classes, int32, and as characters ``[..., C]`` or None."""
-        words = ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
-        return words, None if self.spellings is None else self.spellings[ids]
+    def as_classes(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids as classes, int32."""
+        return ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
 
-
-def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
-    """Where to cut documents into buckets so that steps are fewest, and compilations few.
-
-    Each bucket is a shape to compile, which counts as much as 20,000 steps of padding an
-    epoch. The bounds are the best there are of their number, by dynamic programming.
-
-    Args:
-        lengths: ``[N]`` steps a document, at least one.
-        most: how many bounds at the most.
-
-    Returns:
-        Bounds, rising multiples of 4; the last holds the longest document.
-
-    Example:
-        >>> bucket_bounds(np.repeat([3, 4, 20], [9000, 9000, 9000]))
-        (4, 20)
-    """
-    counts = np.bincount(-(-lengths // _ROUND))
-    bound = np.flatnonzero(counts)  # candidates, in units of _ROUND
-    below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each
-    # span[j, i]: steps of one bucket from candidate i up to j; cost[k][j]: fewest steps of the
-    # documents up to candidate j in k + 1 buckets, the last of which begins at cut[k][j].
-    span = (below[1:, None] - below[None, :-1]) * bound[:, None] * float(_ROUND)
-    span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
-    costs, cuts = [span[:, 0]], [np.zeros(len(bound), int)]
-    for _ in range(1, min(most, len(bound))):
-        total = np.concatenate([[np.inf], costs[-1][:-1]])[None] + span
-        costs.append(total.min(1))
-        cuts.append(total.argmin(1))
-    buckets = int(np.argmin([cost[-1] + _PRICE * k for k, cost in enumerate(costs)]))
-    chosen, j = [], len(bound) - 1
-    for k in range(buckets, -1, -1):
-        chosen.append(int(bound[j]) * _ROUND)
-        j = int(cuts[k][j]) - 1
-    return tuple(reversed(chosen))
+    def spell(self, ids: np.ndarray, axes: int) -> tuple[np.ndarray | None, Distinct | None]:
+        """Token ids ``[..., *step]`` as characters ``[..., C]`` or None, and which words of a step differ."""
+        return (None, None) if self.spellings is None else (self.spellings[ids], distinct(ids, axes))
 
 
 class Dispatch(NamedTuple):
-    """Up to K batches of one shape: leaves ``[K, B, ...]``, of which the first `count` are to run."""
+    """Up to K batches of one shape: leaves ``[K, ...]``, of which the first `count` are to run."""
 
     batches: Any  # a Batch, or what else a task reads
     count: int
@@ -194,7 +164,10 @@ class Stream(Protocol):
         ...
 
     def shapes(self) -> list[Any]:
-        """Batches of a dispatch in every shape there is; none where there is one alone."""
+        """Batches of a dispatch in the shapes there are, as far as they are known; none where one is alone.
+
+        Of spelled words steps vary in how many differ, and so in shape.
+        """
         ...
 
 
@@ -231,7 +204,7 @@ class BatchStream:
         steps = documents.lengths + 2
         bounds = bounds or bucket_bounds(steps)
         if steps.max() > bounds[-1]:
-            bounds = (*bounds, -(-int(steps.max()) // _ROUND) * _ROUND)
+            bounds = (*bounds, -(-int(steps.max()) // ROUND) * ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed
         self.bounds, self.steps_per_dispatch = bounds, min(steps_per_dispatch, _GROUP)
         bucket = np.searchsorted(np.array(bounds), steps)
@@ -249,6 +222,10 @@ class BatchStream:
 
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
+        if self.documents.spellings is not None:
+            looked = (batches for batches, _ in islice(self.dispatches(0, self.steps_per_epoch), _LOOKED))
+            shaped = {(b.words.shape, b.distinct and b.distinct.first.shape): b for b in looked}
+            return list(shaped.values())
         pairs = zip(self.bounds, self._buckets, strict=True)
         return [
             self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows in pairs if len(rows)

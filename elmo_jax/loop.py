@@ -88,7 +88,7 @@ def fit(
 
     Args:
         begin: what `TrainState.create` makes, nothing frozen; not made if the run holds a saved step.
-            Without a mesh a CPU first compiles programs for all of the stream's shapes, which takes
+            Without a mesh a CPU first compiles programs for the stream's known shapes, which takes
             room, and an accelerator begins to; with one, they are compiled when they are met.
         loss_fn: the task.
         optimizer: as the state is created with.

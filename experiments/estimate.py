@@ -60,11 +60,11 @@ def _time(
 ) -> tuple[list[Dispatch], float, float]:
     """What was run of these dispatches, each compiled before, in how many words and seconds."""
     run = make_dispatch(loss_fn, optimizer, state)
-    compiled: set[tuple[int, ...]] = set()
+    compiled: set[Any] = set()
     ran: list[Dispatch] = []
     words, seconds = 0.0, 0.0
     for batches, count in dispatches:
-        shape = batches.words.shape
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
         if shape not in compiled:
             state, _ = run(state, batches, 1, key)
             compiled.add(shape)
@@ -88,7 +88,7 @@ def _flops(
     """Of the matrix products of all these steps; only the shapes of the state are read."""
     total, of_shape = 0.0, {}
     for batches, count in dispatches:
-        shape = batches.words.shape
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
         if shape not in of_shape:
             batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
             step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)

@@ -201,10 +201,11 @@ def _official(case: Case, rng: np.random.Generator) -> _Drawn:
     documents = Documents(ids, offsets, np.zeros(len(lengths), np.int32))
     window = ContiguousStream(documents, case.batch, case.steps, seed=0).window(0)
     words, weight = (np.moveaxis(a, 2, 0) for a in (window.words, window.weight))  # [T, D, B]
-    data = {"words": words, "weight": weight, "chars": spelled[words[:-1] % len(spelled)]}
+    read = words[:-1] % len(spelled)
+    data = {"words": words, "weight": weight, "types": read, "chars": spelled[read]}
     real = int(weight[:, 0].sum())
     ends = int((words[1:, 0] == 2).sum())
-    types = len(np.unique(words[:-1] % len(spelled)))
+    types = len(np.unique(read))
     assert case.negatives is not None
     drawn, _ = log_uniform_negatives(jax.random.key(0), case.vocabulary, case.negatives)
     rows = len(np.union1d(words, drawn))

@@ -5,6 +5,7 @@ Axes: B batch, T time, D direction, K steps a dispatch, P width of states.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from elmo_jax.bilm import zero_state
+from elmo_jax.characters import distinct
 from elmo_jax.contiguous import Window
 from elmo_jax.data import Batch, Documents
 from elmo_jax.dispatch import compiler_options, make_dispatch, takes_all
@@ -209,14 +211,15 @@ def _official(case: Case, arrays: Arrays) -> Built:
     model = model_of(case)
     assert case.negatives is not None
     optimizer = Rowwise(make_optimizer(_settings(case), 1), bilm_rows(model, case.negatives))
-    window = Window(*(_time_last(arrays[name]) for name in ("words", "weight", "chars")))
+    words, weight, chars, types = (_time_last(arrays[name]) for name in ("words", "weight", "chars", "types"))
+    window = Window(words, weight, chars, distinct(types, axes=3))
 
     def begin(params: Any) -> TrainState:
         carry = {"state": zero_state(model.config, case.batch)}
         return TrainState.create(params, optimizer, carry=carry)
 
     def check(state: TrainState) -> dict[str, np.ndarray]:
-        rows = jax.tree.map(lambda a: a[:, :2], window)
+        rows = jax.tree.map(lambda a: a[:, :2], replace(window, distinct=None))
         carry = {"state": zero_state(model.config, 2)}
         loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
         return {"loss": np.array(loss)}

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -6,12 +7,13 @@ import numpy as np
 import pytest
 from reference import bilm as oracle
 
-from elmo_jax import embedders
-from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.data import Batch
+from elmo_jax import characters, embedders
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.contiguous import ContiguousStream
+from elmo_jax.data import Batch, BatchStream
 from elmo_jax.dispatch import compiler_options
 from elmo_jax.embedders import CharCNN, CharCNNConfig, WordEmbedder
-from elmo_jax.tasks import bilm_loss, bilm_sums, init_params
+from elmo_jax.tasks import bilm_loss, bilm_sums, bilm_window_loss, init_params
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
 V = 12
@@ -177,3 +179,44 @@ def test_characters_in_bfloat16_need_no_promotion_of_dtypes():
     chars = jnp.ones((2, 50), jnp.int32)
     vectors, _ = CharCNN(cnn, 5, "bfloat16").init_with_output(jax.random.key(0), chars)
     assert vectors.shape == (2, 5) and vectors.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 3e-3)])
+@pytest.mark.parametrize("windows", [False, True])
+def test_words_spelled_once_are_the_words_spelled_each_time(
+    documents, rng, monkeypatch, windows, dtype, near
+):
+    monkeypatch.setattr(characters, "SPELLED", 8)
+    cnn = CharCNNConfig(filters=((1, 3), (2, 4)), character_features=3, highway=1)
+    config = BiLMConfig(embedding=4, cells=4, layers=1, input="characters", characters=cnn, dtype=dtype)
+    model = BiLM(config, 40)
+    spellings = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
+    documents = replace(documents, spellings=spellings, classes=40)  # some words are but spelled apart
+    if windows:
+        stream, task = (
+            ContiguousStream(documents, 6, 5, seed=0, steps_per_dispatch=2),
+            bilm_window_loss(model),
+        )
+    else:
+        stream, task = BatchStream(documents, 6, seed=0, steps_per_dispatch=2), bilm_loss(model)
+    params = init_params(model, jax.random.key(0))
+    params |= {"state": zero_state(model.config, 6)} if windows else {}
+    batch = jax.tree.map(lambda a: a[0], next(stream.dispatches(0, 2)).batches)
+    assert len(batch.distinct.first) < batch.distinct.place.size / 8
+    more = batch.distinct._replace(first=np.pad(batch.distinct.first, ((0, 3), (0, 0))))
+    loss = jax.jit(jax.value_and_grad(lambda params, batch: task(params, batch, jax.random.key(1))[0]))
+    once, padded, each = (loss(params, replace(batch, distinct=d)) for d in (batch.distinct, more, None))
+    jax.tree.map(np.testing.assert_array_equal, padded, once)  # however many others of a dispatch have
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * near, atol=near), once, each)
+
+
+def test_gradients_of_a_frequent_word_are_summed_in_float32():
+    cnn = CharCNNConfig(filters=((1, 3),), character_features=3, highway=0, project_filters=True)
+    model = BiLM(BiLMConfig(embedding=4, cells=4, input="characters", characters=cnn, dtype="bfloat16"), 9)
+    often = 1024  # times 1 is more than bfloat16 counts to
+    batch = Batch.of([[4] * often]).replace(chars=np.ones((1, often + 2, 50), np.int32))
+    batch = batch.replace(distinct=characters.distinct(np.asarray(batch.words), axes=2))
+    params = init_params(model, jax.random.key(0))
+    total = lambda params: jnp.sum(model.apply({"params": params}, batch, method="read")[0].astype(float))  # noqa: E731
+    bias = jax.grad(total)(params)["embedder"]["projection_bias"]
+    np.testing.assert_allclose(bias, often + 2, rtol=0.01)

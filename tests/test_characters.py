@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, strategies as st
 from reference import characters
 
-from elmo_jax.characters import character_ids
+from elmo_jax import characters as spelling
+from elmo_jax.characters import character_ids, distinct
 
 WORDS = ["bank", "<S>", "</S>", "", "naïve", "語" * 30, "x" * 48, "x" * 49, "\x00", "<s>"]
 
@@ -31,3 +32,24 @@ def test_cut_padding_is_nothing_but_padding_and_leaves_a_window_of_it(multiple):
     np.testing.assert_array_equal(ids, whole[:, : ids.shape[1]])
     assert (whole[:, ids.shape[1] - multiple :] == 261).all()
     assert character_ids(["x" * 60], multiple).shape == (1, 50)
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((20,), 1), ((3, 5, 4), 2), ((2, 3, 20), 1)])
+def test_words_that_differ_are_found_once_each_and_every_word_among_them(rng, monkeypatch, shape, axes):
+    monkeypatch.setattr(spelling, "SPELLED", 4)
+    ids = rng.integers(0, 9, shape)
+    found = distinct(ids, axes)
+    assert found is not None and found.first.dtype == found.place.dtype == np.int32
+    assert found.first.shape[:-2] == shape[:-axes] and found.place.shape == shape
+    most = 0
+    for at in np.ndindex(shape[:-axes]):
+        step, first, place = ids[at].ravel(), found.first[at].ravel(), found.place[at].ravel()
+        np.testing.assert_array_equal(step[first][place], step)
+        assert len(set(place.tolist())) == len(set(step.tolist()))
+        most = max(most, len(set(step.tolist())))
+    assert found.first.shape[-2:] == (max(2, -(-most // 4)), 4)
+
+
+def test_of_a_short_step_each_word_is_spelled():
+    assert distinct(np.zeros((2, spelling.SPELLED - 1), int), axes=2) is None
+    assert distinct(np.zeros((2, spelling.SPELLED), int), axes=2) is not None

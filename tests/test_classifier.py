@@ -126,11 +126,12 @@ def test_hidden_words_are_spelled_as_the_unknown_one():
     spelled = spelling_table([*SPECIAL, "goal", "rate", "bank", "unheard"])
     ids = np.array([4, 5, 7, 6, 4, 7])  # the last type has a spelling, but is no class
     plain = Batch.of([np.where(ids < 7, ids, UNK)], [1])
-    batch = replace(plain, chars=spelled[Batch.of([ids]).words])
+    batch = replace(plain, chars=spelled[Batch.of([ids]).words], distinct="of the words before")
     unknown, hidden = spelled[UNK], np.zeros(plain.words.shape, bool)
     for key in jax.random.split(jax.random.key(0), 20):
         after = _hide_words(batch, key, 0.5)
         words, chars = np.asarray(after.words), np.asarray(after.chars)
+        assert after.distinct is None
         now = (chars == unknown).all(-1)
         np.testing.assert_array_equal(chars[~now], batch.chars[~now])
         assert (words[now] == UNK).all() and (words[~now] == plain.words[~now]).all()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from elmo_jax import data
-from elmo_jax.data import Batch, BatchStream, bucket_bounds
+from elmo_jax import buckets
+from elmo_jax.buckets import bucket_bounds
+from elmo_jax.data import Batch, BatchStream
 from elmo_jax.mesh import feed
 
 
@@ -51,7 +52,7 @@ def test_bounds_are_the_best_there_are(lengths, most, price):
         for lower in combinations(candidates[:-1], k)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_PRICE", price)
+        patch.setattr(buckets, "_PRICE", price)
         found = bucket_bounds(array, most)
     assert cost(found) == min(map(cost, every))
     assert list(found) == sorted(set(found)) and len(found) <= most
@@ -74,7 +75,7 @@ def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
             got = getattr(made, name)[k]
             np.testing.assert_array_equal(got, getattr(want, name))
             assert got.dtype == getattr(want, name).dtype
-        words, chars = documents.read(want.words)
+        words, (chars, _) = documents.as_classes(want.words), documents.spell(want.words, axes=2)
         np.testing.assert_array_equal(made.words[k], words)
         assert made.words.dtype == words.dtype == np.int32
         assert (made.chars is None) == (chars is None)

@@ -1,15 +1,20 @@
 """A dispatch as accelerators run it: loops of a known length, and programs compiled ahead."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_fit import loss_fn
 
-from elmo_jax import dispatch
-from elmo_jax.bilm import BiLM, BiLMConfig
+from elmo_jax import characters, dispatch
+from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.data import BatchStream
 from elmo_jax.dispatch import compiler_options, make_dispatch
+from elmo_jax.embedders import CharCNNConfig
 from elmo_jax.tasks import bilm_loss, bilm_window_loss, init_params
 from elmo_jax.train import LargeProducts, OptimizerConfig, TrainState, make_optimizer, train_step
 
@@ -103,6 +108,37 @@ def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(do
     np.testing.assert_allclose(sums["loss"], plain_sums["loss"], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain_state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # Adam makes much of rounding
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_steps_of_spelled_words_are_the_same_however_they_are_shared_out(
+    documents, rng, monkeypatch, windows
+):
+    monkeypatch.setattr(characters, "SPELLED", 8)
+    cnn = CharCNNConfig(filters=((1, 3), (2, 4)), character_features=3, highway=1)
+    # The vectors fill a kilobyte: XLA:CPU compiles a loop over less otherwise, to other last bits.
+    sizes = {"embedding": 16, "cells": 4, "layers": 1}
+    config = BiLMConfig(**sizes, input="characters", characters=cnn, dtype="bfloat16")
+    model = BiLM(config, 50)
+    ids = np.where(np.arange(len(documents.ids)) % 300 < 150, documents.ids % 5 + 4, documents.ids)
+    spellings = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
+    documents = replace(documents, ids=ids.astype(np.int32), spellings=spellings)
+    if windows:
+        stream, task = ContiguousStream(documents, 4, 4, 0, steps_per_dispatch=3), bilm_window_loss(model)
+    else:
+        stream, task = BatchStream(documents, 4, 1, bounds=(32,), steps_per_dispatch=3), bilm_loss(model)
+    run, ends, groups = make_dispatch(task, OPTIMIZER), [], []
+    for cuts in ((0, 10), (0, 1, 3, 5, 7, 8, 10)):
+        carry = {"state": zero_state(config, 4)} if windows else None
+        state, seen = TrainState.create(init_params(model, KEY), OPTIMIZER, carry=carry), []
+        for first, last in pairwise(cuts):
+            for batches, count in stream.dispatches(first, last):
+                seen += [batches.distinct.first.shape[1]] * count
+                state, _ = run(state, batches, count, KEY)
+        ends.append(state)
+        groups.append(seen)
+    assert groups[0] != groups[1]
+    same(*(jax.tree.map(np.asarray, (end.params, end.opt_state)) for end in ends))
 
 
 def test_the_tasks_of_large_products_are_those_of_the_full_softmax():

@@ -18,7 +18,7 @@ ALLOWED = {
     "combiners": {"errors"},
     "text": {"errors"},
     "rows": {"errors", "integrity", "text"},
-    "data": {"text"},
+    "data": {"buckets", "characters", "text"},
     "datasets": {"characters", "data", "errors", "rows", "sample", "text"},
     "cudnn": {"recurrence"},
     "programs": {"recurrence"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "embedders": {"characters", "manual"},
     "softmax": {"manual", "negatives"},
     "bilm": {
+        "characters",
         "contiguous",
         "data",
         "embedders",
