@@ -146,6 +146,8 @@ class BiLM(nn.Module):
 
     def _spell(self, chars: Array, distinct: Distinct) -> Array:
         """Character ids ``[..., C]`` to token vectors ``[..., E]``, each word that differs spelled once."""
+        if distinct.place.shape != chars.shape[:-1]:
+            raise ValueError("a batch's `distinct` is of other words; put None in its place")
         # A group at a time, so that no bit depends on how many groups there are; see `characters.SPELLED`.
         spell = nn.scan(
             lambda embedder, carry, words: (carry, embedder(words)),

@@ -6,19 +6,24 @@ Axes: N words, C characters, G groups of S words that differ.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 CHARACTERS = 50  # a word, with the markers of its begin and end
 IDS = 262  # 0 is a padding token; the others are the numbers below and a byte's own, plus 1
 _SENTENCE_BEGIN, _SENTENCE_END, _BEGIN, _END, _PAD = range(256, 261)
 _MARKERS = {"<S>": _SENTENCE_BEGIN, "</S>": _SENTENCE_END}
-# Words through the character CNN at once. XLA:CPU compiles loops over less than a kilobyte otherwise;
-# of this many words none is so small, and how many groups there are changes no bit.
+# Words through the character CNN at once, on a CPU. XLA:CPU compiles loops over less than a kilobyte
+# otherwise; of this many words none is so small, and how many groups there are changes no bit.
 SPELLED = 128
+_MORE = 4  # times as many where beginning a product takes longer than a small one
 
 
 class Distinct(NamedTuple):
     """The words of a step that differ, each of which is to be spelled once; a JAX pytree.
+
+    It is of just these words in this order: who takes some rows of a batch, or changes characters,
+    must put None in its place.
 
     Attributes:
         first: ``[G, S]`` int32, where among the step's words each is found first; filled up with
@@ -38,24 +43,28 @@ def distinct(ids: np.ndarray, axes: int) -> Distinct | None:
         axes: of a step.
 
     Returns:
-        Of every step, with one G for all, at least 2; S is `SPELLED`.
+        Of every step, with one G for all, at least 2 and above 7 a round number, for each G is a
+        program to compile; S is `SPELLED`, or more on an accelerator.
 
     Example:
-        >>> found = distinct(np.arange(600).reshape(2, 300) % 7, axes=2)
-        >>> found.first.shape, found.place[0, :9].tolist()
-        ((2, 128), [0, 1, 2, 3, 4, 5, 6, 0, 1])
+        >>> found = distinct(np.arange(2000).reshape(2, 1000) % 7, axes=2)
+        >>> found.first[0, :8].tolist(), found.place[0, :9].tolist()
+        ([0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 0, 1])
     """
     leading, step = ids.shape[:-axes], ids.shape[-axes:]
-    if np.prod(step) < 2 * SPELLED:
+    size = SPELLED if jax.default_backend() == "cpu" else _MORE * SPELLED
+    if np.prod(step) < 2 * size:
         return None
     made = [np.unique(one, return_index=True, return_inverse=True) for one in ids.reshape(-1, np.prod(step))]
     # A loop of one step is no loop to XLA, which then rounds bfloat16 elsewhere.
-    groups = max(2, -(-max(len(types) for types, _, _ in made) // SPELLED))
-    first = np.zeros((len(made), groups * SPELLED), np.int32)
+    groups = max(2, -(-max(len(types) for types, _, _ in made) // size))
+    unit = 1 << max(0, groups.bit_length() - 3)  # 8, 10, 12, 14, 16, 20, ...
+    groups = -(-groups // unit) * unit
+    first = np.zeros((len(made), groups * size), np.int32)
     for row, (_, found, _) in zip(first, made, strict=True):
         row[: len(found)] = found
     place = np.array([which for _, _, which in made], np.int32)
-    return Distinct(first.reshape(*leading, groups, SPELLED), place.reshape(ids.shape))
+    return Distinct(first.reshape(*leading, groups, size), place.reshape(ids.shape))
 
 
 def spelling_table(tokens: Sequence[str]) -> np.ndarray:

@@ -25,7 +25,7 @@ class Window:
         weight: ``[D, B, U]`` float32: 1 where the next token is to be predicted, 0 from a
             sentence's last mark to the next one's first.
         chars: ``[D, B, U, C]`` int32 of all but the last token, or None.
-        distinct: which of their words differ, so that each is spelled once; or None.
+        distinct: a `Distinct` of just these words, so that each is spelled once; or None.
     """
 
     words: Any
@@ -75,11 +75,11 @@ class ContiguousStream:
             count = min(self.steps_per_dispatch, left, last - step)
             made = [self._ids(step + i, part) for i in range(count)]
             made += [made[0]] * (self.steps_per_dispatch - count)  # never run, see Dispatch
-            yield Dispatch(self._read(*map(np.stack, zip(*made, strict=True))), count)
+            yield Dispatch(self._read(part, *map(np.stack, zip(*made, strict=True))), count)
             step += count
 
     def shapes(self) -> list[Any]:
-        """None: there is one alone, or how many words differ is not known."""
+        """See `Stream.shapes`; windows have one, but for how many words differ."""
         return []
 
     def rows(self, step: int) -> np.ndarray:
@@ -97,12 +97,12 @@ class ContiguousStream:
 
     def window(self, step: int, part: slice = ALL) -> Window:
         """The window of a step, or these rows of it."""
-        return self._read(*self._ids(step, part))
+        return self._read(part, *self._ids(step, part))
 
-    def _read(self, ids: np.ndarray, weight: np.ndarray) -> Window:
-        """Windows of token ids ``[..., D, B, U + 1]``."""
-        chars, differ = self.documents.spell(ids[..., :-1], axes=3)
-        return Window(self.documents.as_classes(ids), weight, chars, differ)
+    def _read(self, part: slice, ids: np.ndarray, weight: np.ndarray) -> Window:
+        """Windows of token ids ``[..., D, B, U + 1]``, all rows of a step or this part."""
+        spelled = self.documents.spell(ids[..., :-1], 3 if part == ALL else None)
+        return Window(self.documents.as_classes(ids), weight, *spelled)
 
     def _ids(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Token ids ``[D, B, U + 1]`` and weights of a step's window."""

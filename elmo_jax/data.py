@@ -9,7 +9,6 @@ Axes: B batch, T time, K steps a dispatch.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from elmo_jax.text import BOS, EOS, PAD, UNK
 
 DIRECTIONS = 2  # forward, then backward
 ALL = slice(None)  # rows of a batch
-_LOOKED = 64  # dispatches, for the shapes that spelled words have
+_LOOKED = 512  # steps, for the shapes that spelled words have
 _GROUP = 8  # batches of one shape in a row, so that a dispatch can hold several
 
 
@@ -35,7 +34,7 @@ class Batch:
         labels: ``[B]`` int32 classes, or None.
         weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
         chars: ``[B, T, C]`` int32 character ids, 0 beyond the length, or None.
-        distinct: which of their words differ, so that each is spelled once; or None.
+        distinct: a `Distinct` of just these words, so that each is spelled once; or None.
 
     Example:
         >>> batch = Batch.of([[7, 8], [9]])
@@ -116,8 +115,14 @@ class Documents:
         drawn = [rows[: max(1, round(share * len(rows)))] for rows in of_class]
         return self.take(np.sort(np.concatenate(drawn)))
 
-    def batch(self, rows: np.ndarray, steps: int) -> Batch:
-        """Documents by number ``[..., B]``, -1 for filler rows, as a batch of leaves ``[..., B, T]``."""
+    def batch(self, rows: np.ndarray, steps: int, once: bool = False) -> Batch:
+        """Documents as a batch of leaves ``[..., B, T]``.
+
+        Args:
+            rows: their numbers ``[..., B]``, -1 for filler rows.
+            steps: T.
+            once: whether to find the words that differ, for a step of all B rows to spell once.
+        """
         real = rows >= 0
         lengths = np.where(real, self.lengths[rows] + 2, 0).astype(np.int32)  # [..., B]
         t, n = np.arange(steps), lengths[..., None]
@@ -126,17 +131,19 @@ class Documents:
         ids[inner] = self.ids[(self.offsets[rows][..., None] + t - 1)[inner]]
         ids[..., 0] = np.where(real, BOS, PAD)
         ids[(t == n - 1) & (n > 0)] = EOS
-        chars, differ = self.spell(ids, axes=2)
         labels = np.where(real, self.labels[rows], 0).astype(np.int32)
-        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), chars, differ)
+        spelled = self.spell(ids, 2 if once else None)
+        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), *spelled)
 
     def as_classes(self, ids: np.ndarray) -> np.ndarray:
         """Token ids as classes, int32."""
         return ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
 
-    def spell(self, ids: np.ndarray, axes: int) -> tuple[np.ndarray | None, Distinct | None]:
-        """Token ids ``[..., *step]`` as characters ``[..., C]`` or None, and which words of a step differ."""
-        return (None, None) if self.spellings is None else (self.spellings[ids], distinct(ids, axes))
+    def spell(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, Distinct | None]:
+        """Token ids as characters ``[..., C]`` or None; and which words of a step of so many axes differ."""
+        if self.spellings is None:
+            return None, None
+        return self.spellings[ids], None if axes is None else distinct(ids, axes)
 
 
 class Dispatch(NamedTuple):
@@ -164,9 +171,10 @@ class Stream(Protocol):
         ...
 
     def shapes(self) -> list[Any]:
-        """Batches of a dispatch in the shapes there are, as far as they are known; none where one is alone.
+        """A dispatch's batches for every shape that is known to come, to compile for it ahead.
 
-        Of spelled words steps vary in how many differ, and so in shape.
+        None where there is no choice of them. Steps of spelled words vary in how many differ, and
+        so in shape: not all are known.
         """
         ...
 
@@ -223,8 +231,8 @@ class BatchStream:
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
         if self.documents.spellings is not None:
-            looked = (batches for batches, _ in islice(self.dispatches(0, self.steps_per_epoch), _LOOKED))
-            shaped = {(b.words.shape, b.distinct and b.distinct.first.shape): b for b in looked}
+            looked = self.dispatches(0, min(_LOOKED, self.steps_per_epoch))
+            shaped = {(b.words.shape, b.distinct and b.distinct.first.shape): b for b, _ in looked}
             return list(shaped.values())
         pairs = zip(self.bounds, self._buckets, strict=True)
         return [
@@ -274,4 +282,4 @@ class BatchStream:
         for k, batch in enumerate(batches):
             rows[k, : len(batch)] = batch
         rows[len(batches) :] = rows[0]  # never run, see Dispatch
-        return Dispatch(self.documents.batch(rows[:, part], bound), len(batches))
+        return Dispatch(self.documents.batch(rows[:, part], bound, once=part == ALL), len(batches))

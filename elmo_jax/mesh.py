@@ -10,7 +10,7 @@ Axes: B batch, D direction, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -146,8 +146,6 @@ def feed(stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool =
     for batches, count in stream.dispatches(first, last, part):
         axis = 1 + batches.ROWS
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
-        if getattr(batches, "distinct", None) is not None:  # which is of all rows at once
-            batches = replace(batches, distinct=None)
 
         def share(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
             shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])

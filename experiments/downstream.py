@@ -16,7 +16,7 @@ from elmo_jax import report
 from elmo_jax.checkpoint import Run
 from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
 from elmo_jax.combiners import READS, CombinerConfig
-from elmo_jax.data import Batch, BatchStream
+from elmo_jax.data import Batch, BatchStream, Documents
 from elmo_jax.integrity import tree_digest
 from elmo_jax.loop import fit
 from elmo_jax.lstm import LSTM, Kernel
@@ -150,7 +150,7 @@ def _train(
     cli.say(f"model: {cli.count(params):,} trained parameters, {cli.count(frozen):,} frozen")
     frozen = Plan(lambda frozen: frozen, mesh, (frozen,))()
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
-    held_out = BatchStream(source.data.validation, config.batch_size, bounds=train.bounds)
+    held_out = _by_length(source.data.validation, train)
     sums_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
     def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,6 +188,13 @@ def _train(
     return records, {**frozen, **Plan(lambda best: best, mesh, (best,))()}
 
 
+def _by_length(documents: Documents, train: BatchStream) -> BatchStream:
+    """Documents to measure on, in shapes like those of training."""
+    return BatchStream(
+        documents, train.batch_size, bounds=train.bounds, steps_per_dispatch=train.steps_per_dispatch
+    )
+
+
 def _measure(
     config: DownstreamConfig,
     source: Source,
@@ -206,7 +213,7 @@ def _measure(
     arrays: dict[str, np.ndarray] = {}
     for part in PARTS:
         documents = getattr(source.data, part)
-        stream = BatchStream(documents, config.batch_size, bounds=train.bounds)
+        stream = _by_length(documents, train)
         classes = predict(predicted, params, stream)
         counts = np.zeros((model.classes, model.classes))
         np.add.at(counts, (documents.labels, classes), 1)

@@ -158,7 +158,9 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     model = BiLM(config.model, len(data.vocabulary), config.kernel)
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
     bounds = train.bounds if isinstance(train, BatchStream) else None
-    held_out = BatchStream(data.held_out, config.batch_size, bounds=bounds)
+    held_out = BatchStream(
+        data.held_out, config.batch_size, bounds=bounds, steps_per_dispatch=config.steps_per_dispatch
+    )
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
     parts = (data.train,) if data.held_out is data.train else (data.train, data.held_out)

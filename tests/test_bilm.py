@@ -205,9 +205,21 @@ def test_words_spelled_once_are_the_words_spelled_each_time(
     assert len(batch.distinct.first) < batch.distinct.place.size / 8
     more = batch.distinct._replace(first=np.pad(batch.distinct.first, ((0, 3), (0, 0))))
     loss = jax.jit(jax.value_and_grad(lambda params, batch: task(params, batch, jax.random.key(1))[0]))
+    unread = np.ones(batch.distinct.place.size, bool)
+    unread[batch.distinct.first.ravel()] = False
+    spoilt = np.where(unread.reshape(batch.distinct.place.shape)[..., None], 7, batch.chars)
     once, padded, each = (loss(params, replace(batch, distinct=d)) for d in (batch.distinct, more, None))
     jax.tree.map(np.testing.assert_array_equal, padded, once)  # however many others of a dispatch have
+    jax.tree.map(np.testing.assert_array_equal, loss(params, replace(batch, chars=spoilt)), once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * near, atol=near), once, each)
+
+
+def test_words_that_differ_in_another_batch_are_refused():
+    config = BiLMConfig(embedding=4, cells=4, input="characters")
+    batch = Batch.of([[4, 5], [6, 7]]).replace(chars=np.ones((2, 4, 50), np.int32))
+    batch = batch.replace(distinct=characters.Distinct(np.zeros((2, 8), int), np.zeros((2, 3), int)))
+    with pytest.raises(ValueError, match="put None in its place"):
+        BiLM(config, 9).init(jax.random.key(0), batch)
 
 
 def test_gradients_of_a_frequent_word_are_summed_in_float32():

@@ -47,7 +47,22 @@ def test_words_that_differ_are_found_once_each_and_every_word_among_them(rng, mo
         np.testing.assert_array_equal(step[first][place], step)
         assert len(set(place.tolist())) == len(set(step.tolist()))
         most = max(most, len(set(step.tolist())))
-    assert found.first.shape[-2:] == (max(2, -(-most // 4)), 4)
+    groups, words = found.first.shape[-2:]
+    assert words == 4 and groups >= 2 and groups * words >= most
+    assert groups == 2 or (groups - 1) * words < most
+
+
+def test_groups_are_few_to_compile_and_little_is_spelled_in_vain(monkeypatch):
+    monkeypatch.setattr(spelling, "SPELLED", 1)
+    least = np.arange(1, 200)
+    groups = []
+    for n in least:
+        found = distinct(np.arange(500) % n, axes=1)
+        assert found is not None
+        groups.append(len(found.first))
+    groups = np.array(groups)
+    assert (groups >= least).all() and (groups[1:] <= 1.25 * least[1:]).all()
+    assert groups.min() == 2 and len(set(groups)) < 30
 
 
 def test_of_a_short_step_each_word_is_spelled():

@@ -65,6 +65,12 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
     met = {d.batches.words.shape for d in stream.dispatches(0, stream.steps_per_epoch)}
     assert {batches.words.shape for batches in stream.shapes()} == met and len(met) == 2
+    spellings = np.arange(2500, dtype=np.int32).reshape(50, 50) % 262
+    monkeypatch.setattr(characters, "SPELLED", 4)
+    spelled = BatchStream(replace(documents, spellings=spellings), 4, seed=1, bounds=(12, 32))
+    shapes = lambda batches: (batches.words.shape, batches.distinct.first.shape)  # noqa: E731
+    every = {shapes(d.batches) for d in spelled.dispatches(0, spelled.steps_per_epoch)}
+    assert {shapes(batches) for batches in spelled.shapes()} == every and len(every) > 2
     expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "_in_background", None)  # a CPU waits
