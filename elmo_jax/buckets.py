@@ -6,14 +6,16 @@ ROUND = 4  # bounds are multiples of it, the longest too
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
 
 
-def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
+def bucket_bounds(lengths: np.ndarray, batch_size: int = 1, most: int = 12) -> tuple[int, ...]:
     """Where to cut documents into buckets so that steps are fewest, and compilations few.
 
-    Each bucket is a shape to compile, which counts as much as 20,000 steps of padding an
-    epoch. The bounds are the best there are of their number, by dynamic programming.
+    Steps are those of all rows, filler rows among them. Each bucket is a shape to compile, which
+    counts as much as 20,000 steps an epoch. The bounds are the best there are of their number, by
+    dynamic programming.
 
     Args:
         lengths: ``[N]`` steps a document, at least one.
+        batch_size: rows a batch; the last batch of a bucket is filled up to them.
         most: how many bounds at the most.
 
     Returns:
@@ -26,9 +28,10 @@ def bucket_bounds(lengths: np.ndarray, most: int = 8) -> tuple[int, ...]:
     counts = np.bincount(-(-lengths // ROUND))
     bound = np.flatnonzero(counts)  # candidates, in units of ROUND
     below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each
-    # span[j, i]: steps of one bucket from candidate i up to j; cost[k][j]: fewest steps of the
-    # documents up to candidate j in k + 1 buckets, the last of which begins at cut[k][j].
-    span = (below[1:, None] - below[None, :-1]) * bound[:, None] * float(ROUND)
+    # span[j, i]: steps of one bucket from candidate i up to j; costs[k][j]: fewest steps of the
+    # documents up to candidate j in k + 1 buckets, the last of which begins at cuts[k][j].
+    batches = -(-(below[1:, None] - below[None, :-1]) // batch_size)
+    span = batches * (batch_size * bound[:, None] * float(ROUND))
     span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
     costs, cuts = [span[:, 0]], [np.zeros(len(bound), int)]
     for _ in range(1, min(most, len(bound))):

@@ -210,7 +210,7 @@ class BatchStream:
         steps_per_dispatch: int = 1,
     ):
         steps = documents.lengths + 2
-        bounds = bounds or bucket_bounds(steps)
+        bounds = bounds or bucket_bounds(steps, batch_size)
         if steps.max() > bounds[-1]:
             bounds = (*bounds, -(-int(steps.max()) // ROUND) * ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed

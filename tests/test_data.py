@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -38,13 +39,19 @@ def test_a_batch_marks_its_filler_rows():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 60))
-def test_bounds_are_the_best_there_are(lengths, most, price):
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    st.integers(1, 3),
+    st.integers(0, 60),
+    st.integers(1, 5),
+)
+def test_bounds_are_the_best_there_are(lengths, most, price, rows):
     array = np.array(lengths)
     candidates = sorted({-(-n // 4) * 4 for n in lengths})
 
     def cost(bounds):
-        return sum(min(b for b in bounds if b >= n) for n in lengths) + price * len(bounds)
+        held = Counter(min(b for b in bounds if b >= n) for n in lengths)
+        return sum(-(-count // rows) * rows * bound for bound, count in held.items()) + price * len(bounds)
 
     every = (
         (*lower, candidates[-1])
@@ -53,7 +60,7 @@ def test_bounds_are_the_best_there_are(lengths, most, price):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "_PRICE", price)
-        found = bucket_bounds(array, most)
+        found = bucket_bounds(array, rows, most)
     assert cost(found) == min(map(cost, every))
     assert list(found) == sorted(set(found)) and len(found) <= most
 
