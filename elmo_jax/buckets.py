@@ -6,16 +6,33 @@ ROUND = 4  # bounds are multiples of it, the longest too
 _PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
 
 
+def filled_batches(documents: np.ndarray, batch_size: int) -> np.ndarray:
+    """How many batches the documents up to each bucket fill, if what is left joins the next bucket.
+
+    Args:
+        documents: rising, how many there are up to each bucket.
+        batch_size: rows a batch.
+
+    Returns:
+        Batches up to each bucket; with the last document one more, if it is to be part-filled.
+
+    Example:
+        >>> filled_batches(np.array([3, 6, 9, 9]), batch_size=4)
+        array([0, 1, 3, 3])
+    """
+    return np.where(documents < documents[-1], documents, documents[-1] + batch_size - 1) // batch_size
+
+
 def bucket_bounds(lengths: np.ndarray, batch_size: int = 1, most: int = 12) -> tuple[int, ...]:
     """Where to cut documents into buckets so that steps are fewest, and compilations few.
 
-    Steps are those of all rows, filler rows among them. Each bucket is a shape to compile, which
-    counts as much as 20,000 steps an epoch. The bounds are the best there are of their number, by
-    dynamic programming.
+    Steps are those of all rows of an epoch, as `filled_batches` has them. Each bucket is a shape to
+    compile, which counts as much as 20,000 steps. The bounds are the best there are of their
+    number, by dynamic programming.
 
     Args:
         lengths: ``[N]`` steps a document, at least one.
-        batch_size: rows a batch; the last batch of a bucket is filled up to them.
+        batch_size: rows a batch.
         most: how many bounds at the most.
 
     Returns:
@@ -30,8 +47,8 @@ def bucket_bounds(lengths: np.ndarray, batch_size: int = 1, most: int = 12) -> t
     below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each
     # span[j, i]: steps of one bucket from candidate i up to j; costs[k][j]: fewest steps of the
     # documents up to candidate j in k + 1 buckets, the last of which begins at cuts[k][j].
-    batches = -(-(below[1:, None] - below[None, :-1]) // batch_size)
-    span = batches * (batch_size * bound[:, None] * float(ROUND))
+    filled = filled_batches(below, batch_size)
+    span = (filled[1:, None] - filled[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
     span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
     costs, cuts = [span[:, 0]], [np.zeros(len(bound), int)]
     for _ in range(1, min(most, len(bound))):

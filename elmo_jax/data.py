@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from flax import struct
 
-from elmo_jax.buckets import ROUND, bucket_bounds
+from elmo_jax.buckets import ROUND, bucket_bounds, filled_batches
 from elmo_jax.characters import Distinct, distinct
 from elmo_jax.text import BOS, EOS, PAD, UNK
 
@@ -182,9 +182,9 @@ class Stream(Protocol):
 class BatchStream:
     """Documents as batches; the batch of a step is a function of (seed, step) alone.
 
-    An epoch holds every document once. Documents of like length share a batch, batches of
-    one shape follow each other by up to eight, and the order of everything else is drawn anew
-    each epoch.
+    An epoch holds every document once. Documents of like length share a batch, but for those
+    that do not fill one, which join the next longer; batches of one shape follow each other by
+    up to eight, and the order of everything else is drawn anew each epoch.
 
     Args:
         documents: at least one.
@@ -218,14 +218,16 @@ class BatchStream:
         bucket = np.searchsorted(np.array(bounds), steps)
         by_length = np.argsort(steps, kind="stable")
         self._buckets = [by_length[bucket[by_length] == i] for i in range(len(bounds))]
-        self.steps_per_epoch = sum(-(-len(rows) // batch_size) for rows in self._buckets)
+        filled = filled_batches(np.cumsum([len(rows) for rows in self._buckets]), batch_size)
+        self._batches = np.diff(filled, prepend=0).tolist()  # of each bucket
+        self.steps_per_epoch = sum(self._batches)
         self.tokens_per_epoch = int(documents.lengths.sum())
 
     @property
     def padding(self) -> float:
         """The share of steps, filler rows among them, that hold no token."""
-        pairs = zip(self._buckets, self.bounds, strict=True)
-        steps = sum(-(-len(rows) // self.batch_size) * self.batch_size * bound for rows, bound in pairs)
+        pairs = zip(self._batches, self.bounds, strict=True)
+        steps = sum(batches * self.batch_size * bound for batches, bound in pairs)
         return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / steps
 
     def shapes(self) -> list[Batch]:
@@ -234,10 +236,8 @@ class BatchStream:
             looked = self.dispatches(0, min(_LOOKED, self.steps_per_epoch))
             shaped = {(b.words.shape, b.distinct and b.distinct.first.shape): b for b, _ in looked}
             return list(shaped.values())
-        pairs = zip(self.bounds, self._buckets, strict=True)
-        return [
-            self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows in pairs if len(rows)
-        ]
+        buckets = zip(self.bounds, self._buckets, self._batches, strict=True)
+        return [self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows, n in buckets if n]
 
     def order(self) -> np.ndarray:
         """The documents' numbers ``[N]`` in the order of the first epoch's rows, fillers left out."""
@@ -246,10 +246,12 @@ class BatchStream:
     def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
         """An epoch's groups in order, each a bound and its batches' documents."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
-        groups = []
-        for bound, rows in zip(self.bounds, self._buckets, strict=True):
+        groups, left = [], np.array([], int)
+        for bound, rows, count in zip(self.bounds, self._buckets, self._batches, strict=True):
+            rows = np.concatenate([left, rows])
             rows = rows if rng is None else rng.permutation(rows)
-            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            batches = [rows[i * self.batch_size :][: self.batch_size] for i in range(count)]
+            left = rows[count * self.batch_size :]
             if rng is not None:  # the part-filled batch must not always be the bucket's last
                 batches = [batches[i] for i in rng.permutation(len(batches))]
             groups += [(bound, batches[i : i + _GROUP]) for i in range(0, len(batches), _GROUP)]

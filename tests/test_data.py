@@ -1,4 +1,3 @@
-from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -50,8 +49,13 @@ def test_bounds_are_the_best_there_are(lengths, most, price, rows):
     candidates = sorted({-(-n // 4) * 4 for n in lengths})
 
     def cost(bounds):
-        held = Counter(min(b for b in bounds if b >= n) for n in lengths)
-        return sum(-(-count // rows) * rows * bound for bound, count in held.items()) + price * len(bounds)
+        total, waiting, left = price * len(bounds), 0, sorted(lengths)
+        for bound in bounds:
+            while left and left[0] <= bound:
+                left, waiting = left[1:], waiting + 1
+            while waiting >= rows or (waiting and not left):
+                total, waiting = total + rows * bound, max(0, waiting - rows)
+        return total
 
     every = (
         (*lower, candidates[-1])
@@ -149,11 +153,17 @@ def test_longer_documents_than_the_bounds_get_a_bucket(documents):
     assert stream.steps_per_epoch == len(list(steps(stream, 0, stream.steps_per_epoch)))
 
 
-def test_padding_is_what_the_batches_hold(documents):
-    stream = BatchStream(documents, 4, bounds=(12, 32))
+@pytest.mark.parametrize("bounds", [(12, 32), (4, 12, 32), (12, 32, 64), (32, 36, 64)])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_an_epoch_has_the_fewest_batches_and_pads_as_much_as_it_says(documents, bounds, seed):
+    stream = BatchStream(documents, 6, seed, bounds)
     made = [d.batches for d in stream.dispatches(0, stream.steps_per_epoch)]
     real, all_steps = sum(b.lengths.sum() for b in made), sum(b.words.size for b in made)
     assert stream.padding == pytest.approx(1 - real / all_steps)
+    assert len(made) == -(-len(documents) // 6)
+    assert sum((b.weight == 0).any() for b in made) == 1
+    assert max(b.words.shape[-1] for b in made) == 32  # longer than any document is none
+    assert {b.words.shape for b in stream.shapes()} == {b.words.shape for b in made}
 
 
 def test_take_is_indexing(documents):
