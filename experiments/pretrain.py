@@ -219,7 +219,7 @@ def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
 
 
 def _portion(config: PretrainConfig) -> int:
-    """Tokens enough for the steps that a dry run times; more, so that its buckets are the run's."""
+    """Tokens enough for the steps that a dry run times; more, so that its buckets are not much fewer."""
     rows = TIMED * config.steps_per_dispatch * config.batch_size
     length = config.corpus.unroll if config.corpus.batching == "contiguous" else _SENTENCE
     return max(PORTION, rows * (length + 1))

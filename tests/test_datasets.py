@@ -216,6 +216,6 @@ def test_ag_news_itself(ag_news):
     assert data.classes == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.test.labels).tolist() == [1900] * 4
     stream = BatchStream(data.train, 32)
-    assert stream.padding < 0.15
+    assert stream.padding < 0.06
     assert len(stream.bounds) <= 12
     assert not {"quot", "&lt", "lt", "#39"} & set(data.vocabulary.tokens[:2000])
