@@ -135,8 +135,6 @@ class BiLM(nn.Module):
         """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
         if self.config.input == "words":
             vectors = self._embed(jnp.asarray(batch.words), awaited)
-        elif batch.distinct is None:
-            vectors = self.embedder(jnp.asarray(batch.chars))
         else:
             vectors = self._spell(jnp.asarray(batch.chars), batch.distinct)
         return both_ways(vectors, jnp.asarray(batch.lengths))
@@ -144,8 +142,10 @@ class BiLM(nn.Module):
     def _embed(self, words: Array, awaited: bool) -> Array:
         return self.embedder.awaited(words) if awaited else self.embedder(words)
 
-    def _spell(self, chars: Array, distinct: Distinct) -> Array:
-        """Character ids ``[..., C]`` to token vectors ``[..., E]``, each word that differs spelled once."""
+    def _spell(self, chars: Array, distinct: Distinct | None) -> Array:
+        """Character ids ``[..., C]`` to token vectors ``[..., E]``, words known to differ spelled once."""
+        if distinct is None:
+            return self.embedder(chars)
         if distinct.place.shape != chars.shape[:-1]:
             raise ValueError("a batch's `distinct` is of other words; put None in its place")
         # A group at a time, so that no bit depends on how many groups there are; see `characters.SPELLED`.

@@ -123,10 +123,10 @@ def make_dispatch(
     for batches in ahead:  # traced here, for a thread has settings of its own
         assert like is not None
         traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
-        programs[_shapes(batches)] = (_in_background if known else _now)(traced.compile)
+        programs[shapes_of(batches)] = (_in_background if known else _now)(traced.compile)
 
     def dispatch(state: TrainState, batches: Any, count: int, key: Array):
-        program = programs.get(_shapes(batches)) if programs else None
+        program = programs.get(shapes_of(batches)) if programs else None
         # What is frozen stays the caller's: it is neither donated nor copied.
         with on(mesh):
             go = program.result() if program else run
@@ -156,5 +156,6 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _shapes(tree: Any) -> tuple[Any, ...]:
+def shapes_of(tree: Any) -> tuple[Any, ...]:
+    """The shapes and dtypes of a pytree's arrays, by which programs for it differ."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))

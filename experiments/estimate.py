@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from elmo_jax.data import Dispatch
-from elmo_jax.dispatch import make_dispatch, takes_all
+from elmo_jax.dispatch import make_dispatch, shapes_of, takes_all
 from elmo_jax.mesh import feed, mesh_of
 from elmo_jax.train import LossFn, Optimizer, TrainState, train_step
 from experiments import cli
@@ -64,7 +64,7 @@ def _time(
     ran: list[Dispatch] = []
     words, seconds = 0.0, 0.0
     for batches, count in dispatches:
-        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
+        shape = shapes_of(batches)
         if shape not in compiled:
             state, _ = run(state, batches, 1, key)
             compiled.add(shape)
@@ -88,7 +88,7 @@ def _flops(
     """Of the matrix products of all these steps; only the shapes of the state are read."""
     total, of_shape = 0.0, {}
     for batches, count in dispatches:
-        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batches))
+        shape = shapes_of(batches)
         if shape not in of_shape:
             batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
             step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)
