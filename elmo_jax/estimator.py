@@ -24,9 +24,9 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.loop import fit
 from elmo_jax.mesh import Plan
-from elmo_jax.tasks import bilm_loss, init_params
+from elmo_jax.tasks import bilm_training, init_params
 from elmo_jax.text import Vocabulary, tokenize
-from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
+from elmo_jax.train import OptimizerConfig, TrainState
 
 _BLOCK = 1024  # texts whose layers are in memory at once
 
@@ -164,14 +164,15 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
         stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
-        optimizer = make_optimizer(OptimizerConfig(), int(self.epochs) * stream.steps_per_epoch)
         negatives = int(self.negatives) if self.negatives < len(vocabulary) else None
+        steps = int(self.epochs) * stream.steps_per_epoch
+        task, optimizer = bilm_training(model, OptimizerConfig(), steps, negatives)
         key = jax.random.key(seed)
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:
                 state, _ = fit(
                     Plan(lambda: TrainState.create(init_params(model, key), optimizer)),
-                    bilm_loss(model, negatives),
+                    task,
                     optimizer,
                     stream,
                     run,

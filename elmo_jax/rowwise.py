@@ -1,4 +1,4 @@
-"""Optimisers that of large tables touch only the rows a batch names, so that a step's cost is theirs.
+"""Optimisers for large tables of which a batch names few rows: no gradient is as large as a table.
 
 Nouns: a *table* is a parameter whose first axis counts rows; its *path* is its name in the
 parameters, with slashes. Axes: V rows of a table, R rows that a step touches, F features.
@@ -62,12 +62,13 @@ class RowSGD:
 
 @dataclass(frozen=True)
 class Rowwise:
-    """Any Optax optimiser, which of some tables and of its own state for them moves the named rows alone.
+    """Any Optax optimiser, given of some tables the gradient of the named rows alone.
 
-    The rows a step does not name are as if it had not been: with Adagrad and plain gradient
-    descent that is what a gradient of zero does too, so the result is the dense one. Adam's
-    moments of such a row do not decay, nor does the row move on by them; TensorFlow calls
-    that LazyAdam.
+    Only they move, and the optimiser's state for them. The rows a step does not name are as if
+    it had not been: with Adagrad and plain gradient descent that is what a gradient of zero does
+    too, so the result is the dense one. Adam's moments of such a row do not decay, nor does the
+    row move on by them; TensorFlow calls that LazyAdam. If `dense`, they take a step of a
+    gradient of zero, and the result is the dense one for all.
 
     Attributes:
         optimizer: all but its clipping by a global norm must treat each element on its own, and
@@ -75,10 +76,21 @@ class Rowwise:
         rows: of a batch and the step's key, the paths of tables and, for each, the int32 rows
             ``[R]`` it names, each once and rising; V and above are places left over. The
             loss function gets ``[R, F]`` in place of the table.
+        dense: whether the rows it does not name take a step too.
+
+    Example:
+        >>> params = {"table": jnp.ones((4, 2))}
+        >>> optimizer = Rowwise(optax.sgd(0.5), lambda batch, key: {"table": batch})
+        >>> rows = optimizer.rows(jnp.array([1, 3]), jax.random.key(0))
+        >>> gradients = {"table": optimizer.given(params, rows)["table"] + 1}  # of [2, 2]
+        >>> after, _ = optimizer.update(gradients, optimizer.init(params), params, rows, 0, True)
+        >>> after["table"][:, 0].tolist()
+        [1.0, 0.0, 1.0, 0.0]
     """
 
     optimizer: optax.GradientTransformation
     rows: Callable[[Any, Array], Rows] = lambda batch, key: {}
+    dense: bool = False
 
     def init(self, params: dict[str, Any]) -> Any:
         """The state before the first step."""
@@ -103,11 +115,15 @@ class Rowwise:
             is_leaf=masked,
         )
         whole, where = (params, state), (named, in_state)
-        old = jax.tree.map(_take, whole, where)
+        new = self._step(gradients, jax.tree.map(_take, whole, where), sound)
+        if self.dense:
+            whole = self._step(jax.tree.map(jnp.zeros_like, params), whole, sound)
+        return jax.tree.map(_put, whole, new, where)
+
+    def _step(self, gradients: Any, old: tuple[Any, Any], sound: Array) -> tuple[Any, Any]:
         updates, after = self.optimizer.update(gradients, old[1], old[0])
         new = optax.apply_updates(old[0], updates), after
-        new = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
-        return jax.tree.map(_put, whole, new, where)
+        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
 
 
 def _like(params: dict[str, Any], rows: Rows) -> Any:

@@ -15,8 +15,8 @@ from elmo_jax.data import Dispatch
 from elmo_jax.dispatch import make_dispatch
 from elmo_jax.loop import fit
 from elmo_jax.mesh import Plan
-from elmo_jax.tasks import bilm_loss
-from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer
+from elmo_jax.tasks import bilm_training
+from elmo_jax.train import OptimizerConfig, TrainState
 from experiments.cases import Case
 from experiments.inputs import model_of, stream_of, weights_of
 from experiments.worker import RATE, Arrays, Built
@@ -45,8 +45,7 @@ class _Unsaved:
 def _training(case: Case, arrays: Arrays) -> tuple[Plan[TrainState], Any, Any]:
     """The state before the first step, the task of the default recipe, and the optimiser."""
     settings = OptimizerConfig(learning_rate=RATE, schedule="constant")
-    optimizer = make_optimizer(settings, 1)
-    task = bilm_loss(model_of(case, dropout=0.1), case.negatives)
+    task, optimizer = bilm_training(model_of(case, dropout=0.1), settings, 1, case.negatives)
     return Plan(lambda: TrainState.create(weights_of(arrays), optimizer)), task, optimizer
 
 

@@ -21,10 +21,9 @@ from elmo_jax.dispatch import compiler_options, make_dispatch, takes_all
 from elmo_jax.lstm import LSTM, Kernel
 from elmo_jax.negatives import Negatives
 from elmo_jax.recurrence import Clips
-from elmo_jax.rowwise import Rowwise
 from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.softmax import full_nll, sampled_nll
-from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss, init_params
+from elmo_jax.tasks import bilm_loss, bilm_training, bilm_window_loss, init_params
 from elmo_jax.train import LossFn, OptimizerConfig, TrainState, make_optimizer
 from experiments.cases import Case
 from experiments.inputs import model_of, weights_of
@@ -171,11 +170,12 @@ def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
 
 
 def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
-    optimizer, model = make_optimizer(_settings(case), 1), model_of(case, kernel=kernel)
+    model = model_of(case, kernel=kernel)
+    task, optimizer = bilm_training(model, _settings(case), 1, case.negatives)
     batch = _batch(arrays["words"], arrays["lengths"])
     like = jax.eval_shape(lambda: TrainState.create(init_params(model, jax.random.key(0)), optimizer))
     begin = lambda: TrainState.create(weights_of(arrays), optimizer)  # noqa: E731
-    return training(bilm_loss(model, case.negatives), like, begin, _repeated(batch), optimizer)
+    return training(task, like, begin, _repeated(batch), optimizer)
 
 
 def _recipe(case: Case, arrays: Arrays) -> Built:
@@ -183,8 +183,7 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 
     What is checked is the model, with the full softmax and no dropout.
     """
-    optimizer = make_optimizer(_settings(case), 1)
-    task = bilm_loss(model_of(case, dropout=0.1), case.negatives)
+    task, optimizer = bilm_training(model_of(case, dropout=0.1), _settings(case), 1, case.negatives)
     runs, first = [], None
     dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
     held = [TrainState.create(weights_of(arrays), optimizer)]
@@ -209,8 +208,7 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
 def _official(case: Case, arrays: Arrays) -> Built:
     """bilm-tf's recipe but for dropout; what is checked is the full softmax of the first two rows."""
     model = model_of(case)
-    assert case.negatives is not None
-    optimizer = Rowwise(make_optimizer(_settings(case), 1), bilm_rows(model, case.negatives))
+    task, optimizer = bilm_training(model, _settings(case), 1, case.negatives, windows=True)
     words, weight, chars, types = (_time_last(arrays[name]) for name in ("words", "weight", "chars", "types"))
     window = Window(words, weight, chars, distinct(types, axes=3))
 
@@ -224,7 +222,6 @@ def _official(case: Case, arrays: Arrays) -> Built:
         loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
         return {"loss": np.array(loss)}
 
-    task = bilm_window_loss(model, case.negatives, rowwise=True)
     like = jax.eval_shape(lambda: begin(init_params(model, jax.random.key(0))))
     return training(task, like, lambda: begin(weights_of(arrays)), _repeated(window), optimizer, check)
 

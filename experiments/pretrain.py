@@ -22,9 +22,8 @@ from elmo_jax.lstm import Kernel
 from elmo_jax.mesh import Plan, make_mesh
 from elmo_jax.metrics import perplexities
 from elmo_jax.processes import led, together
-from elmo_jax.rowwise import Rowwise
-from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_sums, bilm_tables, bilm_window_loss, init_params
-from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate, make_optimizer
+from elmo_jax.tasks import bilm_sums, bilm_tables, bilm_training, init_params
+from elmo_jax.train import LossFn, OptimizerConfig, TrainState, evaluate
 from experiments import cli
 from experiments.estimate import PORTION, TIMED, estimate
 from experiments.flags import without_effect
@@ -235,25 +234,21 @@ def _begin(
             f"--model-parallel {config.model_parallel} does not divide the vocabulary's "
             f"{len(data.vocabulary):,} words; leave out the rarest {left}, by --max-vocab or in --vocab"
         )
-    optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
     sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
     if config.optimizer.optimizer == "lazy_adam" and not sampled:
         raise InputError(
             "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the vocabulary's "
             f"{len(data.vocabulary):,} words; else give --optimizer adam"
         )
+    windows, steps = config.corpus.batching == "contiguous", config.epochs * train.steps_per_epoch
     negatives = config.negatives if sampled else None
-    rowwise = negatives is not None and config.optimizer.optimizer != "adam"
-    if negatives is not None and rowwise:
-        optimizer = Rowwise(optimizer, bilm_rows(model, negatives))
-    windows = config.corpus.batching == "contiguous"
+    task, optimizer = bilm_training(model, config.optimizer, steps, negatives, windows)
 
     def begin() -> TrainState:
         params = init_params(model, jax.random.key(config.seed))
         carry = {"state": zero_state(config.model, config.batch_size)} if windows else None
         return TrainState.create(params, optimizer, carry=carry)
 
-    task = (bilm_window_loss if windows else bilm_loss)(model, negatives, rowwise)
     return Plan(begin, mesh, tables=bilm_tables(model)), optimizer, task
 
 

@@ -9,8 +9,16 @@ import pytest
 from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.contiguous import ContiguousStream
 from elmo_jax.data import Batch
+from elmo_jax.negatives import log_uniform_negatives
 from elmo_jax.rowwise import Rowwise
-from elmo_jax.tasks import bilm_loss, bilm_rows, bilm_window_loss, init_params
+from elmo_jax.tasks import (
+    bilm_loss,
+    bilm_rows,
+    bilm_tables,
+    bilm_training,
+    bilm_window_loss,
+    init_params,
+)
 from elmo_jax.train import OptimizerConfig, TrainState, make_optimizer, train_step
 
 V, S = 60, 7
@@ -18,11 +26,11 @@ BATCH = Batch.of([[5, 9, 9], [30, 5]])
 KEY = jax.random.key(3)
 
 
-def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3):
+def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3, dense=False, **more):
     """Training with dense or with row-wise updates; the state after the last step."""
     model = BiLM(config, V)
-    inner = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.1), 10)
-    optimizer = Rowwise(inner, bilm_rows(model, S)) if rowwise else inner
+    inner = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.1, **more), 10)
+    optimizer = Rowwise(inner, bilm_rows(model, S), dense) if rowwise else inner
     loss = bilm_loss(model, S, rowwise)
     step = jax.jit(lambda state, batch: train_step(state, batch, KEY, loss, optimizer))
     state = TrainState.create(init_params(model, jax.random.key(0)), optimizer)
@@ -65,6 +73,40 @@ def test_lazy_adam_leaves_the_rows_of_other_steps_alone():
         assert (before[used[used < V]] != now[used[used < V]]).any()
 
 
+@pytest.mark.parametrize(("tie", "most"), [(True, 0.01), (False, 100.0)], ids=["clipped", "not clipped"])
+def test_adam_by_rows_moves_the_rows_of_other_steps_too(tie, most):
+    config = BiLMConfig(embedding=4, cells=4, tie=tie)
+    batches = (BATCH, Batch.of([[40, 41, 42], [43, 44]]), Batch.of([[5, 41, 20], [21]]))
+    dense, rows = (after(config, "adam", by, 3, batches, dense=by, clip_norm=most) for by in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), dense, rows)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "negatives"), [("adam", None), ("adam", S), ("adagrad", S), ("lazy_adam", S)]
+)
+def test_a_task_and_its_optimiser_fit(optimizer, negatives):
+    model = BiLM(BiLMConfig(embedding=4, cells=4), V)
+    task, steps = bilm_training(model, OptimizerConfig(optimizer=optimizer), 10, negatives)
+    state = TrainState.create(init_params(model, jax.random.key(0)), steps)
+    want = jax.jit(bilm_loss(model, negatives))(state.params, BATCH, jax.random.fold_in(KEY, 0))[0]
+    _, sums = jax.jit(lambda state: train_step(state, BATCH, KEY, task, steps))(state)
+    np.testing.assert_allclose(sums["loss"], want, rtol=1e-6)
+    assert isinstance(steps, Rowwise) == (negatives is not None)
+    assert not isinstance(steps, Rowwise) or steps.dense == (optimizer == "adam")
+
+
+@pytest.mark.parametrize("words", [[7], [9, 4, 9, 9, 59], list(range(V)), [3] * 99])
+def test_the_words_a_step_uses_are_each_there_once(words):
+    batch, model = Batch.of([words]), BiLM(BiLMConfig(tie=False), V)
+    got = bilm_rows(model, S)(batch, KEY)
+    drawn = log_uniform_negatives(jax.random.split(KEY)[1], V, S).classes
+    want = np.unique(np.concatenate([np.ravel(batch.words), drawn]))
+    assert set(got) == set(bilm_tables(model))
+    for rows in got.values():
+        np.testing.assert_array_equal(rows[: len(want)], want)
+        assert (np.asarray(rows[len(want) :]) == V).all()
+
+
 def test_windows_by_rows_are_the_dense_ones(documents):
     """The tables of the token vectors and of the softmax, and the state carried on."""
     model = BiLM(BiLMConfig(embedding=4, cells=4, tie=False), 50)
@@ -83,9 +125,10 @@ def test_windows_by_rows_are_the_dense_ones(documents):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
 
-def test_a_step_that_is_not_finite_changes_no_row():
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_step_that_is_not_finite_changes_no_row(dense):
     table = jnp.arange(12.0).reshape(4, 3)
-    optimizer = Rowwise(optax.adam(0.1), lambda batch, key: {"t": jnp.array([1, 3, 4])})
+    optimizer = Rowwise(optax.adam(0.1), lambda batch, key: {"t": jnp.array([1, 3, 4])}, dense)
     loss = lambda params, batch, key: (jnp.sum(params["t"]) / batch, {})  # noqa: E731
     state = TrainState.create({"t": table}, optimizer)
     bad, sums = train_step(state, jnp.zeros(()), KEY, loss, optimizer)  # type: ignore
@@ -100,13 +143,15 @@ OPTIMIZERS = {
     "each its own": lambda: optax.multi_transform(
         {"few": optax.adagrad(0.1), "all": optax.sgd(0.1)}, {"t": "few", "d": "all"}
     ),
+    "that go on": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimisers_of_parts_of_the_parameters_move_them_as_optax_does(name, standard_promotion):
     params = {"t": jnp.arange(12.0).reshape(4, 3), "d": jnp.ones(3)}
-    dense, by_rows = OPTIMIZERS[name](), Rowwise(OPTIMIZERS[name](), lambda batch, key: {"t": batch})
+    dense = OPTIMIZERS[name]()
+    by_rows = Rowwise(OPTIMIZERS[name](), lambda batch, key: {"t": batch}, dense=name == "that go on")
 
     def loss(params, rows, key):
         table = params["t"] if len(params["t"]) == 2 else jnp.take(params["t"], rows, axis=0)

@@ -38,7 +38,7 @@ ALLOWED = {
         "recurrence",
         "softmax",
     },
-    "tasks": {"bilm", "characters", "contiguous", "data", "mesh", "negatives", "text", "train"},
+    "tasks": {"bilm", "characters", "contiguous", "data", "mesh", "negatives", "rowwise", "text", "train"},
     "hdf5": {"errors", "integrity"},
     "pretrained": {"bilm", "characters", "data", "embedders", "errors", "hdf5", "integrity", "text"},
     "inference": {"bilm", "characters", "data", "recurrence", "text"},
