@@ -66,7 +66,7 @@ from .lstm import LSTM, reverse_valid
 from .mesh import Plan, make_mesh
 from .negatives import Negatives, log_uniform_negatives
 from .softmax import full_nll, sampled_nll
-from .tasks import bilm_features, bilm_loss, bilm_sums
+from .tasks import bilm_features, bilm_loss, bilm_sums, bilm_training
 from .text import Vocabulary, clean, tokenize
 from .train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict, train_step
 from .vectors import WordVectors
@@ -103,6 +103,7 @@ __all__ = [
     "bilm_features",
     "bilm_loss",
     "bilm_sums",
+    "bilm_training",
     "character_ids",
     "classifier_loss",
     "clean",

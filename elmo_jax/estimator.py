@@ -164,9 +164,8 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
         stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
-        negatives = int(self.negatives) if self.negatives < len(vocabulary) else None
         steps = int(self.epochs) * stream.steps_per_epoch
-        task, optimizer = bilm_training(model, OptimizerConfig(), steps, negatives)
+        task, optimizer = bilm_training(model, OptimizerConfig(), steps, int(self.negatives))
         key = jax.random.key(seed)
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:

@@ -1,4 +1,4 @@
-"""Optimisers for large tables of which a batch names few rows: no gradient is as large as a table.
+"""Optimisers for large tables of which a batch names few rows: their gradients are of those rows alone.
 
 Nouns: a *table* is a parameter whose first axis counts rows; its *path* is its name in the
 parameters, with slashes. Axes: V rows of a table, R rows that a step touches, F features.
@@ -62,21 +62,22 @@ class RowSGD:
 
 @dataclass(frozen=True)
 class Rowwise:
-    """Any Optax optimiser, given of some tables the gradient of the named rows alone.
+    """An Optax optimiser that is given, of some tables, the gradient of the named rows alone.
 
-    Only they move, and the optimiser's state for them. The rows a step does not name are as if
-    it had not been: with Adagrad and plain gradient descent that is what a gradient of zero does
-    too, so the result is the dense one. Adam's moments of such a row do not decay, nor does the
-    row move on by them; TensorFlow calls that LazyAdam. If `dense`, they take a step of a
-    gradient of zero, and the result is the dense one for all.
+    Unless `dense`, only those rows move, and the optimiser's state for them. The others are as
+    if the step had not been: with Adagrad and plain gradient descent that is what a gradient of
+    zero does too, so the result is Optax's own. Adam's moments of such a row do not decay, nor
+    does the row move on by them; TensorFlow calls that LazyAdam. If `dense`, the others take a
+    step of a gradient of zero, and the result is Optax's own for any optimiser.
 
     Attributes:
-        optimizer: all but its clipping by a global norm must treat each element on its own, and
-            none may gather gradients over steps, as `optax.MultiSteps` does, whose rows differ.
+        optimizer: may first clip gradients by their global norm; all after that must treat each
+            element on its own, keep of a table what has its shape or none, and gather no
+            gradients over steps, as `optax.MultiSteps` does, whose rows differ.
         rows: of a batch and the step's key, the paths of tables and, for each, the int32 rows
             ``[R]`` it names, each once and rising; V and above are places left over. The
             loss function gets ``[R, F]`` in place of the table.
-        dense: whether the rows it does not name take a step too.
+        dense: whether the rows that are not named take a step too.
 
     Example:
         >>> params = {"table": jnp.ones((4, 2))}

@@ -16,6 +16,7 @@ from elmo_jax.bilm import BiLM
 from elmo_jax.characters import CHARACTERS
 from elmo_jax.contiguous import Window
 from elmo_jax.data import DIRECTIONS, Batch
+from elmo_jax.errors import InputError
 from elmo_jax.mesh import gathered
 from elmo_jax.negatives import Negatives, log_uniform_negatives
 from elmo_jax.rowwise import Rowwise
@@ -75,25 +76,36 @@ def bilm_training(
 ) -> tuple[LossFn, Optimizer]:
     """The pre-training task, and the optimiser for it.
 
-    With a sampled softmax both go by the rows of the tables that a step touches. Only Adam on an
-    accelerator does not: finding the rows takes several small programs there, and Adam's passes
-    over the tables take little. The results are the same but for rounding.
+    With a sampled softmax both go by the rows of the tables that a step touches. Adam does so on
+    a CPU alone, and where they are few, for it is only faster by it: its results are the same
+    either way but for rounding.
 
     Args:
         model: the language model.
         config: of the optimiser.
         steps: of the run.
-        negatives: of the sampled softmax; None is the full one.
+        negatives: of the sampled softmax; None, or as many as there are classes, is the full one.
         windows: whether batches are the windows of a `ContiguousStream`.
 
     Returns:
         The task, and the optimiser for `TrainState.create`, `train_step` and `fit`.
+
+    Raises:
+        InputError: lazy_adam is asked for with the full softmax, which touches every row.
     """
+    classes, kind = model.vocabulary, config.optimizer
+    if negatives is None or negatives >= classes:
+        negatives = None
+        if kind == "lazy_adam":
+            raise InputError(
+                "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the "
+                f"vocabulary's {classes:,} words; else give --optimizer adam"
+            )
     optimizer: Optimizer = make_optimizer(config, steps)
-    adam = config.optimizer == "adam"
-    by_rows = negatives is not None and (not adam or jax.default_backend() == "cpu")
-    if negatives is not None and by_rows:
-        optimizer = Rowwise(optimizer, bilm_rows(model, negatives), dense=adam)
+    few = negatives is not None and negatives < classes // 4 and jax.default_backend() == "cpu"
+    by_rows = few if kind == "adam" else negatives is not None
+    if by_rows and negatives is not None:
+        optimizer = Rowwise(optimizer, bilm_rows(model, negatives), dense=kind == "adam")
     return (bilm_window_loss if windows else bilm_loss)(model, negatives, by_rows), optimizer
 
 
@@ -130,10 +142,10 @@ def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
 def _used(model: BiLM, batch: Batch | Window, draw: Negatives) -> Array:
     """The words of a batch and of a draw, ``[R]``, each once."""
     words = jnp.concatenate([jnp.ravel(gathered(batch.words)), draw.classes])
-    ordered = jnp.sort(words)
+    ordered = jnp.sort(words)  # by hand, for jnp.unique takes four times as long on a CPU
     place = jnp.cumsum(jnp.diff(ordered, prepend=ordered[:1]) != 0)
-    none = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)
-    return none.at[place].set(ordered)  # jnp.unique takes four times as long on a CPU
+    left = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)
+    return left.at[place].set(ordered)
 
 
 def _prepare(model: BiLM, negatives: int | None, rowwise: bool, batch: Any, key: Array):

@@ -134,7 +134,8 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     Returns:
         Phases that follow each other. Training counts a product three times, forward and
         for two gradients. Adam reads parameter, gradient and two moments and writes three of
-        them, 28 bytes a parameter; Adagrad one moment less, 20.
+        them, 28 bytes a parameter, or 24 if only few rows have a gradient; Adagrad one moment
+        less, 20 of those rows.
     """
     n = float(counts.get("positions", 0))
     if case.part == "product":
@@ -151,7 +152,7 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
         return [Phase(counts["types"] * spelling_flops(case)), Phase(n * lstm_flops(case))]
     if case.part in ("sgns", "pretrain"):
         return []  # the latency of rows here and there, or of much beside products, of which no rate tells
-    moved = 5.0 if case.part == "official" else 7.0
+    moved = 5.0 if case.part == "official" else 7.0 if case.negatives is None else 6.0
     left = case.vocabulary - counts.get("rows", case.vocabulary)
     update = counts.get("steps", 1) * moved * FLOAT * (parameters(case) - left * (case.width + 1))
     spelled = counts.get("types", 0) * spelling_flops(case)

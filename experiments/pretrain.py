@@ -234,14 +234,8 @@ def _begin(
             f"--model-parallel {config.model_parallel} does not divide the vocabulary's "
             f"{len(data.vocabulary):,} words; leave out the rarest {left}, by --max-vocab or in --vocab"
         )
-    sampled = config.softmax == "sampled" and config.negatives < len(data.vocabulary)
-    if config.optimizer.optimizer == "lazy_adam" and not sampled:
-        raise InputError(
-            "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the vocabulary's "
-            f"{len(data.vocabulary):,} words; else give --optimizer adam"
-        )
     windows, steps = config.corpus.batching == "contiguous", config.epochs * train.steps_per_epoch
-    negatives = config.negatives if sampled else None
+    negatives = config.negatives if config.softmax == "sampled" else None
     task, optimizer = bilm_training(model, config.optimizer, steps, negatives, windows)
 
     def begin() -> TrainState:

@@ -3,6 +3,8 @@
 Where there is no CUDA its calls are played, see tests/cuda.py; all else is what runs there.
 """
 
+from functools import cache
+
 import cuda
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ LENGTHS = jnp.array([5, 2, 0], jnp.int32)
 needs_cuda = pytest.mark.skipif(not cudnn.on_cuda(), reason="there is no CUDA device here")
 
 
+@cache
 def layer_and_inputs():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (D, B, T, I))

@@ -1,5 +1,7 @@
 """Row-wise updates against the dense ones they stand for."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import optax
 import pytest
 
 from elmo_jax.bilm import BiLM, BiLMConfig, zero_state
-from elmo_jax.contiguous import ContiguousStream
+from elmo_jax.contiguous import ContiguousStream, Window
 from elmo_jax.data import Batch
+from elmo_jax.errors import InputError
 from elmo_jax.negatives import log_uniform_negatives
 from elmo_jax.rowwise import Rowwise
 from elmo_jax.tasks import (
@@ -26,6 +29,12 @@ BATCH = Batch.of([[5, 9, 9], [30, 5]])
 KEY = jax.random.key(3)
 
 
+@cache
+def fresh(model):
+    """The parameters before training."""
+    return init_params(model, jax.random.key(0))
+
+
 def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3, dense=False, **more):
     """Training with dense or with row-wise updates; the state after the last step."""
     model = BiLM(config, V)
@@ -33,7 +42,7 @@ def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3, dense=False
     optimizer = Rowwise(inner, bilm_rows(model, S), dense) if rowwise else inner
     loss = bilm_loss(model, S, rowwise)
     step = jax.jit(lambda state, batch: train_step(state, batch, KEY, loss, optimizer))
-    state = TrainState.create(init_params(model, jax.random.key(0)), optimizer)
+    state = TrainState.create(fresh(model), optimizer)
     for batch in batches[:steps]:
         state, sums = step(state, batch)
         assert float(sums["steps"]) == 1
@@ -42,25 +51,21 @@ def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3, dense=False
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_adagrad_by_rows_is_the_dense_one(tie):
-    config = BiLMConfig(embedding=4, cells=4, tie=tie)
+    config = BiLMConfig(embedding=4, cells=4, layers=1, tie=tie)
     dense, rows = (after(config, "adagrad", by_rows) for by_rows in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense, rows)
-    moved = np.abs(np.asarray(rows.params["embedder"]["table"]) - fresh(config)).max(1) > 0
+    moved = np.abs(rows.params["embedder"]["table"] - fresh(BiLM(config, V))["embedder"]["table"]).max(1) > 0
     assert 0 < moved.sum() < V
 
 
-def fresh(config):
-    return np.asarray(init_params(BiLM(config, V), jax.random.key(0))["embedder"]["table"])
-
-
 def test_lazy_adam_is_adam_on_the_rows_of_the_first_step():
-    config = BiLMConfig(embedding=4, cells=4)
+    config = BiLMConfig(embedding=4, cells=4, layers=1)
     dense, rows = (after(config, name, name == "lazy_adam", steps=1) for name in ("adam", "lazy_adam"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense, rows)
 
 
 def test_lazy_adam_leaves_the_rows_of_other_steps_alone():
-    config = BiLMConfig(embedding=4, cells=4)
+    config = BiLMConfig(embedding=4, cells=4, layers=1)
     batches = (BATCH, Batch.of([[40, 41, 42], [43, 44]]))
     one = after(config, "lazy_adam", True, 1, batches)
     two = after(config, "lazy_adam", True, 2, batches)
@@ -75,24 +80,49 @@ def test_lazy_adam_leaves_the_rows_of_other_steps_alone():
 
 @pytest.mark.parametrize(("tie", "most"), [(True, 0.01), (False, 100.0)], ids=["clipped", "not clipped"])
 def test_adam_by_rows_moves_the_rows_of_other_steps_too(tie, most):
-    config = BiLMConfig(embedding=4, cells=4, tie=tie)
+    config = BiLMConfig(embedding=4, cells=4, layers=1, tie=tie)
     batches = (BATCH, Batch.of([[40, 41, 42], [43, 44]]), Batch.of([[5, 41, 20], [21]]))
     dense, rows = (after(config, "adam", by, 3, batches, dense=by, clip_norm=most) for by in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), dense, rows)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "negatives"), [("adam", None), ("adam", S), ("adagrad", S), ("lazy_adam", S)]
+    ("optimizer", "negatives", "on", "dense"),
+    [
+        ("adam", S, "cpu", True),
+        ("adam", S, "gpu", None),
+        ("adam", V // 4, "cpu", None),
+        ("adagrad", S, "gpu", False),
+        ("lazy_adam", V // 4, "cpu", False),
+        ("adagrad", V, "cpu", None),
+        ("adam", None, "cpu", None),
+    ],
 )
-def test_a_task_and_its_optimiser_fit(optimizer, negatives):
-    model = BiLM(BiLMConfig(embedding=4, cells=4), V)
-    task, steps = bilm_training(model, OptimizerConfig(optimizer=optimizer), 10, negatives)
-    state = TrainState.create(init_params(model, jax.random.key(0)), steps)
-    want = jax.jit(bilm_loss(model, negatives))(state.params, BATCH, jax.random.fold_in(KEY, 0))[0]
-    _, sums = jax.jit(lambda state: train_step(state, BATCH, KEY, task, steps))(state)
-    np.testing.assert_allclose(sums["loss"], want, rtol=1e-6)
-    assert isinstance(steps, Rowwise) == (negatives is not None)
-    assert not isinstance(steps, Rowwise) or steps.dense == (optimizer == "adam")
+def test_who_goes_by_rows(monkeypatch, optimizer, negatives, on, dense):
+    monkeypatch.setattr(jax, "default_backend", lambda: on)
+    _, steps = bilm_training(BiLM(BiLMConfig(), V), OptimizerConfig(optimizer=optimizer), 10, negatives)
+    assert (steps.dense if isinstance(steps, Rowwise) else None) == dense
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_task_and_its_optimiser_fit(windows):
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1), V)
+    params, batch = fresh(model), BATCH
+    if windows:
+        batch = Window(jnp.array([[[2, 5, 9, 3]], [[3, 9, 5, 2]]]), jnp.ones((2, 1, 3)))
+        params = params | {"state": zero_state(model.config, 1)}
+    task, steps = bilm_training(model, OptimizerConfig(), 10, S, windows)
+    want = (bilm_window_loss if windows else bilm_loss)(model, S)
+    given = steps.given(params, steps.rows(batch, KEY))
+    assert given["embedder"]["table"].shape != params["embedder"]["table"].shape
+    got = (jax.jit(loss)(p, batch, KEY)[0] for loss, p in ((task, given), (want, params)))
+    np.testing.assert_allclose(*got, rtol=1e-6)
+
+
+def test_lazy_adam_with_the_full_softmax_is_refused():
+    for negatives in (None, V):
+        with pytest.raises(InputError, match="lazy_adam needs the sampled softmax"):
+            bilm_training(BiLM(BiLMConfig(), V), OptimizerConfig(optimizer="lazy_adam"), 10, negatives)
 
 
 @pytest.mark.parametrize("words", [[7], [9, 4, 9, 9, 59], list(range(V)), [3] * 99])
@@ -109,14 +139,14 @@ def test_the_words_a_step_uses_are_each_there_once(words):
 
 def test_windows_by_rows_are_the_dense_ones(documents):
     """The tables of the token vectors and of the softmax, and the state carried on."""
-    model = BiLM(BiLMConfig(embedding=4, cells=4, tie=False), 50)
+    model = BiLM(BiLMConfig(embedding=4, cells=4, layers=1, tie=False), 50)
     stream = ContiguousStream(documents, 2, 4, seed=1)
     inner = make_optimizer(OptimizerConfig(optimizer="adagrad"), 10)
     states = []
     for optimizer in (inner, Rowwise(inner, bilm_rows(model, S))):
         loss = bilm_window_loss(model, S, optimizer is not inner)
         carry = {"state": zero_state(model.config, 2)}
-        state = TrainState.create(init_params(model, jax.random.key(0)), optimizer, carry=carry)
+        state = TrainState.create(fresh(model), optimizer, carry=carry)
         step = jax.jit(lambda s, w, loss=loss, o=optimizer: train_step(s, w, KEY, loss, o))
         sums = {}
         for i in range(2):
@@ -126,16 +156,29 @@ def test_windows_by_rows_are_the_dense_ones(documents):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_step_that_is_not_finite_changes_no_row(dense):
-    table = jnp.arange(12.0).reshape(4, 3)
-    optimizer = Rowwise(optax.adam(0.1), lambda batch, key: {"t": jnp.array([1, 3, 4])}, dense)
-    loss = lambda params, batch, key: (jnp.sum(params["t"]) / batch, {})  # noqa: E731
-    state = TrainState.create({"t": table}, optimizer)
-    bad, sums = train_step(state, jnp.zeros(()), KEY, loss, optimizer)  # type: ignore
-    np.testing.assert_array_equal(bad.params["t"], table)
-    assert sums["steps"] == 0 and not np.any(bad.opt_state[0].mu["t"])
-    good, _ = train_step(state, jnp.ones(()), KEY, loss, optimizer)  # type: ignore
-    assert (np.asarray(good.params["t"] != table).any(1) == [False, True, False, True]).all()
+def test_a_step_that_is_not_finite_or_not_wanted_changes_no_row(dense):
+    optimizer = Rowwise(optax.adam(0.1), lambda batch, key: {"t": batch[1]}, dense)
+    loss = lambda params, batch, key: (jnp.sum(params["t"]) / batch[0], {})  # noqa: E731
+    some, others = jnp.array([1, 3, 4]), jnp.array([0, 3, 4])  # the last is none
+
+    def stepped(state, divisor, rows, wanted=True):
+        return train_step(state, (jnp.float32(divisor), rows), KEY, loss, optimizer, wanted)  # type: ignore
+
+    before = TrainState.create({"t": jnp.arange(12.0).reshape(4, 3)}, optimizer)
+    state, _ = stepped(before, 1, some)  # so that there are moments to move on by
+    assert moved(before, state) == [False, True, False, True]
+    for divisor, wanted in ((0, True), (1, False)):
+        still, sums = stepped(state, divisor, others, jnp.array(wanted))
+        assert sums["steps"] == 0
+        of = (state.params, state.opt_state), (still.params, still.opt_state)
+        jax.tree.map(np.testing.assert_array_equal, *of)
+    after, _ = stepped(state, 1, others)
+    assert moved(state, after) == [True, dense, False, True]
+
+
+def moved(before, after):
+    """Of each row of the table, whether it did."""
+    return (np.asarray(before.params["t"]) != after.params["t"]).any(1).tolist()
 
 
 OPTIMIZERS = {
