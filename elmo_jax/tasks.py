@@ -23,6 +23,8 @@ from elmo_jax.rowwise import Rowwise
 from elmo_jax.text import EOS
 from elmo_jax.train import LargeProducts, LossFn, Optimizer, OptimizerConfig, make_optimizer
 
+FEW = 32  # Adam goes by rows on a CPU where no more than one of so many classes is drawn
+
 
 def init_params(model: BiLM, key: Array) -> dict[str, Any]:
     """The parameters before training, whether the model reads words or characters."""
@@ -102,7 +104,7 @@ def bilm_training(
                 f"vocabulary's {classes:,} words; else give --optimizer adam"
             )
     optimizer: Optimizer = make_optimizer(config, steps)
-    few = negatives is not None and negatives < classes // 4 and jax.default_backend() == "cpu"
+    few = negatives is not None and negatives < classes // FEW and jax.default_backend() == "cpu"
     by_rows = few if kind == "adam" else negatives is not None
     if by_rows and negatives is not None:
         optimizer = Rowwise(optimizer, bilm_rows(model, negatives), dense=kind == "adam")

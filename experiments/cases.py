@@ -134,7 +134,7 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     Returns:
         Phases that follow each other. Training counts a product three times, forward and
         for two gradients. Adam reads parameter, gradient and two moments and writes three of
-        them, 28 bytes a parameter, or 24 if only few rows have a gradient; Adagrad one moment
+        them, 28 bytes a parameter, or 24 if only some rows have a gradient; Adagrad one moment
         less, 20 of those rows.
     """
     n = float(counts.get("positions", 0))
