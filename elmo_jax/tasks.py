@@ -95,20 +95,18 @@ def bilm_training(
     Raises:
         InputError: lazy_adam is asked for with the full softmax, which touches every row.
     """
-    classes, kind = model.vocabulary, config.optimizer
-    if negatives is None or negatives >= classes:
-        negatives = None
-        if kind == "lazy_adam":
+    loss = bilm_window_loss if windows else bilm_loss
+    optimizer, adam = make_optimizer(config, steps), config.optimizer == "adam"
+    if negatives is None or negatives >= model.vocabulary:
+        if config.optimizer == "lazy_adam":
             raise InputError(
                 "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the "
-                f"vocabulary's {classes:,} words; else give --optimizer adam"
+                f"vocabulary's {model.vocabulary:,} words; else give --optimizer adam"
             )
-    optimizer: Optimizer = make_optimizer(config, steps)
-    few = negatives is not None and negatives < classes // FEW and jax.default_backend() == "cpu"
-    by_rows = few if kind == "adam" else negatives is not None
-    if by_rows and negatives is not None:
-        optimizer = Rowwise(optimizer, bilm_rows(model, negatives), dense=kind == "adam")
-    return (bilm_window_loss if windows else bilm_loss)(model, negatives, by_rows), optimizer
+        return loss(model), optimizer
+    if adam and (negatives >= model.vocabulary // FEW or jax.default_backend() != "cpu"):
+        return loss(model, negatives), optimizer
+    return loss(model, negatives, rowwise=True), Rowwise(optimizer, bilm_rows(model, negatives), dense=adam)
 
 
 def bilm_rows(model: BiLM, negatives: int):

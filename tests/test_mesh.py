@@ -55,7 +55,7 @@ CHUNK = 20  # positions that the full softmax takes at a time
 CASES = {
     "full": {"optimizer": "adagrad"},
     "sampled": {"optimizer": "adagrad", "negatives": 20, "by_rows": False, "tie": False},
-    "adam": {"optimizer": "adam", "negatives": 20, "learning_rate": 2e-3},
+    "adam": {"optimizer": "adam", "negatives": 20, "learning_rate": 1e-3},
     "windows": {"optimizer": "adagrad", "negatives": 20, "windows": True},
     "characters": {"optimizer": "adagrad", "windows": True, "input": "characters"},
     "classifier": {"optimizer": "adagrad"},
@@ -260,7 +260,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("name", "model"), RUNS)
 def test_eight_devices_give_what_one_gives(found, name, model):
     loss, params = found[f"{name} {model}"]["gap"]
-    most = 5e-6 if name == "adam" else 1e-6  # of parameters: Adam makes much of a gradient's rounding
+    most = 2e-6 if name == "adam" else 1e-6  # of parameters: Adam makes much of a gradient's rounding
     assert loss < 1e-6 and params < most < 1e-3 < found[f"{name} {model}"]["moved"]
 
 
