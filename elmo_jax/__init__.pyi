@@ -1,75 +1,24 @@
-"""What `import elmo_jax` offers, and where each name is."""
+"""The public names of elmo_jax and the module that defines each."""
 
-from . import (
-    bilm as bilm,
-    characters as characters,
-    checkpoint as checkpoint,
-    classifier as classifier,
-    combiners as combiners,
-    contiguous as contiguous,
-    corpus as corpus,
-    cudnn as cudnn,
-    data as data,
-    datasets as datasets,
-    dispatch as dispatch,
-    dump as dump,
-    elmo as elmo,
-    embedders as embedders,
-    errors as errors,
-    estimator as estimator,
-    exported as exported,
-    fast as fast,
-    hdf5 as hdf5,
-    inference as inference,
-    integrity as integrity,
-    layout as layout,
-    lines as lines,
-    loop as loop,
-    lstm as lstm,
-    manual as manual,
-    mesh as mesh,
-    metrics as metrics,
-    negatives as negatives,
-    page as page,
-    persistent as persistent,
-    pretrained as pretrained,
-    processes as processes,
-    programs as programs,
-    progress as progress,
-    recurrence as recurrence,
-    report as report,
-    rows as rows,
-    rowwise as rowwise,
-    sample as sample,
-    sgns as sgns,
-    softmax as softmax,
-    steps as steps,
-    svd as svd,
-    tasks as tasks,
-    text as text,
-    train as train,
-    vectors as vectors,
-)
-from .bilm import BiLM, BiLMConfig
-from .characters import character_ids
-from .checkpoint import Run
-from .classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
-from .combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
-from .data import Batch, BatchStream, Documents
-from .datasets import DataConfig, Dataset, load_dataset
+from .baselines.word_vectors import WordVectors
+from .data.batching import Batch, BatchStream, Documents
+from .data.characters import character_ids
+from .data.csv_dataset import DataConfig, Dataset, load_dataset
+from .data.text import Vocabulary, clean, tokenize
 from .elmo import Elmo
-from .embedders import CharCNNConfig
 from .errors import InputError
-from .estimator import ElmoVectorizer
-from .loop import fit
-from .lstm import LSTM, reverse_valid
-from .mesh import Plan, make_mesh
-from .negatives import Negatives, log_uniform_negatives
-from .softmax import full_nll, sampled_nll
-from .tasks import bilm_features, bilm_loss, bilm_sums, bilm_training
-from .text import Vocabulary, clean, tokenize
-from .train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict, train_step
-from .vectors import WordVectors
+from .models.bilm import BiLM, BiLMConfig
+from .models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
+from .models.combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
+from .models.embedders import CharCNNConfig
+from .models.lstm import LSTM, reverse_valid
+from .ops.softmax import Negatives, full_nll, log_uniform_negatives, sampled_nll
+from .parallel import Plan, make_mesh
+from .sklearn import ElmoVectorizer
+from .training.checkpoint import Run
+from .training.loop import fit
+from .training.objectives import bilm_features, bilm_loss, bilm_sums, bilm_training
+from .training.step import OptimizerConfig, TrainState, evaluate, make_optimizer, predict, train_step
 
 __version__: str
 

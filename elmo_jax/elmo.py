@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from elmo_jax.bilm import BiLM, lstm_layer, zero_state
+from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.exported import load_folder, save_folder
 from elmo_jax.inference import BATCH_TOKENS, Reader
-from elmo_jax.lstm import Kernel
-from elmo_jax.pretrained import read_bilm, read_softmax, write_bilm, write_softmax
-from elmo_jax.recurrence import State
-from elmo_jax.text import Vocabulary
+from elmo_jax.models.bilm import BiLM, lstm_layer, zero_state
+from elmo_jax.models.lstm import Kernel
+from elmo_jax.ops.lstm import State
+from elmo_jax.pretrained.bilm_format import read_bilm, read_softmax, write_bilm, write_softmax
+from elmo_jax.pretrained.folder import load_folder, save_folder
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -35,8 +35,8 @@ class Elmo:
             no softmax.
 
     Example:
-        >>> from elmo_jax.bilm import BiLMConfig
-        >>> from elmo_jax.data import Batch
+        >>> from elmo_jax.models.bilm import BiLMConfig
+        >>> from elmo_jax.data.batching import Batch
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
         >>> params = model.init(jax.random.key(0), Batch.of([[4, 5]]))["params"]

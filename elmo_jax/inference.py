@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from elmo_jax.bilm import BiLM, zero_state
-from elmo_jax.characters import character_ids
-from elmo_jax.data import DIRECTIONS
-from elmo_jax.recurrence import State
-from elmo_jax.text import BOS, EOS, SPECIAL, Vocabulary
+from elmo_jax.data.batching import DIRECTIONS
+from elmo_jax.data.characters import character_ids
+from elmo_jax.data.text import BOS, EOS, SPECIAL, Vocabulary
+from elmo_jax.models.bilm import BiLM, zero_state
+from elmo_jax.ops.lstm import State
 
 # Shapes are rounded up to these, so that few are compiled and little is padding.
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)

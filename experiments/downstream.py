@@ -12,22 +12,20 @@ import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax import report
-from elmo_jax.checkpoint import Run
-from elmo_jax.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
-from elmo_jax.combiners import READS, CombinerConfig
-from elmo_jax.data import Batch, BatchStream, Documents
-from elmo_jax.integrity import tree_digest
-from elmo_jax.loop import fit
-from elmo_jax.lstm import LSTM, Kernel
-from elmo_jax.mesh import Plan, make_mesh
-from elmo_jax.metrics import classification
-from elmo_jax.processes import led, together
-from elmo_jax.train import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
-from experiments import cli
-from experiments.flags import without_effect
-from experiments.hosts import HostsConfig, join
-from experiments.sources import Source, SourceConfig, open_source
+from elmo_jax.data.batching import Batch, BatchStream, Documents
+from elmo_jax.models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
+from elmo_jax.models.combiners import READS, CombinerConfig
+from elmo_jax.models.lstm import LSTM, Kernel
+from elmo_jax.ops.metrics import classification
+from elmo_jax.parallel import Plan, led, make_mesh, together
+from elmo_jax.storage.files import tree_digest
+from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.loop import fit
+from elmo_jax.training.step import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
+from experiments.common import cli, plots
+from experiments.common.cli import without_effect
+from experiments.common.distributed import HostsConfig, join
+from experiments.common.features import Source, SourceConfig, open_source
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
@@ -237,24 +235,24 @@ def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
 
 
 def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
-    cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
-    cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
-    if key := report.key(classes, "class"):
+    cli.say(f"\n{plots.metrics_table(results)}\n\ntest:")
+    cli.say(plots.confusion_table(results["test"]["confusion_matrix"], classes))
+    if key := plots.key(classes, "class"):
         cli.say(f"\n{key}")
 
 
 def _draw(
     results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
 ) -> None:
-    report.plot_curves(
+    plots.plot_curves(
         records, {"loss": "training", "val_loss": "validation"}, path / "loss.png", "loss (nats)"
     )
     if records[0]["lambdas"]:
-        report.plot_lambdas(records, path / "lambdas.png")
+        plots.plot_lambdas(records, path / "lambdas.png")
     for part in PARTS:
         scores = results[part]
         title = f"{part}: accuracy {scores['accuracy']:.4f}"
-        report.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
+        plots.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
 
 
 def main() -> int:

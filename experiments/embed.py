@@ -9,16 +9,15 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from elmo_jax.checkpoint import RESULTS, Run
-from elmo_jax.combiners import CombinerConfig, Mix, make_combiner
-from elmo_jax.dump import Dump, DumpConfig
 from elmo_jax.elmo import Dtype, Elmo
+from elmo_jax.embed_file import Dump, DumpConfig
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, structure, tree_digest
-from elmo_jax.progress import Meter
-from elmo_jax.steps import check_kinds
-from experiments import cli
-from experiments.sources import SourceConfig, official
+from elmo_jax.models.combiners import CombinerConfig, Mix, make_combiner
+from elmo_jax.storage.files import read_config, structure, tree_digest
+from elmo_jax.training.checkpoint import RESULTS, Run, check_kinds
+from elmo_jax.training.loop import Meter
+from experiments.common import cli
+from experiments.common.features import SourceConfig, official
 
 
 @dataclass(frozen=True)

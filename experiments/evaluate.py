@@ -13,13 +13,12 @@ from typing import Annotated, TextIO
 import numpy as np
 from tyro.conf import Positional, arg
 
+from elmo_jax.data.text import UNK, blocks, read_lines, tokenize
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.hdf5 import open_datasets
-from elmo_jax.integrity import move
-from elmo_jax.lines import blocks, read_lines
-from elmo_jax.text import UNK, tokenize
-from experiments import cli
+from elmo_jax.storage.files import move
+from elmo_jax.storage.hdf5 import open_datasets
+from experiments.common import cli
 
 _WORST = 5  # sentences to show
 _FILES = ("metrics.jsonl", "scores.jsonl", "config.json")

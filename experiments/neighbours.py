@@ -12,14 +12,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from tyro.conf import Positional, arg
 
+from elmo_jax.data.sample_corpus import sample_corpus
+from elmo_jax.data.text import read_lines, tokenize
 from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import move
-from elmo_jax.lines import read_lines
-from elmo_jax.report import key, plot_layers
-from elmo_jax.sample import sample_corpus
-from elmo_jax.text import tokenize
-from experiments import cli
+from elmo_jax.storage.files import move
+from experiments.common import cli
+from experiments.common.plots import key, plot_layers
 
 _AROUND = 4  # words shown on either side
 _BLOCK = 256  # sentences at a time

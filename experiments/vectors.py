@@ -10,19 +10,19 @@ import jax
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.checkpoint import VOCABULARY, Run
-from elmo_jax.datasets import DataConfig, Dataset, load_dataset
+from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
+from elmo_jax.baselines.svd import SVDConfig, svd_vectors
+from elmo_jax.baselines.word_vectors import WordVectors
+from elmo_jax.data.csv_dataset import DataConfig, Dataset, load_dataset
+from elmo_jax.data.text import UNK
 from elmo_jax.errors import InputError
-from elmo_jax.loop import fit
-from elmo_jax.mesh import Plan
-from elmo_jax.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
-from elmo_jax.svd import SVDConfig, svd_vectors
-from elmo_jax.text import UNK
-from elmo_jax.train import TrainState
-from elmo_jax.vectors import WordVectors
-from experiments import cli
-from experiments.flags import without_effect
-from experiments.sources import VECTORS
+from elmo_jax.parallel import Plan
+from elmo_jax.training.checkpoint import VOCABULARY, Run
+from elmo_jax.training.loop import fit
+from elmo_jax.training.step import TrainState
+from experiments.common import cli
+from experiments.common.cli import without_effect
+from experiments.common.features import VECTORS
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ import numpy as np
 import pytest
 import tiny
 from jax.experimental import rnn
+from lines import LINES
 
-from elmo_jax.bilm import BiLM, BiLMConfig
-from elmo_jax.data import Documents
+from elmo_jax.data.batching import Documents
+from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
-from elmo_jax.tasks import init_params
-from elmo_jax.text import Vocabulary
+from elmo_jax.models.bilm import BiLM, BiLMConfig
+from elmo_jax.training.objectives import init_params
 from experiments import pretrain
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -139,3 +140,11 @@ def elmo() -> Elmo:
     vocabulary = Vocabulary.from_counts({"the": 3, "bank": 2, "river": 1, ".": 1})
     model = BiLM(BiLMConfig(embedding=4, cells=5), len(vocabulary))
     return Elmo(model, init_params(model, jax.random.key(0)), vocabulary)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A text file of `LINES`."""
+    path = tmp_path / "in.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return path

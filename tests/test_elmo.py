@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 from reference import bilm
 
-from elmo_jax.checkpoint import Run
-from elmo_jax.data import Batch
+from elmo_jax.data.batching import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.integrity import read_config, write_config
-from elmo_jax.tasks import bilm_sums
+from elmo_jax.storage.files import read_config, write_config
+from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.objectives import bilm_sums
 
 SENTENCES = [["the", "bank", "rose", "."], ["bank"], [], ["the", "river", "bank", "of", "the", "river"] * 4]
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from exported import WEIGHTS, WORDS, seal, weights
 from hypothesis import HealthCheck, given, settings, strategies as st
-from test_pretrained import make
+from official import make
 
+from elmo_jax.data.csv_dataset import read_rows
+from elmo_jax.data.text import Vocabulary, clean, tokenize
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.exported import VOCABULARY
-from elmo_jax.rows import read_rows
-from elmo_jax.text import Vocabulary, clean, tokenize
+from elmo_jax.pretrained.folder import VOCABULARY
 
 FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

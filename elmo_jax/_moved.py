@@ -1,0 +1,88 @@
+"""Old module paths, each with a warning, until the next release."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "bilm": "elmo_jax.models.bilm",
+    "buckets": "elmo_jax.data.batching",
+    "characters": "elmo_jax.data.characters",
+    "checkpoint": "elmo_jax.training.checkpoint",
+    "classifier": "elmo_jax.models.classifier",
+    "combiners": "elmo_jax.models.combiners",
+    "contiguous": "elmo_jax.data.batching",
+    "corpus": "elmo_jax.data.corpus",
+    "cudnn": "elmo_jax.ops.cudnn",
+    "datasets": "elmo_jax.data.csv_dataset",
+    "dispatch": "elmo_jax.training.step",
+    "dump": "elmo_jax.embed_file",
+    "embedders": "elmo_jax.models.embedders",
+    "estimator": "elmo_jax.sklearn",
+    "exported": "elmo_jax.pretrained.folder",
+    "fast": "elmo_jax.ops.lstm",
+    "hdf5": "elmo_jax.storage.hdf5",
+    "integrity": "elmo_jax.storage.files",
+    "layout": "elmo_jax.ops.lstm",
+    "lines": "elmo_jax.data.text",
+    "loop": "elmo_jax.training.loop",
+    "lstm": "elmo_jax.models.lstm",
+    "mesh": "elmo_jax.parallel",
+    "metrics": "elmo_jax.ops.metrics",
+    "negatives": "elmo_jax.ops.softmax",
+    "page": "experiments.common.page",
+    "persistent": "elmo_jax.ops.lstm_pallas",
+    "processes": "elmo_jax.parallel",
+    "programs": "elmo_jax.ops.lstm_pallas",
+    "progress": "elmo_jax.training.loop",
+    "recurrence": "elmo_jax.ops.lstm",
+    "report": "experiments.common.plots",
+    "rows": "elmo_jax.data.csv_dataset",
+    "rowwise": "elmo_jax.training.optimizers",
+    "sample": "elmo_jax.data.sample_corpus",
+    "sgns": "elmo_jax.baselines.sgns",
+    "softmax": "elmo_jax.ops.softmax",
+    "steps": "elmo_jax.training.checkpoint",
+    "svd": "elmo_jax.baselines.svd",
+    "tasks": "elmo_jax.training.objectives",
+    "text": "elmo_jax.data.text",
+    "train": "elmo_jax.training.step",
+    "vectors": "elmo_jax.baselines.word_vectors",
+}
+
+
+class _OldPaths(MetaPathFinder, Loader):
+    """Imports the new module in place of an old one."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "elmo_jax" and name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED[module.__name__.rpartition(".")[2]]
+        _warn(module.__name__, new)
+        sys.modules[module.__name__] = importlib.import_module(new)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} has moved to {new}; the old path ends with the next release", DeprecationWarning, 3)
+
+
+def old_names(package: str, module: str, names: frozenset[str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a package that was a module and still gives that module's names."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        _warn(f"{package}.{name}", f"{module}.{name}")
+        return getattr(importlib.import_module(module), name)
+
+    return get
+
+
+sys.meta_path.append(_OldPaths())

@@ -1,0 +1,1 @@
+"""Static word vectors to compare with: SVD, SGNS and their files."""

@@ -1,0 +1,9 @@
+"""Text in, host batches out. Nothing here touches a device."""
+
+from elmo_jax._moved import old_names
+
+__getattr__ = old_names(
+    __name__,
+    "elmo_jax.data.batching",
+    frozenset({"ALL", "DIRECTIONS", "Batch", "BatchStream", "Dispatch", "Documents", "Stream"}),
+)

@@ -1,0 +1,1 @@
+"""Array functions with their gradients. No Flax, no batches."""

@@ -1,0 +1,1 @@
+"""Safe files: atomic writes, digests, locks, configurations and HDF5."""

@@ -1,0 +1,1 @@
+"""Objectives, optimizers, the training step and loop, evaluation and checkpoints."""

@@ -1,0 +1,1 @@
+"""Compare all methods on one data set: python -m experiments.compare."""

@@ -1,0 +1,158 @@
+import archives
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+
+from elmo_jax.baselines.word_vectors import WordVectors
+from elmo_jax.data.text import Vocabulary
+from elmo_jax.errors import InputError
+
+TOKENS = ["<UNK>", "bank", "zürich", "€"]
+SPACES = [*"\u00a0\u3000\u2028\u2029\u0085\x1c\t\v", "x\r", "\ufeff", "a\u00a0b", "1\u30002"]
+FUZZ = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def vectors(rng):
+    return WordVectors(TOKENS, rng.normal(size=(4, 5)) * 10.0 ** rng.integers(-20, 20, (4, 5)))
+
+
+@pytest.mark.parametrize("name", ["v.txt", "v.npz"])
+def test_what_is_saved_is_read_bit_by_bit(vectors, tmp_path, name):
+    vectors.save(tmp_path / name)
+    again = WordVectors.load(tmp_path / name)
+    assert again.tokens == vectors.tokens
+    np.testing.assert_array_equal(again.matrix, vectors.matrix)
+
+
+def test_gensim_reads_the_text(vectors, tmp_path):
+    models = pytest.importorskip("gensim.models")
+    vectors.save(tmp_path / "v.txt")
+    theirs = models.KeyedVectors.load_word2vec_format(str(tmp_path / "v.txt"))
+    assert theirs.index_to_key == TOKENS
+    np.testing.assert_array_equal(theirs.vectors, vectors.matrix)
+    theirs.save_word2vec_format(str(tmp_path / "theirs.txt"))
+    np.testing.assert_allclose(WordVectors.load(tmp_path / "theirs.txt").matrix, vectors.matrix, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["v.txt", "v.npz"])
+@FUZZ
+@given(tokens=st.lists(st.text(max_size=4) | st.text("ab \n\r\0\t\udc80\u2028", max_size=3), max_size=5))
+@example(tokens=SPACES)
+@example(tokens=["a", ""])
+@example(tokens=["a b"])
+@example(tokens=["\0"])
+def test_any_tokens_are_read_as_they_were_or_refused(tmp_path, name, tokens):
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    vectors = WordVectors(tokens, np.arange(2.0 * len(tokens)).reshape(-1, 2))
+    marks = "\n" if name == "v.npz" else " \n\0"
+    unfit = any(not t or any(c in marks or "\ud800" <= c <= "\udfff" for c in t) for t in tokens)
+    if unfit or len(set(tokens)) < len(tokens):
+        with pytest.raises(
+            InputError, match=r"is not a token that such a file can hold; leave it|stands twice"
+        ) as told:
+            vectors.save(path)
+        assert str(told.value).isprintable() and str(path) in str(told.value) and not path.exists()
+        return
+    vectors.save(path)
+    again = WordVectors.load(path)
+    assert again.tokens == vectors.tokens
+    np.testing.assert_array_equal(again.matrix, vectors.matrix)
+
+
+def test_gensim_and_we_read_the_same_tokens(tmp_path):
+    models = pytest.importorskip("gensim.models")
+    theirs = models.KeyedVectors(2)
+    theirs.add_vectors(SPACES, np.arange(2.0 * len(SPACES), dtype=np.float32).reshape(-1, 2))
+    theirs.save_word2vec_format(str(tmp_path / "theirs.txt"))
+    ours = WordVectors.load(tmp_path / "theirs.txt")
+    assert list(ours.tokens) == theirs.index_to_key == SPACES
+    ours.save(tmp_path / "ours.txt")
+    again = models.KeyedVectors.load_word2vec_format(str(tmp_path / "ours.txt"))
+    assert again.index_to_key == SPACES
+    np.testing.assert_array_equal(again.vectors, ours.matrix)
+
+
+def test_what_word2vec_and_windows_end_lines_with_is_no_number(tmp_path):
+    (tmp_path / "v.txt").write_bytes(b"2 2\r\na 1 2 \nb 3 4\r\n")
+    vectors = WordVectors.load(tmp_path / "v.txt")
+    assert vectors.tokens == ("a", "b") and vectors.matrix.tolist() == [[1, 2], [3, 4]]
+
+
+def test_vectors_that_no_one_can_use_are_not_saved(tmp_path):
+    for matrix, said in (([[1, np.inf]], "the vector of 'a' is not finite"), ([[]], "have no numbers")):
+        for name in ("v.txt", "v.npz"):
+            with pytest.raises(InputError, match=said):
+                WordVectors(["a"], np.array(matrix)).save(tmp_path / name)
+            assert not (tmp_path / name).exists()
+
+
+def test_a_table_has_a_row_an_id(vectors):
+    vocabulary = Vocabulary(["<S>", "</S>", "<UNK>", "bank", "unheard"])
+    table = vectors.table(vocabulary)
+    assert not table[:3].any()
+    np.testing.assert_array_equal(table[3:], vectors.matrix[[0, 1, 0]])
+
+
+def test_nearest_are_by_angle():
+    vectors = WordVectors(["a", "b", "c", "d"], np.array([[1, 0], [9, 1], [1, 1], [-1, 0.0]]))
+    assert [token for token, _ in vectors.nearest("a", 3)] == ["b", "c", "d"]
+    assert vectors.nearest("a", 1)[0][1] == pytest.approx(9 / np.hypot(9, 1))
+    with pytest.raises(InputError, match="'x' has no vector"):
+        vectors.nearest("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ":1: is '', not the line 'tokens features'"),
+        ("a 1 2\n", ":1: is 'a 1 2', not the line"),
+        ("2 2\na 1 2\n", ":1: announces 2 tokens, but 1 lines follow"),
+        ("2 2\na 1 2\nb 1\n", ":3: is not a token and 2 numbers"),
+        ("1 2\na 1 2 3\n", ":2: is not a token and 2 numbers"),
+        ("1 2\na 1 x\n", ":2: could not convert string to float: 'x'"),
+        ("2 -1\na\nb\n", ":1: announces vectors of -1 numbers"),
+        ("1 99999999999\na 1\n", ":1: announces vectors of 99999999999 numbers"),
+        ("1 2\na b 1 2\n", ":2: is not a token and 2 numbers"),
+        ("1 2\n 1 2\n", ":2: is not a token and 2 numbers"),
+        ("1 1\na\u00a01\n", ":2: is not a token and 1 numbers"),
+        ("0 -3\n", ":1: announces vectors of -3 numbers"),
+        (f"0 {10**20}\n", ":1: announces vectors of 1"),
+        ("1 2\na 1 1e99\n", "the vector of 'a' is not finite"),
+        ("1 2\na 1 nan\n", "the vector of 'a' is not finite"),
+        ("2 1\na 1\na 2\n", "a token stands twice"),
+    ],
+)
+def test_a_malformed_text_ends_in_one_line(tmp_path, text, said):
+    path = tmp_path / "v.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as info:
+        WordVectors.load(path)
+    assert said in str(info.value) and str(path) in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_malformed_npz_ends_in_one_line(tmp_path):
+    path = tmp_path / "v.npz"
+    tokens = np.frombuffer(b"a\nb", np.uint8)
+    for arrays in (
+        {"tokens": tokens},
+        {"tokens": tokens, "matrix": np.zeros((3, 2))},
+        {"tokens": tokens, "matrix": np.array([["x"], ["y"]])},
+        {"tokens": np.array(["a", "b"], object), "matrix": np.zeros((2, 2))},
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(InputError, match="holds no word vectors") as info:
+            WordVectors.load(path)
+        assert "\n" not in str(info.value)
+    for data in (b"", b"PK\x03\x04 torn"):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="holds no word vectors"):
+            WordVectors.load(path)
+    WordVectors(["a", "b"], np.eye(2)).save(path)
+    for data in archives.damaged(path.read_bytes()).values():
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="holds no word vectors"):
+            WordVectors.load(path)
+    with pytest.raises(InputError, match="holds no word vectors"):
+        WordVectors.load(tmp_path / "none.npz")

@@ -1,0 +1,47 @@
+from collections import Counter
+
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.svm import LinearSVC
+
+from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
+from elmo_jax.data.text import tokenize
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return sample_corpus()
+
+
+def test_same_seed_same_corpus_and_another_another(corpus):
+    assert sample_corpus() == corpus
+    assert sample_corpus(seed=1) != corpus
+
+
+def test_parts_are_disjoint_and_balanced(corpus):
+    assert not {t.text for t in corpus.train} & {t.text for t in corpus.test}
+    for part in corpus:
+        assert set(Counter(t.label for t in part).values()) == {len(part) // len(CLASSES)}
+
+
+def test_senses_point_at_their_words(corpus):
+    senses = Counter()
+    for text in corpus.train:
+        tokens = tokenize(text.text)
+        assert tokens == text.text.split()
+        for index, sense in text.senses:
+            assert tokens[index] == sense.split("/")[0]
+            senses[sense] += 1
+    words = Counter(sense.split("/")[0] for sense in senses)
+    assert {"bank", "match", "court", "windows", "strike"} <= {word for word, n in words.items() if n > 1}
+    assert min(senses.values()) >= 10
+
+
+def test_counting_words_does_not_solve_it(corpus):
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+", sublinear_tf=True)
+    x = vectorizer.fit_transform([t.text for t in corpus.train])
+    machine = LinearSVC().fit(x, [t.label for t in corpus.train])
+    accuracy = machine.score(
+        vectorizer.transform([t.text for t in corpus.test]), [t.label for t in corpus.test]
+    )
+    assert 0.5 < accuracy < 0.9

@@ -1,0 +1,100 @@
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from elmo_jax.data.text import SPECIAL, UNK, Vocabulary, clean, tokenize
+from elmo_jax.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("raw", "wanted"),
+    [
+        ("China #39;s Largest", "China's Largest"),
+        ("the  #36;10 million", "the $10 million"),
+        ("worth \\$75 million", "worth $75 million"),
+        ("a second\\team", "a second team"),
+        ("searching &lt;b&gt;...&lt;/b&gt;", "searching ..."),
+        ("said  quot;no quot; twice", 'said "no " twice'),
+        ("AT amp;T", "AT &T"),
+        ("a &amp; b", "a & b"),
+        ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
+    ],
+)
+def test_clean_mends_what_feeds_leave(raw, wanted):
+    assert clean(raw) == wanted
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_tokens_hold_every_visible_character_in_order(text):
+    assert "".join(tokenize(text)) == "".join(clean(text).lower().split())
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_clean_never_fails_and_leaves_single_spaces(text):
+    assert "  " not in clean(text)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda t: t.split() == [t] and "\0" not in t), st.integers(1, 9)
+    )
+)
+def test_vocabulary_survives_its_file(tmp_path_factory, counts):
+    path = tmp_path_factory.mktemp("v") / "vocab.txt"
+    vocabulary = Vocabulary.from_counts(counts)
+    vocabulary.save(path)
+    assert Vocabulary.load(path) == vocabulary
+
+
+def test_vocabulary_sorts_by_falling_count_then_by_name():
+    counts = {"b": 5, "a": 5, "c": 9, "rare": 1, "<S>": 7}
+    vocabulary = Vocabulary.from_counts(counts, min_count=2)
+    assert vocabulary.tokens == (*SPECIAL, "c", "a", "b")
+    assert Vocabulary.from_counts(counts, max_size=2).tokens == (*SPECIAL, "c", "a")
+    assert vocabulary.ids(["a", "rare", "never"]).tolist() == [5, UNK, UNK]
+
+
+def test_padding_has_no_name_that_a_text_could_use(tmp_path):
+    vocabulary = Vocabulary.from_counts({"bank": 1, "<pad>": 5})
+    assert vocabulary.ids(["<pad>", "bank"]).tolist() == [UNK, len(SPECIAL)]
+    path = tmp_path / "vocab.txt"
+    path.write_text("<S>\n</S>\n<UNK>\n<pad>\n")
+    assert Vocabulary.load(path).ids(["<pad>"]).tolist() == [len(SPECIAL)]
+
+
+def test_vocabulary_file_is_bilms(tmp_path):
+    Vocabulary.from_counts({"the": 2}).save(tmp_path / "v")
+    assert (tmp_path / "v").read_text() == "<S>\n</S>\n<UNK>\nthe\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"<S>\n</S>\n<UNK>\na\nb\na\n", ":4: 'a' stands twice"),
+        (b"the\nof\n", ":1: must begin with"),
+        (b"<S>\n</S>\n<UNK>\n\nb\n", ":4: the line is empty"),
+        (b"<S>\n</S>\n<UNK>\n\xff\n", ":4: byte 0xff is not UTF-8"),
+        (b"", ":1: "),
+    ],
+)
+def test_a_wrong_vocabulary_file_is_named_with_its_line(tmp_path, data, said):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=said):
+        Vocabulary.load(path)
+
+
+def test_lines_may_end_as_on_windows_and_paths_be_strings(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"<S>\r\n</S>\r\n<UNK>\r\nthe\r\nbank\r\n")
+    assert Vocabulary.load(str(path)).tokens[-2:] == ("the", "bank")
+    path.write_bytes(path.read_bytes() + b"\r\n")
+    with pytest.raises(InputError, match=":6: the line is empty"):
+        Vocabulary.load(path)
+
+
+def test_a_missing_vocabulary_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read"):
+        Vocabulary.load(tmp_path / "none.txt")

@@ -1,0 +1,259 @@
+"""The official format against a float64 reading of its definition, and bilm-tf's own fixture."""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from official import make
+from reference import official
+
+from elmo_jax.data.batching import Batch
+from elmo_jax.data.text import Vocabulary
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.models.bilm import BiLM, BiLMConfig
+from experiments import evaluate
+
+SENTENCES = [["The", "bank", "rose", "."], ["naïve", "<UNK>"], [], ["x" * 60, "The", "ﬂood"] * 3]
+
+
+def read(path) -> dict:
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda n, d: found.update({n: d[...]}) if isinstance(d, h5py.Dataset) else None)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"skip": False, "activation": "tanh", "highway": 1},
+        {"cells": 13, "embedding": 13, "layers": 3, "projection_clip": None},  # no projection of either kind
+    ],
+    ids=["projected", "tanh", "equal widths"],
+)
+def test_embeddings_are_the_formats_definition(tmp_path, changes):
+    elmo = make(tmp_path, **changes)
+    options, file = json.loads((tmp_path / "options.json").read_text()), read(tmp_path / "weights.hdf5")
+    assert (options["lstm"]["dim"] == options["lstm"]["projection_dim"]) == ("CNN_proj/W_proj" not in file)
+    for sentence, got in zip(SENTENCES, elmo.embed(SENTENCES), strict=True):
+        want, _ = official(options, file, sentence)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_carried_state_is_the_formats_in_both_directions(tmp_path):
+    elmo = make(tmp_path)
+    options, file = json.loads((tmp_path / "options.json").read_text()), read(tmp_path / "weights.hdf5")
+    states = [None] * 4
+    for batch in (SENTENCES, SENTENCES[:2], SENTENCES[::-1]):
+        for k, got in enumerate(elmo.embed(batch, stateful=True)):
+            want, states[k] = official(options, file, batch[k], states[k])
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+    fresh = elmo.embed(SENTENCES)
+    elmo.reset_state()
+    for a, b in zip(fresh, elmo.embed(SENTENCES, stateful=True), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_windows_of_any_size_are_one_reading(tmp_path):
+    elmo = make(tmp_path)
+    whole = elmo.embed(SENTENCES)
+    for window in (1, 2, 5):
+        elmo._reader.window = window
+        for a, b in zip(whole, elmo.embed(SENTENCES), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_words_met_in_any_order_and_forgotten_are_the_same(tmp_path):
+    elmo = make(tmp_path)
+    whole = elmo.embed(SENTENCES)
+    small = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    small._reader.words._capacity = 3
+    for i in (3, 0, 1, 3):
+        np.testing.assert_allclose(small.embed([SENTENCES[i]])[0], whole[i], atol=1e-6)
+
+
+def test_import_then_export_is_identity(tmp_path):
+    elmo = make(tmp_path)
+    back = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    jax.tree.map(np.testing.assert_array_equal, back.params, elmo.params)
+    (tmp_path / "again").mkdir()
+    back.save_bilm(tmp_path / "again/options.json", tmp_path / "again/weights.hdf5")
+    before, after = read(tmp_path / "weights.hdf5"), read(tmp_path / "again/weights.hdf5")
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert (tmp_path / "options.json").read_text() == (tmp_path / "again/options.json").read_text()
+
+
+def test_it_runs_with_any_kernel_that_can(tmp_path):
+    elmo = make(tmp_path)
+    plain = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5", kernel="plain")
+    assert plain.model.kernel == "plain"
+    for a, b in zip(plain.embed(SENTENCES), elmo.embed(SENTENCES), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="--kernel persistent"):  # which projects no cells
+        Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5", kernel="persistent")
+
+
+def test_the_softmax_travels_beside_the_file(tmp_path):
+    vocabulary = Vocabulary.from_counts({"bank": 2, "ﬂood": 1})
+    elmo = make(tmp_path, vocabulary=vocabulary)
+    assert "softmax" not in " ".join(read(tmp_path / "weights.hdf5"))
+    back = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    assert back.vocabulary == vocabulary
+    np.testing.assert_array_equal(back.params["softmax_table"], elmo.params["softmax_table"])
+    np.testing.assert_array_equal(back.params["softmax_bias"], elmo.params["softmax_bias"])
+    make(tmp_path)  # without a softmax, at the same paths
+    assert Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5").vocabulary is None
+
+
+def test_character_models_are_exported_as_safetensors_too(tmp_path):
+    elmo = make(tmp_path)
+    elmo.save_pretrained(tmp_path / "out")
+    back = Elmo.from_pretrained(tmp_path / "out")
+    assert back.model.config == elmo.model.config and back.vocabulary is None
+    np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
+
+
+def test_gzipped_files_and_261_characters_are_the_same(tmp_path):
+    elmo = make(tmp_path)
+    options = json.loads((tmp_path / "options.json").read_text())
+    options["char_cnn"]["n_characters"] = 261
+    (tmp_path / "o.json.gz").write_bytes(gzip.compress(json.dumps(options).encode()))
+    (tmp_path / "w.hdf5.gz").write_bytes(gzip.compress((tmp_path / "weights.hdf5").read_bytes()))
+    back = Elmo.from_bilm(tmp_path / "o.json.gz", tmp_path / "w.hdf5.gz")
+    np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
+
+
+def test_a_projection_between_equal_widths_is_read_and_written(tmp_path):
+    elmo = make(tmp_path, cells=5, embedding=5, project_cells=True)
+    assert "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/W_P_0" in read(tmp_path / "weights.hdf5")
+    back = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    np.testing.assert_array_equal(back.embed(SENTENCES)[3], elmo.embed(SENTENCES)[3])
+
+
+def test_two_files_have_two_names(tmp_path):
+    elmo = make(tmp_path)
+    before = (tmp_path / "weights.hdf5").read_bytes()
+    with pytest.raises(InputError, match=r"weights\.hdf5: options and weights are two files"):
+        elmo.save_bilm(tmp_path / "weights.hdf5", str(tmp_path / "." / "weights.hdf5"))
+    with pytest.raises(InputError, match=r"o\.json\.gz: the files are written as they are"):
+        elmo.save_bilm(tmp_path / "o.json.gz", tmp_path / "weights.hdf5")
+    assert (tmp_path / "weights.hdf5").read_bytes() == before
+
+
+def test_a_model_of_words_says_why_it_cannot_be_written(tmp_path):
+    vocabulary = Vocabulary.from_counts({"bank": 2})
+    model = BiLM(BiLMConfig(embedding=3, cells=3), len(vocabulary))
+    params = model.init(jax.random.key(0), Batch.of([[4]]))["params"]
+    with pytest.raises(InputError, match="this one reads words"):
+        Elmo(model, params, vocabulary).save_bilm(tmp_path / "o.json", tmp_path / "w.hdf5")
+    assert not any(tmp_path.iterdir())
+
+
+def edit_options(key, value):
+    def edit(folder):
+        options = json.loads((folder / "options.json").read_text())
+        *path, last = key.split(".")
+        inner = options
+        for name in path:
+            inner = inner[name]
+        if value is None:
+            del inner[last]
+        else:
+            inner[last] = value
+        (folder / "options.json").write_text(json.dumps(options))
+
+    return edit
+
+
+def edit_weights(action):
+    def edit(folder):
+        with h5py.File(folder / "weights.hdf5", "r+") as file:
+            action(file)
+
+    return edit
+
+
+def _set(file, name, value):
+    del file[name]
+    file[name] = value
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (edit_options("char_cnn", None), "has no char_cnn"),
+        (edit_options("char_cnn.n_characters", 300), "n_characters must be .* 261 to 262, not 300"),
+        (edit_options("char_cnn.activation", "gelu"), "activation must be relu or tanh, not gelu"),
+        (edit_options("char_cnn.filters", [[1, "x"]]), r"filters must hold pairs"),
+        (edit_options("char_cnn.filters", []), r"filters is empty"),
+        (edit_options("char_cnn.max_characters_per_token", 40), "max_characters_per_token must be"),
+        (edit_options("lstm.dim", None), "lstm.dim must be a whole number.* not null"),
+        (
+            edit_options("lstm.dim", 8),
+            r"weights\.hdf5: dataset .* is float32 \(10, 28\) where float \(10, 32\)",
+        ),
+        (edit_options("lstm.n_layers", 10**9), "n_layers must be"),
+        (edit_options("lstm.n_layers", 3), r"weights\.hdf5: has no dataset RNN_0"),
+        (edit_options("lstm.cell_clip", "3"), "cell_clip must be a number"),
+        (edit_options("lstm.use_skip_connections", 1), "use_skip_connections must be true or false"),
+        (lambda f: (f / "options.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "options.json").write_text("[]"), "is not an object of JSON"),
+        (lambda f: (f / "options.json").unlink(), r"options\.json: cannot be read"),
+        (lambda f: (f / "weights.hdf5").unlink(), r"weights\.hdf5: cannot be read"),
+        (lambda f: (f / "weights.hdf5").write_bytes(b"not HDF5"), "cannot be read as HDF5"),
+        (lambda f: os.truncate(f / "weights.hdf5", 6000), "cannot be read as HDF5"),
+        (edit_weights(lambda f: f.create_dataset("more", data=[1.0])), "has a dataset more"),
+        (edit_weights(lambda f: f.pop("char_embed")), "has no dataset char_embed"),
+        (edit_weights(lambda f: _set(f, "CNN/b_cnn_0", np.full(3, np.nan, "f"))), "not finite"),
+        (edit_weights(lambda f: _set(f, "CNN/b_cnn_0", np.ones(3, "i"))), "is int32"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_line(tmp_path, edit, said):
+    make(tmp_path)
+    edit(tmp_path)
+    with pytest.raises(InputError, match=said) as error:
+        Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    assert "\n" not in str(error.value)
+
+
+def test_a_check_of_nothing_is_no_check(tmp_path, refused):
+    make(tmp_path)
+    names = [tmp_path / name for name in ("options.json", "weights.hdf5", "sentences.json", "expected.h5")]
+    for lists, said in (([[]], "holds no sentence"), ([], "must hold as many lists")):
+        names[2].write_text(json.dumps(lists))
+        refused(evaluate.main, ["--selfcheck", *names], said)
+
+
+@pytest.fixture
+def fixture(tmp_path):
+    root = os.environ.get("ELMO_JAX_TEST_DATA")
+    if not root:
+        pytest.skip("ELMO_JAX_TEST_DATA is not set")
+    return Path(root) / "bilm_fixture"
+
+
+def test_bilm_tfs_own_fixture(fixture, tmp_path):
+    elmo = Elmo.from_bilm(fixture / "options.json", fixture / "lm_weights.hdf5")
+    lists = json.loads((fixture / "lm_embeddings_sentences.json").read_text())
+    want = [read(fixture / f"lm_embeddings_{k}.hdf5") for k in range(len(lists))]
+    for i in range(len(lists[0])):
+        for k, layers in enumerate(elmo.embed([part[i].split() for part in lists], stateful=True)):
+            halves = np.stack(np.split(layers[-1], 2, axis=-1))
+            np.testing.assert_allclose(halves, want[k][str(i)], rtol=1e-5, atol=2e-6)
+    shutil.copy(fixture / "options.json", tmp_path)
+    elmo.save_bilm(tmp_path / "o.json", tmp_path / "w.hdf5")
+    before, after = read(fixture / "lm_weights.hdf5"), read(tmp_path / "w.hdf5")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "o.json").read_text()) == json.loads((fixture / "options.json").read_text())

@@ -1,0 +1,185 @@
+"""What a full disk does to files that are being written: one line, and nothing that was whole is lost."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from official import make
+
+from elmo_jax import embed_file as module
+from elmo_jax.storage.hdf5 import create
+from experiments import embed
+
+ROOT = Path(__file__).parents[2]
+PART = 500  # tokens, of 96 bytes each
+
+# Real processes, because HDF5 tells of what it could not write when the interpreter ends, too.
+EMBED = f"""
+import resource, sys
+from elmo_jax.data import text as lines
+from experiments import embed
+limit, *sys.argv = sys.argv[1:]
+lines.PART_TOKENS = {PART}
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+sys.exit(embed.main())
+"""
+
+SHORT, LONG = "the bank rose . " * 500, "the river bank . " * (module._LONG // 4 + 1)
+FULL = {  # the text, the most bytes a file may have, and the parts that are written
+    "a part": (["the bank " * PART, *[SHORT] * 3], 120_000, 1),
+    "a line of any length": (["the bank " * PART, LONG], 120_000, 1),
+    "the parts joined": (["the bank " * PART] * 2, 150_000, 2),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path, monkeypatch):
+    lines, limit, parts = FULL[name]
+    text, out, model = tmp_path / "in.txt", tmp_path / "out.h5", tmp_path / "model"
+    text.write_text("\n".join(lines) + "\n")
+    elmo.save_pretrained(model)
+    args = [str(text), str(out), "--pretrained", str(model)]
+    command = [sys.executable, "-c", EMBED, str(limit), "prog", *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr[:2000]
+    assert f"{out}: cannot be written (File too large); make room and --resume" in done.stderr
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.h5.parts").glob("*.h5")}
+    assert len(written) == parts and not out.exists() and not list(tmp_path.rglob("*.part"))
+
+    join = module.Dump._join
+    kept = {}
+
+    def before_they_go(dump):
+        kept.update({part: part.stat().st_mtime_ns for part in written if part.exists()})
+        join(dump)
+
+    monkeypatch.setattr(module.Dump, "_join", before_they_go)
+    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", PART)
+    monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
+    assert embed.main() == 0
+    assert kept == written  # none was written again
+    monkeypatch.setattr(sys, "argv", ["prog", str(text), str(tmp_path / "whole.h5"), *args[2:]])
+    assert embed.main() == 0
+    with h5py.File(out) as got, h5py.File(tmp_path / "whole.h5") as want:
+        assert got.keys() == want.keys()
+        for data in want:
+            np.testing.assert_array_equal(got[data], want[data])
+
+
+def overwrite(path):
+    with create(path) as (file, check):
+        file["a"] = np.arange(10_000)
+        with pytest.raises(OSError, match="File too large"):
+            check()
+
+
+def test_hdf5_on_a_full_disk_leaves_the_file_before(tmp_path):
+    path = tmp_path / "a.h5"
+    with create(path) as (file, _):
+        file["a"] = np.arange(10)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            overwrite(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_model_on_a_full_disk_is_one_line(tmp_path):
+    make(tmp_path)
+    before = (tmp_path / "weights.hdf5").read_bytes()
+    script = f"""
+import resource, sys
+from elmo_jax import Elmo
+elmo = Elmo.from_bilm(r"{tmp_path}/options.json", r"{tmp_path}/weights.hdf5")
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+try:
+    elmo.save_bilm(r"{tmp_path}/options.json", r"{tmp_path}/weights.hdf5")
+except Exception as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr[:2000]
+    assert "weights.hdf5: cannot be written (File too large); make room, or give" in done.stderr
+    assert (tmp_path / "weights.hdf5").read_bytes() == before
+
+
+# A run on a small disk of its own, which is gone with the process. What fills it comes while a
+# step is being written, after its room was looked for.
+RUN = """
+import contextlib, io, json, sys, warnings
+from pathlib import Path
+from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.checkpoint import Steps
+from experiments import pretrain
+
+data, disk = map(Path, sys.argv[1:])
+path, filler, look = disk / "run", disk / "filler", Steps._make_room
+flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --resume --softmax full".split()
+
+def call(epochs):
+    sys.argv = ["x", "--dataset", str(data), "--output", str(path), "--epochs", str(epochs), *flags]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = pretrain.main()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps = list(Run.open(path).steps.whole())
+    records = [json.loads(line)["epoch"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    parts = [p.name for p in (path / "checkpoints").glob("*.part")]
+    return {"code": code, "said": said.getvalue(), "steps": steps, "records": records, "parts": parts}
+
+def fill(count):
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for _ in range(count):
+            file.write(bytes(4096))
+
+def then_fill(steps, state):
+    look(steps, state)
+    fill(10**9)
+
+outcomes = [call(1)]
+Steps._make_room = then_fill
+outcomes.append(call(3))
+Steps._make_room = look
+fill(3 * 2**20 // 4096)
+outcomes.append(call(3))
+filler.unlink()
+outcomes.append(call(3))
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_small_disk_that_fills_up_in_a_save(tmp_path):
+    disk, rows = tmp_path / "disk", [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
+    disk.mkdir()
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    small = f"mount -t tmpfs -o size=20m none '{disk}' && "
+    try:
+        subprocess.run([*mount, f"{small} true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a disk may not be mounted here")
+    command = [*mount, small + 'exec "$@"', "sh", sys.executable, "-c", RUN, str(tmp_path), str(disk)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, full, refused, after = json.loads(done.stdout)
+    (first,) = whole["steps"]
+    assert whole["code"] == 0 and whole["records"] == [1]
+    for told, reason in ((full, "No space left on device"), (refused, r"\d+ MB are free, \d+ MB needed")):
+        assert told["code"] == 2 and told["said"].count("\n") == 1
+        step = rf"run/checkpoints/{2 * first}: could not be saved \({reason}\); the steps before are kept"
+        assert re.search(step, told["said"]), told["said"]
+        assert (told["steps"], told["records"], told["parts"]) == ([first], [1], [])
+    assert after["code"] == 0 and after["records"] == [1, 2, 3] and after["steps"][0] == 3 * first

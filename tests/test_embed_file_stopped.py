@@ -1,0 +1,219 @@
+"""A dump that is stopped, resumed, overwritten, or written by two at once."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from lines import LINES
+
+from elmo_jax.elmo import Elmo
+from elmo_jax.embed_file import Dump, DumpConfig
+from elmo_jax.errors import InputError
+from experiments import embed
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
+    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
+    dump.begin(resume=False, overwrite=False)
+    written, real = [], Dump._write_part
+
+    def counted(self, path, lines):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(self, path, lines)
+
+    monkeypatch.setattr(Dump, "_write_part", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dump.write()
+    with pytest.raises(InputError, match="--resume it or --overwrite it"):
+        dump.begin(resume=False, overwrite=False)
+    other = Elmo(elmo.model, jax.tree.map(lambda a: a + 1, elmo.params), elmo.vocabulary)
+    with pytest.raises(InputError, match="another text, model or settings"):
+        Dump(other, text, dump.target, DumpConfig()).begin(resume=True, overwrite=False)
+    monkeypatch.setattr(
+        Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
+    )
+    seen = []
+    dump.begin(resume=True, overwrite=False)
+    dump.write(seen.append)
+    assert sorted(written) == sorted(set(written)) and sum(seen) == dump.tokens
+    with h5py.File(dump.target) as file:
+        np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+
+
+def test_no_room_is_said_before_anything_is_written(elmo, text, monkeypatch):
+    monkeypatch.setattr(Dump, "size", 10**18)
+    for _ in range(2):  # the second meets nothing of the first's
+        with pytest.raises(InputError, match="GB are free"):
+            begin(elmo, text)
+    assert [path.name for path in text.parent.iterdir()] == ["in.txt"]
+
+
+def begin(elmo, text, resume=False, overwrite=False):
+    dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
+    dump.begin(resume, overwrite)
+    return dump
+
+
+def unfinished(elmo, text, **more):
+    """A dump that is stopped when all parts are written."""
+    dump = begin(elmo, text, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dump, "_join", lambda self: None)
+        dump.write()
+    return dump
+
+
+def test_what_is_there_is_not_lost(elmo, text):
+    dump = begin(elmo, text)
+    dump.write()
+    before = dump.target.read_bytes()
+    with pytest.raises(InputError, match="two different things"):
+        begin(elmo, text, resume=True, overwrite=True)
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"out\.h5: is there already; replace it with --overwrite"):
+            begin(elmo, text, resume=resume)
+        assert not dump.parts.exists()
+    unfinished(elmo, text, overwrite=True)
+    assert dump.target.read_bytes() == before  # until the new one is whole
+    with pytest.raises(InputError, match="is the text itself"):
+        Dump(elmo, text, text, DumpConfig()).begin(resume=False, overwrite=True)
+    text.write_text(text.read_text().replace("rose", "bank"))  # as many lines and tokens
+    dump.target.unlink()
+    with pytest.raises(InputError, match="of another text"):
+        begin(elmo, text, resume=True)
+
+
+def test_a_file_that_came_since_is_replaced_only_with_leave(elmo, text):
+    dump = unfinished(elmo, text)
+    dump.target.write_bytes(b"mine")
+    parts = sorted(dump.parts.iterdir())
+    with pytest.raises(InputError, match=r"out\.h5: is there already; move it elsewhere to --resume"):
+        begin(elmo, text, resume=True)
+    assert dump.target.read_bytes() == b"mine" and sorted(dump.parts.iterdir()) == parts
+    dump.target.unlink()
+    begin(elmo, text, resume=True).write()
+    assert h5py.is_hdf5(dump.target)
+
+
+@pytest.mark.parametrize("mark", [None, b"", b"[1]", b'{"overwrite": true}'])
+def test_parts_of_an_unknown_text_are_not_taken_for_this_one(elmo, text, mark):
+    before, settings = text.read_text(), unfinished(elmo, text).parts / "settings.json"
+    settings.unlink() if mark is None else settings.write_bytes(mark)
+    text.write_text(before.replace("rose", "bank"))  # the parts' shapes are this one's, too
+    with pytest.raises(InputError, match="of another text, model or settings; give --overwrite"):
+        begin(elmo, text, resume=True)
+    dump = begin(elmo, text, overwrite=True)
+    dump.write()
+    with h5py.File(dump.target) as file:
+        np.testing.assert_allclose(file["0"], elmo.embed([["the", "bank", "bank", "."]])[0], atol=1e-6)
+
+
+def test_an_overwriting_dump_goes_on_with_the_command_that_is_printed(elmo, text, monkeypatch, capfd):
+    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    model, out, codes, written = text.with_name("model"), text.with_name("out.h5"), [], []
+    elmo.save_pretrained(model)
+    out.write_bytes(b"old")
+    real = Dump._write_part
+
+    def stopped(self, path, lines):
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        written.append(path.name)
+        real(self, path, lines)
+
+    def leave(code):
+        codes.append(code)
+        sys.exit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(Dump, "_write_part", stopped)
+    monkeypatch.setattr(sys, "argv", ["x", str(text), str(out), "--pretrained", str(model), "--overwrite"])
+    with pytest.raises(SystemExit):
+        embed.main()
+    said = capfd.readouterr().err
+    assert codes == [143] and out.read_bytes() == b"old" and len(written) == 2
+    again = shlex.split(said[said.index("python -m experiments.embed ") :])[2:]
+    monkeypatch.setattr(
+        Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
+    )
+    monkeypatch.setattr(sys, "argv", again)
+    assert embed.main() == 0, capfd.readouterr().err
+    assert len(written) == len(set(written)) > 2
+    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "model", "out.h5"]
+    with h5py.File(out) as file:
+        np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+
+
+# It writes a part, says so, and writes the others when it is told to.
+SLOW = """
+import sys
+from elmo_jax.data import text as lines
+from elmo_jax.embed_file import Dump
+from experiments import embed
+
+lines.PART_TOKENS, real = 6, Dump._write_part
+
+def slowly(self, path, part):
+    real(self, path, part)
+    if path.name == "000000.h5":
+        print("written", flush=True)
+        sys.stdin.readline()
+
+Dump._write_part = slowly
+sys.exit(embed.main())
+"""
+
+
+@pytest.mark.parametrize("end", ["told to go on", "killed"])
+def test_one_process_writes_a_file_until_it_ends(elmo, text, end, refused, monkeypatch):
+    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    model, out, other = text.with_name("model"), text.with_name("out.h5"), text.with_name("other.txt")
+    elmo.save_pretrained(model)
+    other.write_text("the bank\n")
+    args = [str(out), "--pretrained", str(model)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", SLOW, str(text), *args]
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as first:
+        try:
+            assert first.stdout is not None and "written\n" in iter(first.stdout.readline, "")
+            for flags in ([], ["--resume"], ["--overwrite"]):
+                for source in (text, other):
+                    refused(embed.main, [source, *args, *flags], "out.h5: another process writes it; wait")
+            if end == "told to go on":
+                _, said = first.communicate("go on\n", timeout=300)
+                assert first.returncode == 0, said
+        finally:
+            first.kill()
+    if end == "killed":
+        monkeypatch.setattr(sys, "argv", ["x", str(text), *args, "--resume"])
+        assert embed.main() == 0
+    assert {path.name for path in text.parent.iterdir()} == {"in.txt", "other.txt", "model", "out.h5"}
+    with h5py.File(out) as file:
+        np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+
+
+def test_who_begins_while_another_ends_keeps_what_is_his(elmo, text, monkeypatch):
+    first, later, real = begin(elmo, text), [], os.unlink
+
+    def unlink(path, **more):
+        real(path, **more)
+        if Path(path).name == ".lock" and not later:
+            later.append(begin(elmo, text, overwrite=True))
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    first.write()
+    assert [path.name for path in later[0]._begun()] == ["settings.json"]
+    later[0].write()
+    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "out.h5"]

@@ -1,0 +1,120 @@
+"""Losses, gradients and figures that are not finite: skipped, counted, told, and never saved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from regression import EPOCHS, lines, loss_fn, run_fit, same
+
+from elmo_jax.data.batching import BatchStream
+from elmo_jax.errors import InputError
+from elmo_jax.training import loop
+from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.step import OptimizerConfig, TrainState, make_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def not_a_number(params, batch, key):
+    loss, sums = loss_fn(params, batch, key)
+    return loss * jnp.nan, sums
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp_path):
+    def sick(params, batch, key):
+        loss, sums = loss_fn(params, batch, key)
+        return loss + jnp.where(jnp.abs(params["table"]).max() > 0.1, jnp.nan, 0.0), sums
+
+    said = r"5 steps in a row, up to step (\d+) \(learning rate 0\.0\d+, documents (\d+, )+\d+\); lower"
+    with pytest.raises(InputError, match=said) as told:
+        run_fit(documents, tmp_path / "sick", loss=sick, save_every=1)
+    run = Run.open(tmp_path / "sick")
+    assert np.isfinite(run.restore_best()["params"]["table"]).all()
+    run.close()
+    assert str(told.value).endswith(
+        f"; step {run.steps.saved()[-1]} is saved, go on with --resume --allow-config-change"
+    )
+
+
+def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
+    with pytest.raises(
+        InputError,
+        match=r"5 steps in a row, up to step 5 .*; no step was saved yet, begin anew with --overwrite$",
+    ):
+        run_fit(documents, tmp_path / "sick", loss=not_a_number)
+
+
+def test_an_epoch_without_a_sound_step_stops_the_run(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PATIENCE", 1000)
+    with pytest.raises(InputError, match=r"not finite at any step of epoch 1 \(.*--clip-norm; no step was"):
+        run_fit(documents, tmp_path / "run", loss=not_a_number)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_commands_own_remedy_is_told_wherever_training_fails(documents, tmp_path, monkeypatch):
+    create = Run.create
+
+    def with_remedy(*args, **more):
+        run = create(*args, **more)
+        run.steps.remedy = "turn it down"
+        return run
+
+    monkeypatch.setattr(Run, "create", with_remedy)
+    for name, more in {"steps": {"loss": not_a_number}, "figure": {"figure": lambda: float("nan")}}.items():
+        with pytest.raises(InputError, match=r"(steps in a row|after epoch 1).*; turn it down$"):
+            run_fit(documents, tmp_path / name, **more)
+    run = with_remedy(tmp_path / "state", {}, monitor="loss")
+    with pytest.raises(InputError, match=r"not finite, and is not saved; turn it down$"):
+        run.steps.save(1, {"w": jnp.full(2, jnp.inf)}, {}, {})
+    run.close()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,))
+    (batch,) = (jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 1))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    start = TrainState.create({"table": jnp.ones(50)}, optimizer, {"scale": jnp.ones(())})
+
+    def task(params, batch, key, loss=0.0, gradient=0.0):
+        value, sums = loss_fn(params, batch, key)
+        root = jnp.sqrt(jnp.sum((params["table"] - 1) ** 2))  # whose gradient here is 0 / 0
+        return value + loss + gradient * root, sums
+
+    for sick in ({"loss": jnp.nan}, {"loss": jnp.inf}, {"gradient": 1.0}):
+        loss = lambda params, batch, key, sick=sick: task(params, batch, key, **sick)  # noqa: E731
+        after, sums = train_step(start, batch, jax.random.key(0), loss, optimizer)
+        same((after.params, after.opt_state), (start.params, start.opt_state))
+        assert int(after.step) == 1 and {name: float(a) for name, a in sums.items()} == {
+            "documents": 0,
+            "error": 0,
+            "loss": 0,
+            "steps": 0,
+        }
+    after, sums = train_step(start, batch, jax.random.key(0), loss_fn, optimizer)
+    assert float(sums["steps"]) == 1 and (np.asarray(after.params["table"]) != 1).any()
+
+
+def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documents, tmp_path):
+    longest = documents.lengths.max()
+
+    def sick(params, batch, key):
+        loss, sums = loss_fn(params, batch, key)
+        return jnp.where(jnp.any(batch.lengths == longest + 2), jnp.nan, loss), sums
+
+    with pytest.warns(UserWarning, match=r"\d steps of epoch \d were skipped") as said:
+        state, records = run_fit(documents, tmp_path / "run", loss=sick)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    steps = range(EPOCHS * stream.steps_per_epoch)
+    hit = [(documents.lengths[stream.rows(step)] == longest).any() for step in steps]
+    want = np.reshape(hit, (EPOCHS, -1)).sum(1)
+    assert [r["skipped"] for r in records] == want.tolist() and want.all() and len(said) == EPOCHS
+    assert int(state.step) == len(steps)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_figure_that_is_not_finite_stops_before_it_is_saved(documents, tmp_path):
+    figures = iter([1.0, float("nan")])
+    with pytest.raises(InputError, match="figure is nan after epoch 2; lower --learning-rate"):
+        run_fit(documents, tmp_path / "run", figure=lambda: next(figures))
+    run = Run.open(tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == len(run.steps.saved()) == 1

@@ -1,0 +1,113 @@
+"""One run in two processes: they stop at one step, and one of them writes."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from processes import PROCESSES, finish, outcome, wait_for
+
+from elmo_jax.data.batching import BatchStream, Documents
+from elmo_jax.errors import InputError
+from elmo_jax.parallel import DATA, MODEL, Plan, agree, first, led, together
+from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.loop import Interrupted, fit
+from elmo_jax.training.step import TrainState
+
+
+def join(port, index):
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+
+
+def loss_fn(params, batch, key):
+    each = (params["table"][batch.words].sum(1) - batch.labels) ** 2 * batch.weight
+    return each.sum() + jax.random.normal(key) * params["table"].sum(), {"documents": batch.weight.sum()}
+
+
+def train(path, index, port, epochs, mark=None):
+    """The same model in every process, its arrays in all of them."""
+    join(port, index)
+    documents = Documents(np.arange(160, dtype=np.int32) % 46 + 4, np.arange(0, 161, 4), np.arange(40) % 3)
+    stream = BatchStream(documents, 4, seed=1, bounds=(6,), steps_per_dispatch=2)
+    optimizer = optax.adam(0.05)
+    mesh = jax.make_mesh((1, 2), (DATA, MODEL), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    begin = Plan(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer), mesh)
+    run = Run.create(path, {}, monitor="loss", resume=True)
+
+    def after_dispatch(step):
+        if mark is not None:
+            mark.value = step
+
+    try:
+        fit(begin, loss_fn, optimizer, stream, run, epochs=epochs, seed=7, save_every=30,
+            on_epoch=lambda state, sums: {}, after_dispatch=after_dispatch)  # fmt: skip
+        run.close()
+    except Interrupted as stop:
+        Path(f"{path}.{index}").write_text(str(stop))
+        sys.exit(stop.exit_code)
+
+
+def both(work, *args):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [PROCESSES.Process(target=work, args=(args[0], i, port, *args[1:])) for i in range(2)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on_together(tmp_path):
+    path, step = tmp_path / "run", PROCESSES.Value("i", 0)
+    processes = both(train, path, 100_000, step)
+    wait_for(lambda: step.value > 40 or not all(p.is_alive() for p in processes))
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [finish(process) for process in processes] == [143, 143]
+    said = {Path(f"{path}.{i}").read_text() for i in range(2)}
+    newest, records, _ = outcome(path)
+    assert said == {f"stopped by SIGTERM at step {newest}, saved"}
+    assert not list(path.rglob("*.part")) and [r["epoch"] for r in records] == list(
+        range(1, len(records) + 1)
+    )
+
+    more = len(records) + 3
+    assert [finish(process) for process in both(train, path, more)] == [0, 0]
+    assert [finish(process) for process in both(train, tmp_path / "whole", more)] == [0, 0]
+    (last, records, got), (wanted, want_records, want) = outcome(path), outcome(tmp_path / "whole")
+    assert last == wanted and records == want_records
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def fail(path, index, port):
+    join(port, index)
+
+    def refuse():
+        if index:
+            raise InputError("no")
+
+    said = [first(), agree(3 * index), led(lambda: index)]
+    for work in (lambda: led(lambda: Path(path / "none" / "x").write_text("")), lambda: together(refuse)):
+        try:
+            work()
+        except (InputError, OSError) as error:
+            said.append(type(error).__name__)
+
+    (path / f"{index}.json").write_text(json.dumps(said))
+
+
+def test_what_fails_in_one_fails_in_both(tmp_path):
+    assert [finish(process) for process in both(fail, tmp_path)] == [0, 0]
+    said = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    assert said == [
+        [True, 3, 0, "FileNotFoundError", "InputError"],
+        [False, 3, None, "InputError", "InputError"],
+    ]
