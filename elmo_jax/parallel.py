@@ -25,13 +25,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from elmo_jax.data.batching import Dispatch, Stream
+from elmo_jax.data.batching import StepChunk, Stream
 from elmo_jax.errors import InputError
 
 T = TypeVar("T")
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether there are others beside this process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
@@ -42,9 +42,9 @@ def first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def agree(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """The highest of all processes' values; a meeting, so every process must come to it."""
-    if not several():
+    if not is_multiprocess():
         return value
     from jax.experimental import multihost_utils  # half a second to import, for few
 
@@ -58,7 +58,7 @@ def alike(text: str) -> None:
         InputError: one did not; in every process.
     """
     number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
-    if agree(number) + agree(-number):
+    if max_over_processes(number) + max_over_processes(-number):
         raise InputError("the processes of this run differ in flags or texts; start all with the same")
 
 
@@ -73,7 +73,7 @@ def together(work: Callable[[], T]) -> T:
         done = work()
     except Exception as error:
         failure = error
-    failed = agree(int(failure is not None))
+    failed = max_over_processes(int(failure is not None))
     if failure is not None:
         raise failure
     if failed:
@@ -81,7 +81,7 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, done)
 
 
-def led(work: Callable[[], T]) -> T | None:
+def run_on_first(work: Callable[[], T]) -> T | None:
     """Do what the first process alone is to do, while the others wait.
 
     Returns:
@@ -91,7 +91,7 @@ def led(work: Callable[[], T]) -> T | None:
         InputError: the work failed; in every process.
 
     Example:
-        >>> led(lambda: 5)
+        >>> run_on_first(lambda: 5)
         5
     """
     return together(lambda: work() if first() else None)
@@ -128,7 +128,7 @@ def make_mesh(batch_size: int, model: int = 1) -> Mesh | None:
     return Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def mesh_of(tree: Any) -> Mesh | None:
+def find_mesh(tree: Any) -> Mesh | None:
     """The mesh on which a pytree of arrays lies, or None."""
     for leaf in jax.tree.leaves(tree):
         place = getattr(leaf, "sharding", None)
@@ -199,25 +199,27 @@ class Plan(Generic[T]):
         return jax.jit(self.make, out_shardings=places)(*given)
 
 
-def feed(stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool = False) -> Iterator[Dispatch]:
+def feed(
+    stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool = False
+) -> Iterator[StepChunk]:
     """A stream's dispatches where programs take them from; each process reads its own rows alone.
 
     Args:
         stream: the same in every process.
-        first, last: steps, as in `Stream.dispatches`.
+        first, last: steps, as in `Stream.chunks`.
         mesh: of all devices, where they are to lie.
         ahead: without a mesh, send them on their way to the device, which nobody waits for; else
             they stay on the host, where a step is cut out of a dispatch for nothing.
     """
     if mesh is None:
-        for batches, count in stream.dispatches(first, last):
-            yield Dispatch(jax.device_put(batches) if ahead else batches, count)
+        for batches, count in stream.chunks(first, last):
+            yield StepChunk(jax.device_put(batches) if ahead else batches, count)
         return
     size = stream.batch_size
     held = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
     parts = [index[0].indices(size) for index in held if index is not None]
     part = slice(min(begin for begin, _, _ in parts), max(end for _, end, _ in parts))
-    for batches, count in stream.dispatches(first, last, part):
+    for batches, count in stream.chunks(first, last, part):
         axis = 1 + batches.ROWS
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
@@ -225,7 +227,7 @@ def feed(stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool =
             shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
             return jax.make_array_from_process_local_data(split, rows, shape)
 
-        yield Dispatch(jax.tree.map(share, batches), count)
+        yield StepChunk(jax.tree.map(share, batches), count)
 
 
 def gathered(array: Array) -> Array:
@@ -236,14 +238,14 @@ def gathered(array: Array) -> Array:
 
 def fetch(array: Array) -> np.ndarray:
     """A whole array on the host of every process."""
-    if several() and not array.is_fully_replicated and not array.is_fully_addressable:
+    if is_multiprocess() and not array.is_fully_replicated and not array.is_fully_addressable:
         from jax.experimental import multihost_utils  # half a second to import, for few
 
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
-def sharers() -> int:
+def data_parallel_size() -> int:
     """Devices that rows are still to be shared out to: one without a mesh, or where a caller has done it."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -266,7 +268,7 @@ def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> 
         What `work` does of all rows. Rows that do not come out even, or that a caller has shared
         out already, are not shared out.
     """
-    devices = sharers()
+    devices = data_parallel_size()
     if devices == 1 or jax.tree.leaves(rows)[0].shape[1] % devices:
         return work(rows, whole)
 
@@ -282,7 +284,7 @@ def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> 
     return shared_out(rows, whole)
 
 
-def vary_alike(tree: T) -> T:
+def align_varying(tree: T) -> T:
     """Arrays that all differ between the same devices, as what a loop carries has to: it begins as it ends.
 
     The gradient of what was the same on all devices is summed over them, once. Nothing is
@@ -292,7 +294,7 @@ def vary_alike(tree: T) -> T:
         tree: of arrays, which are computed with one another.
 
     Example:
-        >>> vary_alike((jax.numpy.ones(2), None))
+        >>> align_varying((jax.numpy.ones(2), None))
         (Array([1., 1.], dtype=float32), None)
     """
     axes: frozenset[str] = frozenset().union(*map(_varying, jax.tree.leaves(tree)))

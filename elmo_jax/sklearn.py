@@ -162,7 +162,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         ids = [vocabulary.ids(sentence) for sentence in sentences]
         offsets = np.cumsum([0, *map(len, ids)])
         documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
-        stream = BatchStream(documents, int(self.batch_size), seed, steps_per_dispatch=8)
+        stream = BatchStream(documents, int(self.batch_size), seed, steps_per_call=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
         steps = int(self.epochs) * stream.steps_per_epoch
         task, optimizer = bilm_training(model, OptimizerConfig(), steps, int(self.negatives))

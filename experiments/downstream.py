@@ -17,7 +17,7 @@ from elmo_jax.models.classifier import BiLSTMClassifier, ClassifierConfig, class
 from elmo_jax.models.combiners import READS, CombinerConfig
 from elmo_jax.models.lstm import LSTM, Kernel
 from elmo_jax.ops.metrics import classification
-from elmo_jax.parallel import Plan, led, make_mesh, together
+from elmo_jax.parallel import Plan, make_mesh, run_on_first, together
 from elmo_jax.storage.files import tree_digest
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import fit
@@ -50,7 +50,7 @@ class DownstreamConfig:
     """Passes over the training part."""
     seed: int = 0
     """Of parameters, order and dropout."""
-    steps_per_dispatch: int = 8
+    steps_per_call: int = 8
     """Steps run by one call of the device, no more than 8."""
     kernel: Kernel = "auto"
     """What runs the LSTM layers, the language model's too; see experiments.pretrain."""
@@ -108,7 +108,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
         **source.about,
     )
     train = BatchStream(
-        source.data.train, config.batch_size, config.seed, steps_per_dispatch=config.steps_per_dispatch
+        source.data.train, config.batch_size, config.seed, steps_per_call=config.steps_per_call
     )
     data = source.data
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
@@ -126,7 +126,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
-    led(conclude)
+    run_on_first(conclude)
     run.close()  # only now may another command write here
     return results
 
@@ -188,9 +188,7 @@ def _train(
 
 def _by_length(documents: Documents, train: BatchStream) -> BatchStream:
     """Documents to measure on, in shapes like those of training."""
-    return BatchStream(
-        documents, train.batch_size, bounds=train.bounds, steps_per_dispatch=train.steps_per_dispatch
-    )
+    return BatchStream(documents, train.batch_size, bounds=train.bounds, steps_per_call=train.steps_per_call)
 
 
 def _measure(

@@ -15,7 +15,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.models.combiners import CombinerConfig, Mix, make_combiner
 from elmo_jax.storage.files import read_config, structure, tree_digest
 from elmo_jax.training.checkpoint import RESULTS, Run, check_kinds
-from elmo_jax.training.loop import Meter
+from elmo_jax.training.loop import ProgressBar
 from experiments.common import cli
 from experiments.common.features import SourceConfig, official
 
@@ -56,7 +56,7 @@ def embed(config: EmbedConfig) -> None:
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.begin(config.resume, config.overwrite)
     cli.begun()
-    with Meter(dump.tokens, "token", scale=True) as meter:
+    with ProgressBar(dump.tokens, "token", scale=True) as meter:
         dump.write(meter.add)
     cli.say(f"written to {config.out}")
 

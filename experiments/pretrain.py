@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.data.batching import BatchStream, Dispatch, Stream
+from elmo_jax.data.batching import BatchStream, StepChunk, Stream
 from elmo_jax.data.csv_dataset import DataConfig
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, BiLMConfig, lstm_layer, zero_state
 from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.models.lstm import Kernel
 from elmo_jax.ops.metrics import perplexities
-from elmo_jax.parallel import Plan, feed, led, make_mesh, mesh_of, together
+from elmo_jax.parallel import Plan, feed, find_mesh, make_mesh, run_on_first, together
 from elmo_jax.training.checkpoint import VOCABULARY
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_sums, bilm_tables, bilm_training, init_params
@@ -33,10 +33,10 @@ from elmo_jax.training.step import (
     Optimizer,
     OptimizerConfig,
     TrainState,
+    compile_steps,
     evaluate,
-    make_dispatch,
-    shapes_of,
-    takes_all,
+    runs_all_steps,
+    shape_key,
     train_step,
 )
 from experiments.common import cli, plots
@@ -64,9 +64,9 @@ def estimate(
     """
     key = jax.random.key(seed)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    dispatches = list(itertools.islice(feed(stream, 0, stream.steps_per_epoch, mesh_of(state)), TIMED))
+    chunks = list(itertools.islice(feed(stream, 0, stream.steps_per_epoch, find_mesh(state)), TIMED))
     shapes = jax.eval_shape(lambda: state)
-    ran, words, seconds = _time(state, loss_fn, optimizer, dispatches, key)
+    ran, words, seconds = _time(state, loss_fn, optimizer, chunks, key)
     flops = _flops(shapes, loss_fn, optimizer, ran, key)
     count = sum(part.count for part in ran)
     peak = cli.peak_memory()
@@ -85,26 +85,26 @@ def estimate(
 
 
 def _time(
-    state: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
-) -> tuple[list[Dispatch], float, float]:
+    state: TrainState, loss_fn: LossFn, optimizer: Optimizer, chunks: list[StepChunk], key: jax.Array
+) -> tuple[list[StepChunk], float, float]:
     """What was run of these dispatches, each compiled before, in how many words and seconds."""
-    run = make_dispatch(loss_fn, optimizer, state)
+    run = compile_steps(loss_fn, optimizer, state)
     compiled: set[Any] = set()
-    ran: list[Dispatch] = []
+    ran: list[StepChunk] = []
     words, seconds = 0.0, 0.0
-    for batches, count in dispatches:
-        shape = shapes_of(batches)
+    for batches, count in chunks:
+        shape = shape_key(batches)
         if shape not in compiled:
             state, _ = run(state, batches, 1, key)
             compiled.add(shape)
         jax.block_until_ready(state)
         # One step first, which says how many there is time for.
         steps = min(count, 1 + int(_ENOUGH * sum(part.count for part in ran) / seconds)) if ran else 1
-        steps = count if takes_all() else steps
+        steps = count if runs_all_steps() else steps
         began = time.perf_counter()
         state, sums = jax.block_until_ready(run(state, batches, steps, key))
         seconds += time.perf_counter() - began
-        ran.append(Dispatch(batches, steps))
+        ran.append(StepChunk(batches, steps))
         words += float(np.sum(sums["words"]))
         if seconds > _ENOUGH:
             break
@@ -112,12 +112,12 @@ def _time(
 
 
 def _flops(
-    shapes: TrainState, loss_fn: LossFn, optimizer: Optimizer, dispatches: list[Dispatch], key: jax.Array
+    shapes: TrainState, loss_fn: LossFn, optimizer: Optimizer, chunks: list[StepChunk], key: jax.Array
 ) -> float:
     """Of the matrix products of all these steps; only the shapes of the state are read."""
     total, of_shape = 0.0, {}
-    for batches, count in dispatches:
-        shape = shapes_of(batches)
+    for batches, count in chunks:
+        shape = shape_key(batches)
         if shape not in of_shape:
             batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
             step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)
@@ -191,7 +191,7 @@ class PretrainConfig:
     """Of parameters, order and dropout."""
     save_every: int = 1000
     """Steps between saves within an epoch."""
-    steps_per_dispatch: int = 8
+    steps_per_call: int = 8
     """Steps run by one call of the device; no more than 8 where a document is a row."""
     kernel: Kernel = "auto"
     """What runs the LSTM layers: on CUDA one kernel for all steps where it can, else the fast scan; or
@@ -284,13 +284,13 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     mesh = make_mesh(config.batch_size, config.model_parallel)
     kernel = lstm_layer(config.model, config.kernel).choose()  # before all that takes long
     portion = _portion(config) if config.dry_run else None
-    spelled = config.model.input == "characters"
-    data = together(lambda: load_texts(config.data, config.corpus, spelled, portion))
+    with_characters = config.model.input == "characters"
+    data = together(lambda: load_texts(config.data, config.corpus, with_characters, portion))
     model = BiLM(config.model, len(data.vocabulary), config.kernel)
-    train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_dispatch)
+    train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_call)
     bounds = train.bounds if isinstance(train, BatchStream) else None
     held_out = BatchStream(
-        data.held_out, config.batch_size, bounds=bounds, steps_per_dispatch=config.steps_per_dispatch
+        data.held_out, config.batch_size, bounds=bounds, steps_per_call=config.steps_per_call
     )
     if data.share < 1:
         cli.say(f"estimated from the first {data.share:.2%} of the corpus:")
@@ -333,7 +333,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
             on_record=on_record,
             save_every=config.save_every,
         )
-    led(lambda: _conclude(records, train, run.path))
+    run_on_first(lambda: _conclude(records, train, run.path))
     run.close()
     return records
 
@@ -351,7 +351,7 @@ def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
 
 def _portion(config: PretrainConfig) -> int:
     """Tokens enough for the steps that a dry run times; more, so that its buckets are not much fewer."""
-    rows = TIMED * config.steps_per_dispatch * config.batch_size
+    rows = TIMED * config.steps_per_call * config.batch_size
     length = config.corpus.unroll if config.corpus.batching == "contiguous" else _SENTENCE
     return max(PORTION, rows * (length + 1))
 

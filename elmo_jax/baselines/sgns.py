@@ -19,9 +19,9 @@ import optax
 from flax import struct
 from jax import Array
 
-from elmo_jax.data.batching import ALL, Dispatch, Documents
+from elmo_jax.data.batching import ALL, Documents, StepChunk
 from elmo_jax.data.text import UNK
-from elmo_jax.training.optimizers import RowSGD
+from elmo_jax.training.optimizers import RowSparseSGD
 
 SPAN = 32  # T: wider spans make products of which less is used, narrower ones share less
 SHARED = 32  # S
@@ -70,7 +70,7 @@ class SpanStream:
         config: of the thinning.
         seed: of the order and the draws.
         spans: G.
-        steps_per_dispatch: K.
+        steps_per_call: K.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class SpanStream:
         config: SGNSConfig,
         seed: int,
         spans: int = 32,
-        steps_per_dispatch: int = 32,
+        steps_per_call: int = 32,
     ):
         self.documents, self._reach, self.seed, self.batch_size = documents, window, seed, spans
         self.window = min(window, max(1, int(documents.lengths.max()) - 1))
-        self.steps_per_dispatch = steps_per_dispatch
+        self.steps_per_call = steps_per_call
         counts = np.bincount(documents.ids, minlength=size).astype(np.float64)
         with np.errstate(over="ignore"):
             share = np.minimum(counts / counts.sum() / config.subsample, 1e300)
@@ -132,9 +132,9 @@ class SpanStream:
         """None: a span goes from one document into the next."""
         return np.zeros(0, np.int64)
 
-    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
-        """See `elmo_jax.data.batching.Stream.dispatches`."""
-        step, k = first, self.steps_per_dispatch
+    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
+        """See `elmo_jax.data.batching.Stream.chunks`."""
+        step, k = first, self.steps_per_call
         while step < last:
             epoch, start = divmod(step, self.steps_per_epoch)
             end = min(self.steps_per_epoch, start + last - step)
@@ -143,7 +143,7 @@ class SpanStream:
                 # The last dispatch of an epoch is filled up with steps that are never run.
                 rows = np.minimum(np.arange(begin, begin + k), end - 1)
                 count = min(k, end - begin)
-                yield Dispatch(jax.tree.map(lambda a, rows=rows: a[rows, part], spans), count)
+                yield StepChunk(jax.tree.map(lambda a, rows=rows: a[rows, part], spans), count)
             step += end - start
 
 
@@ -191,10 +191,10 @@ def sgns_loss(config: SGNSConfig):
     return loss
 
 
-def sgns_optimizer(config: SGNSConfig, window: int, steps: int) -> RowSGD:
+def sgns_optimizer(config: SGNSConfig, window: int, steps: int) -> RowSparseSGD:
     """Stochastic gradient descent on the rows that a batch touches, its rate falling to 0.
 
     A place stands for up to window + 1 pairs in the mean, and a pair for 1 + negatives moves.
     """
     places = _MOST / (config.rate * (window + 1) * (1 + config.negatives))
-    return RowSGD(optax.linear_schedule(config.rate, 0.0, steps), sgns_rows, places)
+    return RowSparseSGD(optax.linear_schedule(config.rate, 0.0, steps), sgns_rows, places)

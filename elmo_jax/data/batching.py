@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from flax import struct
 
-from elmo_jax.data.characters import Distinct, distinct
+from elmo_jax.data.characters import UniqueWords, unique_words
 from elmo_jax.data.text import BOS, EOS, PAD, UNK
 
 ROUND = 4  # bounds are multiples of it, the longest too
@@ -102,7 +102,7 @@ class Batch:
         labels: ``[B]`` int32 classes, or None.
         weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
         chars: ``[B, T, C]`` int32 character ids, 0 beyond the length, or None.
-        distinct: a `Distinct` of just these words, so that each is spelled once; or None.
+        distinct: a `UniqueWords` of just these words, so that each is spelled once; or None.
 
     Example:
         >>> batch = Batch.of([[7, 8], [9]])
@@ -115,7 +115,7 @@ class Batch:
     labels: Any
     weight: Any
     chars: Any = None
-    distinct: Any = None
+    unique_words: Any = None
     ROWS: ClassVar[int] = 0  # the axis of B
 
     @classmethod
@@ -200,21 +200,21 @@ class Documents:
         ids[..., 0] = np.where(real, BOS, PAD)
         ids[(t == n - 1) & (n > 0)] = EOS
         labels = np.where(real, self.labels[rows], 0).astype(np.int32)
-        spelled = self.spell(ids, 2 if once else None)
-        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), *spelled)
+        with_characters = self.spell(ids, 2 if once else None)
+        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), *with_characters)
 
     def as_classes(self, ids: np.ndarray) -> np.ndarray:
         """Token ids as classes, int32."""
         return ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
 
-    def spell(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, Distinct | None]:
+    def spell(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, UniqueWords | None]:
         """Token ids as characters ``[..., C]`` or None; and which words of a step of so many axes differ."""
         if self.spellings is None:
             return None, None
-        return self.spellings[ids], None if axes is None else distinct(ids, axes)
+        return self.spellings[ids], None if axes is None else unique_words(ids, axes)
 
 
-class Dispatch(NamedTuple):
+class StepChunk(NamedTuple):
     """Up to K batches of one shape: leaves ``[K, ...]``, of which the first `count` are to run."""
 
     batches: Any  # a Batch, or what else a task reads
@@ -227,7 +227,7 @@ class Stream(Protocol):
     batch_size: int
     steps_per_epoch: int
 
-    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
+    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
         """The batches of steps `first` up to but not including `last`, counted from the first epoch.
 
         Of their rows those of `part` alone, without reading others.
@@ -260,12 +260,12 @@ class BatchStream:
         seed: of the order; None keeps the documents by length, for evaluation.
         bounds: of the buckets; by `bucket_bounds` if None. Documents longer than the last
             get one more bucket.
-        steps_per_dispatch: K, of which no more than eight are taken; it does not change the order.
+        steps_per_call: K, of which no more than eight are taken; it does not change the order.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))
         >>> stream = BatchStream(docs, batch_size=2)
-        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.dispatches(0, 1)]
+        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.chunks(0, 1)]
         (1, [(1, 2, 12)])
     """
 
@@ -275,14 +275,14 @@ class BatchStream:
         batch_size: int,
         seed: int | None = None,
         bounds: tuple[int, ...] | None = None,
-        steps_per_dispatch: int = 1,
+        steps_per_call: int = 1,
     ):
         steps = documents.lengths + 2
         bounds = bounds or bucket_bounds(steps, batch_size)
         if steps.max() > bounds[-1]:
             bounds = (*bounds, -(-int(steps.max()) // ROUND) * ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed
-        self.bounds, self.steps_per_dispatch = bounds, min(steps_per_dispatch, _GROUP)
+        self.bounds, self.steps_per_call = bounds, min(steps_per_call, _GROUP)
         bucket = np.searchsorted(np.array(bounds), steps)
         by_length = np.argsort(steps, kind="stable")
         self._buckets = [by_length[bucket[by_length] == i] for i in range(len(bounds))]
@@ -301,8 +301,8 @@ class BatchStream:
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
         if self.documents.spellings is not None:
-            looked = self.dispatches(0, min(_LOOKED, self.steps_per_epoch))
-            shaped = {(b.words.shape, b.distinct and b.distinct.first.shape): b for b, _ in looked}
+            looked = self.chunks(0, min(_LOOKED, self.steps_per_epoch))
+            shaped = {(b.words.shape, b.unique_words and b.unique_words.first.shape): b for b, _ in looked}
             return list(shaped.values())
         buckets = zip(self.bounds, self._buckets, self._batches, strict=True)
         return [self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows, n in buckets if n]
@@ -330,8 +330,8 @@ class BatchStream:
         epoch, place = divmod(step, self.steps_per_epoch)
         return [rows for _, batches in self._epoch(epoch) for rows in batches][place]
 
-    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
-        """See `Stream.dispatches`."""
+    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
+        """See `Stream.chunks`."""
         step = first
         while step < last:
             epoch, start = divmod(step, self.steps_per_epoch)
@@ -340,19 +340,19 @@ class BatchStream:
                 skip, position = step - position, position + len(batches)
                 if position <= step:
                     continue
-                wanted = batches[skip : skip + last - step]
-                for i in range(0, len(wanted), self.steps_per_dispatch):
-                    yield self._stack(wanted[i : i + self.steps_per_dispatch], bound, part)
-                step += len(wanted)
+                enabled = batches[skip : skip + last - step]
+                for i in range(0, len(enabled), self.steps_per_call):
+                    yield self._stack(enabled[i : i + self.steps_per_call], bound, part)
+                step += len(enabled)
                 if step >= last:
                     return
 
-    def _stack(self, batches: list[np.ndarray], bound: int, part: slice) -> Dispatch:
-        rows = np.full((self.steps_per_dispatch, self.batch_size), -1)  # [K, B]
+    def _stack(self, batches: list[np.ndarray], bound: int, part: slice) -> StepChunk:
+        rows = np.full((self.steps_per_call, self.batch_size), -1)  # [K, B]
         for k, batch in enumerate(batches):
             rows[k, : len(batch)] = batch
         rows[len(batches) :] = rows[0]  # never run, see Dispatch
-        return Dispatch(self.documents.batch(rows[:, part], bound, once=part == ALL), len(batches))
+        return StepChunk(self.documents.batch(rows[:, part], bound, once=part == ALL), len(batches))
 
 
 @struct.dataclass
@@ -365,13 +365,13 @@ class Window:
         weight: ``[D, B, U]`` float32: 1 where the next token is to be predicted, 0 from a
             sentence's last mark to the next one's first.
         chars: ``[D, B, U, C]`` int32 of all but the last token, or None.
-        distinct: a `Distinct` of just these words, so that each is spelled once; or None.
+        distinct: a `UniqueWords` of just these words, so that each is spelled once; or None.
     """
 
     words: Any
     weight: Any
     chars: Any = None
-    distinct: Any = None
+    unique_words: Any = None
     ROWS: ClassVar[int] = 1  # the axis of B
 
 
@@ -385,20 +385,20 @@ class ContiguousStream:
         batch_size: B.
         unroll: U.
         seed: of the order of sentences.
-        steps_per_dispatch: K.
+        steps_per_call: K.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
         >>> stream = ContiguousStream(docs, batch_size=2, unroll=3, seed=0)
-        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.dispatches(0, 2)]
+        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.chunks(0, 2)]
         (2, [(1, 2, 2, 4), (1, 2, 2, 4)])
     """
 
     def __init__(
-        self, documents: Documents, batch_size: int, unroll: int, seed: int, steps_per_dispatch: int = 1
+        self, documents: Documents, batch_size: int, unroll: int, seed: int, steps_per_call: int = 1
     ):
         self.documents, self.batch_size, self.unroll = documents, batch_size, unroll
-        self.seed, self.steps_per_dispatch = seed, steps_per_dispatch
+        self.seed, self.steps_per_call = seed, steps_per_call
         total = int(documents.offsets[-1]) + 2 * len(documents)
         self.stretch = total // batch_size  # tokens a row
         self.steps_per_epoch = (self.stretch - 1) // unroll
@@ -407,15 +407,15 @@ class ContiguousStream:
         self.tokens_per_epoch = self.steps_per_epoch * unroll * batch_size
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def dispatches(self, first: int, last: int, part: slice = ALL) -> Iterator[Dispatch]:
-        """See `elmo_jax.data.batching.Stream.dispatches`."""
+    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
+        """See `elmo_jax.data.batching.Stream.chunks`."""
         step = first
         while step < last:
             left = self.steps_per_epoch - step % self.steps_per_epoch
-            count = min(self.steps_per_dispatch, left, last - step)
+            count = min(self.steps_per_call, left, last - step)
             made = [self._ids(step + i, part) for i in range(count)]
-            made += [made[0]] * (self.steps_per_dispatch - count)  # never run, see Dispatch
-            yield Dispatch(self._read(part, *map(np.stack, zip(*made, strict=True))), count)
+            made += [made[0]] * (self.steps_per_call - count)  # never run, see Dispatch
+            yield StepChunk(self._read(part, *map(np.stack, zip(*made, strict=True))), count)
             step += count
 
     def shapes(self) -> list[Any]:
@@ -441,8 +441,8 @@ class ContiguousStream:
 
     def _read(self, part: slice, ids: np.ndarray, weight: np.ndarray) -> Window:
         """Windows of token ids ``[..., D, B, U + 1]``, all rows of a step or this part."""
-        spelled = self.documents.spell(ids[..., :-1], 3 if part == ALL else None)
-        return Window(self.documents.as_classes(ids), weight, *spelled)
+        with_characters = self.documents.spell(ids[..., :-1], 3 if part == ALL else None)
+        return Window(self.documents.as_classes(ids), weight, *with_characters)
 
     def _ids(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Token ids ``[D, B, U + 1]`` and weights of a step's window."""

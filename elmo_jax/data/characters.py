@@ -19,7 +19,7 @@ SPELLED = 128
 _MORE = 4  # times as many where beginning a product takes longer than a small one
 
 
-class Distinct(NamedTuple):
+class UniqueWords(NamedTuple):
     """The words of a step that differ, each of which is to be spelled once; a JAX pytree.
 
     It is of just these words in this order: who takes some rows of a batch, or changes characters,
@@ -35,7 +35,7 @@ class Distinct(NamedTuple):
     place: Any
 
 
-def distinct(ids: np.ndarray, axes: int) -> Distinct | None:
+def unique_words(ids: np.ndarray, axes: int) -> UniqueWords | None:
     """The words that differ, step by step; None of steps too short for it to be worth while.
 
     Args:
@@ -47,7 +47,7 @@ def distinct(ids: np.ndarray, axes: int) -> Distinct | None:
         program to compile; S is `SPELLED`, or more on an accelerator.
 
     Example:
-        >>> found = distinct(np.arange(2000).reshape(2, 1000) % 7, axes=2)
+        >>> found = unique_words(np.arange(2000).reshape(2, 1000) % 7, axes=2)
         >>> found.first[0, :8].tolist(), found.place[0, :9].tolist()
         ([0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 0, 1])
     """
@@ -64,10 +64,10 @@ def distinct(ids: np.ndarray, axes: int) -> Distinct | None:
     for row, (_, found, _) in zip(first, made, strict=True):
         row[: len(found)] = found
     place = np.array([which for _, _, which in made], np.int32)
-    return Distinct(first.reshape(*leading, groups, size), place.reshape(ids.shape))
+    return UniqueWords(first.reshape(*leading, groups, size), place.reshape(ids.shape))
 
 
-def spelling_table(tokens: Sequence[str]) -> np.ndarray:
+def character_id_table(tokens: Sequence[str]) -> np.ndarray:
     """Character ids ``[V, C]`` of a vocabulary, the first of which is padding: a row of zeros."""
     ids = character_ids(tokens)
     ids[0] = 0
@@ -96,14 +96,14 @@ def character_ids(words: Sequence[str], multiple: int | None = None) -> np.ndarr
         (1, 16)
     """
     limit = CHARACTERS - 2
-    spelled = [b"?" if word in _MARKERS else word.encode("utf-8", "ignore")[:limit] for word in words]
-    lengths = np.fromiter(map(len, spelled), np.int64, len(words))
+    with_characters = [b"?" if word in _MARKERS else word.encode("utf-8", "ignore")[:limit] for word in words]
+    lengths = np.fromiter(map(len, with_characters), np.int64, len(words))
     ids = np.full((len(words), CHARACTERS), _PAD + 1, np.int32)
     ids[:, 0] = _BEGIN + 1
     rows = np.repeat(np.arange(len(words)), lengths)
     starts = np.cumsum(lengths) - lengths
     columns = 1 + np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    ids[rows, columns] = np.frombuffer(b"".join(spelled), np.uint8).astype(np.int32) + 1
+    ids[rows, columns] = np.frombuffer(b"".join(with_characters), np.uint8).astype(np.int32) + 1
     ids[np.arange(len(words)), lengths + 1] = _END + 1
     for i, word in enumerate(words):
         if word in _MARKERS:

@@ -23,7 +23,7 @@ import pooch
 from filelock import FileLock
 
 from elmo_jax.data.batching import Documents
-from elmo_jax.data.characters import spelling_table
+from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.text import UNK, Vocabulary, decode
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import write_atomically
@@ -110,7 +110,9 @@ def _read_counts(path: Path) -> dict[str, int] | None:
     return {word: int(n) for n, word in pairs}
 
 
-def read_portion(pattern: str, vocabulary: Vocabulary, spelled: bool, tokens: int) -> tuple[Documents, float]:
+def read_portion(
+    pattern: str, vocabulary: Vocabulary, with_characters: bool, tokens: int
+) -> tuple[Documents, float]:
     """The first sentences of a corpus, about that many tokens, in memory; nothing is written.
 
     Returns:
@@ -135,13 +137,13 @@ def read_portion(pattern: str, vocabulary: Vocabulary, spelled: bool, tokens: in
         raise InputError(f"{shards[0]}: the corpus holds no sentence; give a text with some")
     made = np.asarray(ids, np.int32), np.asarray(offsets, np.int64)
     share = sum(read) / corpus_bytes(pattern)
-    return _documents(*made, vocabulary, unknown if spelled else None), share
+    return _documents(*made, vocabulary, unknown if with_characters else None), share
 
 
 def load_corpus(
     pattern: str,
     vocabulary: Vocabulary,
-    spelled: bool = False,
+    with_characters: bool = False,
     on_bytes: OnBytes = _ignore,
     folder: Path | None = None,
 ) -> Documents:
@@ -175,14 +177,14 @@ def load_corpus(
         raise InputError(f"{store}: is damaged; remove that folder, and it is made anew")
     ids = np.memmap(store / "ids", np.int32, "r")
     offsets = np.memmap(store / "offsets", np.int64, "r")
-    return _documents(ids, offsets, vocabulary, unknown if spelled else None)
+    return _documents(ids, offsets, vocabulary, unknown if with_characters else None)
 
 
 def _documents(
     ids: np.ndarray, offsets: np.ndarray, vocabulary: Vocabulary, unknown: Iterable[str] | None
 ) -> Documents:
     """Documents without classes; they bring spellings if the unknown words are given."""
-    spellings = None if unknown is None else spelling_table([*vocabulary.tokens, *unknown])
+    spellings = None if unknown is None else character_id_table([*vocabulary.tokens, *unknown])
     labels = np.broadcast_to(np.int32(0), len(offsets) - 1)
     return Documents(ids, offsets, labels, spellings, len(vocabulary))
 

@@ -27,7 +27,7 @@ import numpy as np
 import pooch
 
 from elmo_jax.data.batching import Documents
-from elmo_jax.data.characters import spelling_table
+from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
 from elmo_jax.data.text import UNK, Vocabulary, decode, read_text, tokenize
 from elmo_jax.errors import InputError
@@ -281,7 +281,7 @@ class Dataset:
 
 
 def load_dataset(
-    config: DataConfig, vocabulary: Vocabulary | None = None, spelled: bool = False, keep: bool = True
+    config: DataConfig, vocabulary: Vocabulary | None = None, with_characters: bool = False, keep: bool = True
 ) -> Dataset:
     """Read, clean, tokenise, split and number a data set.
 
@@ -309,13 +309,13 @@ def load_dataset(
     kept, held_out = _split(train, train_labels, config)
     if vocabulary is None:
         vocabulary = _vocabulary(train, kept, config)
-    documents = _documents(train, train_labels, vocabulary, spelled)
+    documents = _documents(train, train_labels, vocabulary, with_characters)
     return Dataset(
         classes,
         vocabulary,
         documents.take(kept),
         documents.take(held_out),
-        _documents(test, test_labels, vocabulary, spelled),
+        _documents(test, test_labels, vocabulary, with_characters),
     )
 
 
@@ -447,12 +447,12 @@ def _vocabulary(train: Rows, kept: np.ndarray, config: DataConfig) -> Vocabulary
     return Vocabulary.from_counts(by_token, config.min_count, config.max_vocab)
 
 
-def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary, spelled: bool) -> Documents:
+def _documents(rows: Rows, labels: np.ndarray, vocabulary: Vocabulary, with_characters: bool) -> Documents:
     ids = vocabulary.ids(rows.types)
-    if not spelled:
+    if not with_characters:
         return Documents(ids[rows.codes], rows.offsets, labels)
     # What is no class of its own is still read by its own characters.
     unknown = np.flatnonzero(ids == UNK)
     ids[unknown] = len(vocabulary) + np.arange(len(unknown), dtype=ids.dtype)
-    spellings = spelling_table([*vocabulary.tokens, *(rows.types[i] for i in unknown)])
+    spellings = character_id_table([*vocabulary.tokens, *(rows.types[i] for i in unknown)])
     return Documents(ids[rows.codes], rows.offsets, labels, spellings, len(vocabulary))

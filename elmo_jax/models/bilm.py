@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.data.batching import DIRECTIONS, Batch, Window
-from elmo_jax.data.characters import Distinct
+from elmo_jax.data.characters import UniqueWords
 from elmo_jax.models.embedders import CharCNN, CharCNNConfig, WordEmbedder
-from elmo_jax.models.lstm import LSTM, Kernel, both_ways, side_by_side, token_mask
+from elmo_jax.models.lstm import LSTM, Kernel, join_directions, stack_directions, token_mask
 from elmo_jax.ops.lstm import Clips, State
 from elmo_jax.ops.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.parallel import by_rows
@@ -121,7 +121,7 @@ class BiLM(nn.Module):
         """
         outputs, state = self.contextualize(self.read(batch), batch.lengths, state, train)
         both = jnp.stack([h.astype(outputs[-1].dtype) for h in outputs])  # [L, D, B, T, P]
-        states = jax.vmap(side_by_side, in_axes=(0, None))(both, batch.lengths)
+        states = jax.vmap(join_directions, in_axes=(0, None))(both, batch.lengths)
         mask = token_mask(batch.lengths, states.shape[2])[None, :, :, None]
         return jnp.where(mask, states.astype(jnp.float32), 0), state
 
@@ -129,34 +129,34 @@ class BiLM(nn.Module):
         """Word ids ``[...]`` or character ids ``[..., C]`` to token vectors ``[..., E]``."""
         return self.embedder(tokens)
 
-    def read(self, batch: Batch, awaited: bool = False) -> Array:
-        """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.awaited`."""
+    def read(self, batch: Batch, deferred: bool = False) -> Array:
+        """Token vectors ``[D, B, T, E]``, as each direction reads them; see `WordEmbedder.deferred`."""
         if self.config.input == "words":
-            vectors = self._embed(jnp.asarray(batch.words), awaited)
+            vectors = self._embed(jnp.asarray(batch.words), deferred)
         else:
-            vectors = self._spell(jnp.asarray(batch.chars), batch.distinct)
-        return both_ways(vectors, jnp.asarray(batch.lengths))
+            vectors = self._spell(jnp.asarray(batch.chars), batch.unique_words)
+        return stack_directions(vectors, jnp.asarray(batch.lengths))
 
-    def _embed(self, words: Array, awaited: bool) -> Array:
-        return self.embedder.awaited(words) if awaited else self.embedder(words)
+    def _embed(self, words: Array, deferred: bool) -> Array:
+        return self.embedder.deferred(words) if deferred else self.embedder(words)
 
-    def _spell(self, chars: Array, distinct: Distinct | None) -> Array:
+    def _spell(self, chars: Array, unique_words: UniqueWords | None) -> Array:
         """Character ids ``[..., C]`` to token vectors ``[..., E]``, words known to differ spelled once."""
-        if distinct is None:
+        if unique_words is None:
             return self.embedder(chars)
-        if distinct.place.shape != chars.shape[:-1]:
-            raise ValueError("a batch's `distinct` is of other words; put None in its place")
+        if unique_words.place.shape != chars.shape[:-1]:
+            raise ValueError("a batch's `unique_words` is of other words; put None in its place")
         # A group at a time, so that no bit depends on how many groups there are; see `characters.SPELLED`.
         spell = nn.scan(
             lambda embedder, carry, words: (carry, embedder(words)),
             variable_broadcast="params",
             split_rngs={"params": False},
         )
-        vectors = spell(self.embedder, (), chars.reshape(-1, chars.shape[-1])[distinct.first])[1]
+        vectors = spell(self.embedder, (), chars.reshape(-1, chars.shape[-1])[unique_words.first])[1]
         vectors = vectors.reshape(-1, vectors.shape[-1])
         # The gradients of a frequent word's places are many: no sum for bfloat16.
         sums = np.promote_types(vectors.dtype, np.float32)
-        return vectors.astype(sums)[distinct.place].astype(vectors.dtype)
+        return vectors.astype(sums)[unique_words.place].astype(vectors.dtype)
 
     def contextualize(
         self, x: Array, lengths: Array, state: tuple[State, ...] | None = None, train: bool = False
@@ -195,10 +195,10 @@ class BiLM(nn.Module):
             ``nll_forward``, ``nll_backward``, ``tokens`` predicted a direction, and
             ``words`` of the documents.
         """
-        x = self.read(batch, awaited=negatives is None)
+        x = self.read(batch, deferred=negatives is None)
         outputs, _ = self.contextualize(x, batch.lengths, None, train)
         h = self.drop(outputs[-1], deterministic=not train)[:, :, :-1]  # [D, B, T - 1, P]
-        targets = both_ways(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
+        targets = stack_directions(jnp.asarray(batch.words), jnp.asarray(batch.lengths))[:, :, 1:]
         weight = token_mask(batch.lengths - 1, h.shape[2])[None].astype(jnp.float32)
         weight = jnp.broadcast_to(weight, targets.shape)
         sums = self._sums(h, targets, weight, negatives)
@@ -218,9 +218,9 @@ class BiLM(nn.Module):
             As `nll` but for ``words``, and the ``state`` after the window, through which no gradient flows.
         """
         if self.config.input == "words":
-            x = self._embed(window.words[:, :, :-1], awaited=negatives is None)
-        elif window.distinct is not None:
-            x = self._spell(jnp.asarray(window.chars), window.distinct)
+            x = self._embed(window.words[:, :, :-1], deferred=negatives is None)
+        elif window.unique_words is not None:
+            x = self._spell(jnp.asarray(window.chars), window.unique_words)
         else:  # rows first: laid end to end, the tokens of a device's rows must be neighbours
             x = self.token_vectors(window.chars.swapaxes(0, 1)).swapaxes(0, 1)
         _, rows, steps, _ = x.shape

@@ -16,7 +16,7 @@ from jax import Array
 from elmo_jax.data.batching import Batch
 from elmo_jax.data.characters import character_ids
 from elmo_jax.data.text import SPECIAL, UNK
-from elmo_jax.models.lstm import LSTM, Kernel, both_ways, side_by_side, token_mask
+from elmo_jax.models.lstm import LSTM, Kernel, join_directions, stack_directions, token_mask
 from elmo_jax.ops.metrics import confusion_matrix
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
@@ -73,8 +73,8 @@ class BiLSTMClassifier(nn.Module):
         x = nn.LayerNorm(name="norm")(x)  # features come in any scale; an LSTM wants one near 1
         for i in range(c.classifier_layers):
             x = drop_steps(x)
-            h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(both_ways(x, lengths), lengths)
-            x = side_by_side(h, lengths)  # [B, T, 2H]
+            h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(stack_directions(x, lengths), lengths)
+            x = join_directions(h, lengths)  # [B, T, 2H]
         scores = nn.Dense(1, name="attention")(x) if "attention" in c.pooling else None
         x = drop(_pool(x, lengths, c.pooling, scores))
         x = drop(nn.relu(nn.Dense(c.hidden, name="hidden")(x)))
@@ -132,7 +132,7 @@ def _hide_words(batch: Batch, key: Array, share: float) -> Batch:
     if chars is not None:
         unknown = jnp.asarray(character_ids([SPECIAL[UNK]])[0, : chars.shape[-1]])
         chars = jnp.where(hidden[..., None], unknown[None, None], chars)
-    return replace(batch, words=jnp.where(hidden, UNK, words), chars=chars, distinct=None)
+    return replace(batch, words=jnp.where(hidden, UNK, words), chars=chars, unique_words=None)
 
 
 def static_features(params: Any, batch: Batch, key: Array | None) -> Array:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.data.characters import IDS
-from elmo_jax.parallel import vary_alike
+from elmo_jax.parallel import align_varying
 
 
 class WordEmbedder(nn.Module):
@@ -46,14 +46,14 @@ class WordEmbedder(nn.Module):
         """int32 ids ``[...]`` to vectors ``[..., E]``."""
         return jnp.take(self.table, words, axis=0).astype(self.dtype)
 
-    def awaited(self, words: Array) -> Array:
+    def deferred(self, words: Array) -> Array:
         """The same for a loss of large products, whose memory the table's gradient would only take later.
 
         XLA makes the zeros that a gradient is added to, as many as the table has numbers, when it
         likes, and that is before all else. Here they wait for the vectors' gradient. Forward
         differentiation is not possible, and under `jax.vmap` each example has zeros of its own.
         """
-        return _awaited(*vary_alike((self.table, words))).astype(self.dtype)
+        return _awaited(*align_varying((self.table, words))).astype(self.dtype)
 
 
 @jax.custom_vjp

@@ -14,10 +14,10 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.errors import InputError
-from elmo_jax.ops.cudnn import obstacle as obstacle_to_cudnn, run_cudnn
-from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_step, run_fast
-from elmo_jax.ops.lstm_pallas import obstacle as obstacle_to_persistent, run_persistent
-from elmo_jax.parallel import vary_alike
+from elmo_jax.ops.cudnn import run_cudnn, unsupported_reason as cudnn_unsupported_reason
+from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_scan_vjp, lstm_step
+from elmo_jax.ops.lstm_pallas import run_persistent, unsupported_reason as pallas_unsupported_reason
+from elmo_jax.parallel import align_varying
 
 Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 
@@ -60,13 +60,13 @@ def token_mask(lengths: Array, steps: int) -> Array:
     return jnp.arange(steps)[None, :] < lengths[:, None]
 
 
-def both_ways(x: Array, lengths: Array) -> Array:
+def stack_directions(x: Array, lengths: Array) -> Array:
     """``[B, T, ...]`` to ``[D, B, T, ...]``: as it is, and from each row's end."""
     return jnp.stack([x, reverse_valid(x, lengths)])
 
 
-def side_by_side(h: Array, lengths: Array) -> Array:
-    """States ``[D, B, T, P]`` of what was read `both_ways` to ``[B, T, 2P]``, backward turned back."""
+def join_directions(h: Array, lengths: Array) -> Array:
+    """States ``[D, B, T, P]`` of what was read `stack_directions` to ``[B, T, 2P]``, backward turned back."""
     forward, backward = h
     return jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)
 
@@ -98,7 +98,7 @@ class LSTM(nn.Module):
     def choose(self) -> Kernel:
         """The kernel that runs here.
 
-        "fast" is `run_fast`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
+        "fast" is `lstm_scan_vjp`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
         `run_persistent`, "cudnn" is `run_cudnn`. "auto" is "persistent" where it can
         run the layer, else "fast". Second gradients are "fast"'s and "plain"'s alone, and
         `jax.jvp` is "plain"'s.
@@ -107,8 +107,8 @@ class LSTM(nn.Module):
             InputError: the kernel that is asked for cannot run the layer.
         """
         against = {
-            "persistent": obstacle_to_persistent(self.cells, self.projection, self.dtype),
-            "cudnn": obstacle_to_cudnn(self.projection, self.clips, self.dtype),
+            "persistent": pallas_unsupported_reason(self.cells, self.projection, self.dtype),
+            "cudnn": cudnn_unsupported_reason(self.projection, self.clips, self.dtype),
         }
         if self.kernel == "auto":
             return "fast" if against["persistent"] else "persistent"
@@ -146,7 +146,7 @@ class LSTM(nn.Module):
         if state is None:
             sums = np.promote_types(w.recurrent.dtype, np.float32)
             state = State(jnp.zeros((d, b, hidden), sums), jnp.zeros((d, b, out), sums))
-        x, lengths, state, w_x, w = vary_alike((x, lengths, state, w_x, w))
+        x, lengths, state, w_x, w = align_varying((x, lengths, state, w_x, w))
         if 0 in (b, steps):
             return jnp.zeros((d, b, steps, out), state.h.dtype), state
         if kernel == "cudnn":
@@ -156,7 +156,7 @@ class LSTM(nn.Module):
         if kernel == "persistent":
             states: Any = run_persistent(state, batched_product(x, w_x), w, self.clips)
         elif kernel == "fast":
-            states = run_fast(x, state, w_x, w, self.clips)
+            states = lstm_scan_vjp(x, state, w_x, w, self.clips)
         else:
 
             def body(_, state: State, gates: Array):

@@ -26,7 +26,7 @@ def on_cuda() -> bool:
     return "cuda" in backend.platform_version
 
 
-def obstacle(projection: int | None, clips: Clips, dtype: DTypeLike) -> str | None:
+def unsupported_reason(projection: int | None, clips: Clips, dtype: DTypeLike) -> str | None:
     """What keeps cuDNN from a layer, or None.
 
     Args:
@@ -35,7 +35,7 @@ def obstacle(projection: int | None, clips: Clips, dtype: DTypeLike) -> str | No
         dtype: of the products.
 
     Example:
-        >>> obstacle(None, Clips(), "bfloat16")
+        >>> unsupported_reason(None, Clips(), "bfloat16")
         'cuDNN here computes in float32 or TF32, not in bfloat16'
     """
     if projection is not None:

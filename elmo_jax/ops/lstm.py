@@ -438,7 +438,7 @@ def _alone() -> bool:
     return jax.device_count() == 1
 
 
-def run_fast(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> State:
+def lstm_scan_vjp(x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> State:
     """`fast_recurrence` from a layer's input, in as many parts and arranged as is fastest here.
 
     Args:

@@ -4,7 +4,7 @@ A scan on a GPU launches several small kernels a step, and waits for the launche
 for the arithmetic. Here a program is there from the first step to the last, see programs.py.
 Programs wait for each other, so all of a launch must be on the GPU at once; `_tile_rows` and
 `_most_rows` see to it. Pallas for Triton is what they are written in, which JAX 0.11 calls
-deprecated: where a later JAX has it no more, `obstacle` says so, and layers run on the scan.
+deprecated: where a later JAX has it no more, `unsupported_reason` says so, and layers run on the scan.
 
 Nouns: a *tile* is some rows, a *group* some cells; a program has one of each. *Padded* cells,
 up to a whole number of groups, have weights of zero and stay zero.
@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 
 from elmo_jax.ops.cudnn import ROUGH, on_cuda
 from elmo_jax.ops.lstm import FORGET_BIAS, GATES, Clips, Layout, State, Weights, fast_recurrence
-from elmo_jax.parallel import DATA, sharers
+from elmo_jax.parallel import DATA, data_parallel_size
 
 
 class _Program:
@@ -221,7 +221,7 @@ _MOST = 256  # cells of a layer; beyond, a group's weights do not fit into a pro
 _PIECE = 8192  # numbers of a factor of a product that a program reads at once
 
 
-def obstacle(cells: int, projection: int | None, dtype: DTypeLike) -> str | None:
+def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> str | None:
     """What keeps this kernel from a layer, or None.
 
     Args:
@@ -230,7 +230,7 @@ def obstacle(cells: int, projection: int | None, dtype: DTypeLike) -> str | None
         dtype: of the products.
 
     Example:
-        >>> obstacle(4096, 512, "bfloat16")
+        >>> unsupported_reason(4096, 512, "bfloat16")
         'the persistent kernel projects no cells, and these are projected'
     """
     if projection is not None:
@@ -286,7 +286,7 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
     Returns:
         The states after every step, c and h ``[D, B, T, H]``.
     """
-    devices = sharers()
+    devices = data_parallel_size()
     if devices == 1:
         return _own_rows(state, gates, w, clips)
     if gates.shape[1] % devices or set(jax.sharding.get_abstract_mesh().axis_types) != {AxisType.Auto}:

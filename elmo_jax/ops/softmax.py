@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from elmo_jax.parallel import vary_alike
+from elmo_jax.parallel import align_varying
 
 
 class Negatives(NamedTuple):
@@ -94,7 +94,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
     The logits are made a chunk of positions at a time and their gradient in the same pass,
     so ``[N, V]`` never exists and nothing is computed twice. The weights must not depend on
     what is trained. Programs of your own for a CPU are a tenth faster if they are compiled with
-    `dispatch.compiler_options(large=True)`, as tasks are that `train.LargeProducts` marks.
+    `dispatch.compiler_options(large=True)`, as tasks are that `train.MatmulBound` marks.
 
     Args:
         hidden: ``[N, P]``; its dtype is that of the products, sums are float32.
@@ -113,7 +113,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
         >>> round(float(total), 3)  # 3 ln 10
         6.908
     """
-    hidden, table, bias, targets, weight = vary_alike((hidden, table, bias, targets, weight))
+    hidden, table, bias, targets, weight = align_varying((hidden, table, bias, targets, weight))
     targets = targets.astype(jnp.int32)  # which counts all classes, whatever counts the targets
     if not _on_cpu():
         columns, rows = (0, -hidden.shape[-1] % _ALIGNED), (0, -len(table) % _SPLIT)
@@ -132,7 +132,7 @@ class _Candidates(NamedTuple):
 
 @jax.custom_vjp
 def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, wanted=False)[0]
+    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, enabled=False)[0]
 
 
 def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
@@ -144,7 +144,7 @@ def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tup
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
     candidates = _everything(hidden, table, bias, targets)
-    values, made = _chunked(hidden, *candidates, weight, wanted=True)
+    values, made = _chunked(hidden, *candidates, weight, enabled=True)
     dh, d_true, d_every = made
     d_table, d_bias = (every.at[targets].add(true) for every, true in zip(d_every, d_true, strict=True))
     return values, (dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
@@ -178,16 +178,16 @@ def sampled_nll(
     shift = bias - log_expected.astype(bias.dtype)
     dtype = hidden.dtype
     true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
-    return _sampled_nll(*vary_alike((hidden, true, noise, weight)))
+    return _sampled_nll(*align_varying((hidden, true, noise, weight)))
 
 
 @jax.custom_vjp
 def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    return _chunked(hidden, true, noise, weight, wanted=False)[0]
+    return _chunked(hidden, true, noise, weight, enabled=False)[0]
 
 
 def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    values, made = _chunked(hidden, true, noise, weight, wanted=True)
+    values, made = _chunked(hidden, true, noise, weight, enabled=True)
     dh, *gradients = made
     typed = [
         (d_rows.astype(of.rows.dtype), d_shift.astype(of.shift.dtype))
@@ -204,7 +204,7 @@ def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
 _sampled_nll.defvjp(_sampled_forward, _sampled_backward)
 
 
-def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, wanted: bool) -> Any:
+def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, enabled: bool) -> Any:
     """Each position's own true class among all the noise, of which that class takes no part.
 
     Args:
@@ -241,7 +241,7 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         others = exps.sum(classes)
         total = others + own_exp
         each = jnp.where(own_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - reached))
-        if not wanted:
+        if not enabled:
             return None, (each, each * w)
         d_rows, d_shift = carry
         d_reached = -others / total * w  # p - 1, however near to 1 p is
@@ -249,14 +249,14 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         dh += jnp.einsum(f"r,rp->{order}", d_reached, own.rows.astype(sums))
         return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
 
-    begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if wanted else None
+    begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if enabled else None
     d_noise, (each, weighted, *made) = jax.lax.scan(chunk, begin, parts)
 
     def joined(chunks: Array) -> Array:
         return chunks.reshape(-1, *chunks.shape[2:])[:n]
 
     values = jnp.sum(joined(weighted)), joined(each)
-    if not wanted:
+    if not enabled:
         return values, None
     dh, d_reached = made
     dh, d_reached = joined(dh.mT if order == "pr" else dh), joined(d_reached)

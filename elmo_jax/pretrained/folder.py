@@ -57,8 +57,8 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
         arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
-    wanted = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    check_kinds(arrays, wanted, str(path))
+    enabled = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    check_kinds(arrays, enabled, str(path))
     for name, a in arrays.items():
         if not np.isfinite(a).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")

@@ -36,7 +36,8 @@ _MOST_JSON = 2**24  # bytes; a configuration or manifest is never that long
 
 # Settings of a run that may change, or are compared on their own; those of them that no figure
 # hangs on; and where it reads and writes.
-PACING = {"save_every", "steps_per_dispatch"}
+_RENAMED = {"steps_per_dispatch": "steps_per_call"}  # settings of runs from before the new name
+PACING = {"save_every", "steps_per_call"}
 _FREE = {"output", "epochs", "files"} | PACING
 PLACES = {"output", "data.dataset", "data.data_dir"} | {
     f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
@@ -135,7 +136,7 @@ def _mismatch(folder: Path, files: Any, source: str) -> str | None:
     """The first of these digests that the folder's files do not have."""
     if not isinstance(files, dict) or not files:
         return f"{source} lists no files"
-    for name, wanted in files.items():
+    for name, enabled in files.items():
         path = folder / name
         if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{source} names {name!r}, which is not below it"
@@ -143,9 +144,9 @@ def _mismatch(folder: Path, files: Any, source: str) -> str | None:
             # The size first: no need to read a file that cannot be right, or has no end.
             if not path.is_file():
                 return f"{name} is missing"
-            if not isinstance(wanted, dict) or path.stat().st_size != wanted.get("size"):
+            if not isinstance(enabled, dict) or path.stat().st_size != enabled.get("size"):
                 return f"{name} is not what was saved (size)"
-            if digest(path) != wanted:
+            if digest(path) != enabled:
                 return f"{name} is not what was saved (sha256)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -186,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error}); restore it or train again") from None
     if not whole:
         raise InputError(f"{path}: is not what was saved (sha256); restore it or train again")
-    return config
+    return {_RENAMED.get(name, name): value for name, value in config.items()}
 
 
 def check_files(folder: Path) -> None:

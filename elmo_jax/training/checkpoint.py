@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import agree, first, led, together
+from elmo_jax.parallel import first, max_over_processes, run_on_first, together
 from elmo_jax.storage.files import (
     CONFIG,
     binding,
@@ -54,7 +54,7 @@ _SLOWER = "lower --learning-rate or --clip-norm"
 _ROOM = 2**24  # bytes to leave free beside a saved state, for all that is small
 
 
-class Steps:
+class StepStore:
     """The folder of a run's saved steps.
 
     Args:
@@ -66,7 +66,7 @@ class Steps:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     steps = Steps(Path(folder) / "steps")
+        ...     steps = StepStore(Path(folder) / "steps")
         ...     for step in (3, 6, 9, 12):
         ...         steps.save(step, {"w": jnp.ones(2)}, {"step": step}, {3: 1.5, 6: 0.5})
         ...     steps.close()
@@ -124,7 +124,7 @@ class Steps:
                 f"{self.path}: step {step} holds numbers that are not finite, and is not saved; "
                 f"{self.remedy or _SLOWER}"
             )
-        led(lambda: self._begin(step, state, position))
+        run_on_first(lambda: self._begin(step, state, position))
         with self._reported(step):
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
             with _quiet():
@@ -264,7 +264,7 @@ class Steps:
                 self._saver.close()
 
 
-def check_kinds(saved: Any, wanted: Any, source: str) -> None:
+def check_kinds(saved: Any, enabled: Any, source: str) -> None:
     """Every array of the one there in the other, of the same shape and dtype, and no other.
 
     Raises:
@@ -280,7 +280,7 @@ def check_kinds(saved: Any, wanted: Any, source: str) -> None:
             name: f"{leaf.dtype} {list(leaf.shape)}"
             for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()
         }
-        for tree in (saved, wanted)
+        for tree in (saved, enabled)
     )
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
@@ -377,7 +377,7 @@ class Run:
 
     def __init__(self, path: Path, monitor: str):
         self.path, self.monitor = path, monitor
-        self.steps = Steps(path / _STEPS)
+        self.steps = StepStore(path / _STEPS)
         self._lock = writer_lock(path / _LOCK)
 
     @classmethod
@@ -410,7 +410,9 @@ class Run:
             InputError: the folder holds a run, or another's configuration, or is no folder,
                 or another process writes to it.
         """
-        made = led(lambda: cls._create(Path(path), config, monitor, resume, overwrite, allow_change, files))
+        made = run_on_first(
+            lambda: cls._create(Path(path), config, monitor, resume, overwrite, allow_change, files)
+        )
         return made or cls(Path(path), monitor)
 
     @classmethod
@@ -511,7 +513,7 @@ class Run:
     def log(self, records: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` anew: every record so far, a line each, or the file as it was."""
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        led(lambda: write_atomically(self.path / METRICS, "".join(lines)))
+        run_on_first(lambda: write_atomically(self.path / METRICS, "".join(lines)))
 
     def save(self, state: Any, position: Position) -> None:
         """Save a step, in the background; the best epoch and the newest two steps are kept.
@@ -538,8 +540,8 @@ class Run:
         Raises:
             InputError: no step is whole, or it is not of these shapes and dtypes.
         """
-        newest = led(lambda: next(self.steps.whole(set_aside=True), -1))
-        step = agree(-1 if newest is None else newest)
+        newest = run_on_first(lambda: next(self.steps.whole(set_aside=True), -1))
+        step = max_over_processes(-1 if newest is None else newest)
         if step >= 0:
             check_kinds(self.steps.kinds(step), template, f"{self.steps.path / str(step)}")
             return self.steps.load(step, template), self._position(step)

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from elmo_jax.data.batching import Stream
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import Plan, agree, feed, first, mesh_of, several
+from elmo_jax.parallel import Plan, feed, find_mesh, first, is_multiprocess, max_over_processes
 from elmo_jax.training.checkpoint import Position, Run
-from elmo_jax.training.step import LossFn, Optimizer, Params, TrainState, make_dispatch
+from elmo_jax.training.step import LossFn, Optimizer, Params, TrainState, compile_steps
 
 T = TypeVar("T")
 
 
 def shown(items: Sequence[T], unit: str) -> Iterator[T]:
-    """The items, a `Meter` telling how many are behind, if there are any.
+    """The items, a `ProgressBar` telling how many are behind, if there are any.
 
     Example:
         >>> sum(shown([1, 2, 3], "number"))
@@ -40,13 +40,13 @@ def shown(items: Sequence[T], unit: str) -> Iterator[T]:
     """
     if not items:
         return
-    with Meter(len(items), unit) as meter:
+    with ProgressBar(len(items), unit) as meter:
         for item in items:
             yield item
             meter.add(1)
 
 
-class Meter:
+class ProgressBar:
     """A bar with an ETA on a terminal, a plain line every half minute elsewhere; of the first process.
 
     Args:
@@ -70,7 +70,7 @@ class Meter:
         )
         self.began = self.spoke = time.perf_counter()
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,7 +142,7 @@ def fit(
     frozen: Params | None = None,
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     save_every: int | None = None,
-    after_dispatch: Callable[[int], None] = lambda step: None,
+    after_call: Callable[[int], None] = lambda step: None,
     per: str = "steps",
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train for `epochs` passes of the stream, saving and logging to the run.
@@ -183,13 +183,13 @@ def fit(
     like = replace(like, frozen=frozen or {})
     restored, position = run.restore(_as_tree(like)) or (None, Position())
     run.log(position.records)
-    mesh = mesh_of(like)
+    mesh = find_mesh(like)
     key = jax.random.key(seed)
     per_epoch = stream.steps_per_epoch
     shapes = stream.shapes() if mesh is None and position.step < epochs * per_epoch else []
-    dispatch_fn = make_dispatch(loss_fn, optimizer, like, shown(shapes, "program"))
+    run_steps = compile_steps(loss_fn, optimizer, like, shown(shapes, "program"))
     state = replace(begin(), frozen=like.frozen) if restored is None else replace(like, **restored)
-    meeting, dispatches = MEETING if several() else 1, 0
+    meeting, chunks = MEETING if is_multiprocess() else 1, 0
     ahead: deque[tuple[int, dict[str, Array]]] = deque()  # empty between epochs
 
     def settle(leave: int = 0) -> None:
@@ -199,7 +199,7 @@ def fit(
             told = f"{position.skipped} steps in a row, up to step {position.step}"
             raise _not_finite(told, position, state, stream, run)
 
-    with _stop_signals() as caught, Meter(epochs * per_epoch, "step", position.step) as meter:
+    with _stop_signals() as caught, ProgressBar(epochs * per_epoch, "step", position.step) as meter:
         while position.step < epochs * per_epoch:
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
@@ -207,17 +207,17 @@ def fit(
             coming = feed(stream, position.step, end, mesh, ahead=True)
             following = next(coming, None)
             while following is not None:
-                state, sums = dispatch_fn(state, following.batches, following.count, key)
+                state, sums = run_steps(state, following.batches, following.count, key)
                 for value in sums.values():
                     value.copy_to_host_async()  # as soon as it is known
                 ahead.append((following.count, sums))
                 following = next(coming, None)  # made and under way while the device works
                 settle(leave=1)  # one behind, so that the device never waits
                 _show(meter, position, per_epoch, per)
-                after_dispatch(position.step)
+                after_call(position.step)
                 due = save_every is not None and position.step - saved >= save_every
-                dispatches += 1
-                stop = agree(max(caught, default=0)) if dispatches % meeting == 0 else 0
+                chunks += 1
+                stop = max_over_processes(max(caught, default=0)) if chunks % meeting == 0 else 0
                 if due or stop:
                     settle()
                     saved = position.step
@@ -233,7 +233,7 @@ def fit(
             _end_epoch(state, position, run, per_epoch, per, on_epoch)
             on_record(position.records[-1])
             _show(meter, position, per_epoch, per)
-            _leave(agree(max(caught, default=0)), run, position.step)
+            _leave(max_over_processes(max(caught, default=0)), run, position.step)
     run.wait()
     return state, position.records
 
@@ -296,7 +296,7 @@ def _not_finite(told: str, position: Position, state: TrainState, stream: Stream
     return InputError(f"the loss or a gradient was not finite {told}{read}; {run.steps.slower()}")
 
 
-def _show(meter: Meter, position: Position, per_epoch: int, per: str) -> None:
+def _show(meter: ProgressBar, position: Position, per_epoch: int, per: str) -> None:
     """Say where training stands; a plain line waits for a loss to tell."""
     epoch = min(position.step // per_epoch + 1, meter.total // per_epoch)
     loss = _mean_loss(position, per)

@@ -19,8 +19,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
 from elmo_jax.ops.softmax import Negatives, log_uniform_negatives
 from elmo_jax.parallel import gathered
-from elmo_jax.training.optimizers import Rowwise
-from elmo_jax.training.step import LargeProducts, LossFn, Optimizer, OptimizerConfig, make_optimizer
+from elmo_jax.training.optimizers import RowSparse
+from elmo_jax.training.step import LossFn, MatmulBound, Optimizer, OptimizerConfig, make_optimizer
 
 FEW = 32  # Adam goes by rows on a CPU where no more than one of so many classes is drawn
 
@@ -49,7 +49,7 @@ def bilm_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
         sums: Any = small.apply({"params": params}, batch, True, draw, rngs=rngs, method="nll")
         return _a_token(sums)
 
-    return LargeProducts(loss) if negatives is None else loss
+    return MatmulBound(loss) if negatives is None else loss
 
 
 def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
@@ -63,7 +63,7 @@ def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = 
         sums: Any = small.apply({"params": weights}, window, state, draw, rngs=rngs, method="window_nll")
         return _a_token(sums | {"words": sums["tokens"] - ends})
 
-    return LargeProducts(loss) if negatives is None else loss
+    return MatmulBound(loss) if negatives is None else loss
 
 
 def _a_token(sums: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
@@ -105,11 +105,11 @@ def bilm_training(
         return loss(model), optimizer
     if adam and (negatives >= model.vocabulary // FEW or jax.default_backend() != "cpu"):
         return loss(model, negatives), optimizer
-    return loss(model, negatives, rowwise=True), Rowwise(optimizer, bilm_rows(model, negatives), dense=adam)
+    return loss(model, negatives, rowwise=True), RowSparse(optimizer, bilm_rows(model, negatives), dense=adam)
 
 
 def bilm_rows(model: BiLM, negatives: int):
-    """The rows of the model's tables that a step of the sampled softmax touches, for `Rowwise`.
+    """The rows of the model's tables that a step of the sampled softmax touches, for `RowSparse`.
 
     Args:
         model: the language model.

@@ -17,7 +17,7 @@ Rows = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class RowSGD:
+class RowSparseSGD:
     """Stochastic gradient descent on the rows of tables that a batch names, and on no others.
 
     The loss function is given those rows in place of the tables, so that neither its
@@ -47,7 +47,7 @@ class RowSGD:
         return {name: params[name][i] for name, i in rows.items()}
 
     def update(
-        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, sound: Array
+        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, is_finite: Array
     ) -> tuple[Any, Any]:
         """Parameters and state after a step; as they were if it is not sound."""
         down = -jnp.asarray(self.rate(step))
@@ -55,13 +55,13 @@ class RowSGD:
         def move(table: Array, i: Array, g: Array) -> Array:
             places = jnp.zeros(len(table), g.dtype).at[i].add(1)[i]  # of the same row, for each place
             share = jnp.minimum(1, self.most / places)[..., None]
-            return table.at[i].add(jnp.where(sound, down * share * g, 0))
+            return table.at[i].add(jnp.where(is_finite, down * share * g, 0))
 
         return {name: move(params[name], i, gradients[name]) for name, i in rows.items()}, state
 
 
 @dataclass(frozen=True)
-class Rowwise:
+class RowSparse:
     """An Optax optimiser that is given, of some tables, the gradient of the named rows alone.
 
     Unless `dense`, only those rows move, and the optimiser's state for them. The others are as
@@ -81,7 +81,7 @@ class Rowwise:
 
     Example:
         >>> params = {"table": jnp.ones((4, 2))}
-        >>> optimizer = Rowwise(optax.sgd(0.5), lambda batch, key: {"table": batch})
+        >>> optimizer = RowSparse(optax.sgd(0.5), lambda batch, key: {"table": batch})
         >>> rows = optimizer.rows(jnp.array([1, 3]), jax.random.key(0))
         >>> gradients = {"table": optimizer.given(params, rows)["table"] + 1}  # of [2, 2]
         >>> after, _ = optimizer.update(gradients, optimizer.init(params), params, rows, 0, True)
@@ -102,7 +102,7 @@ class Rowwise:
         return jax.tree.map(_take, params, _like(params, rows))
 
     def update(
-        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, sound: Array
+        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, is_finite: Array
     ) -> tuple[Any, Any]:
         """Parameters and state after a step; as they were if it is not sound."""
         named = _like(params, rows)
@@ -116,15 +116,15 @@ class Rowwise:
             is_leaf=masked,
         )
         whole, where = (params, state), (named, in_state)
-        new = self._step(gradients, jax.tree.map(_take, whole, where), sound)
+        new = self._step(gradients, jax.tree.map(_take, whole, where), is_finite)
         if self.dense:
-            whole = self._step(jax.tree.map(jnp.zeros_like, params), whole, sound)
+            whole = self._step(jax.tree.map(jnp.zeros_like, params), whole, is_finite)
         return jax.tree.map(_put, whole, new, where)
 
-    def _step(self, gradients: Any, old: tuple[Any, Any], sound: Array) -> tuple[Any, Any]:
+    def _step(self, gradients: Any, old: tuple[Any, Any], is_finite: Array) -> tuple[Any, Any]:
         updates, after = self.optimizer.update(gradients, old[1], old[0])
         new = optax.apply_updates(old[0], updates), after
-        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
 
 
 def _like(params: dict[str, Any], rows: Rows) -> Any:

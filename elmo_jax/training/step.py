@@ -26,8 +26,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from elmo_jax.data.batching import Batch, BatchStream
-from elmo_jax.parallel import everywhere, feed, fetch, mesh_of, on
-from elmo_jax.training.optimizers import RowSGD, Rowwise
+from elmo_jax.parallel import everywhere, feed, fetch, find_mesh, on
+from elmo_jax.training.optimizers import RowSparse, RowSparseSGD
 
 Params = dict[str, Any]
 LossFn = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]
@@ -36,7 +36,7 @@ RowsFn = Callable[[Params, Batch], Array]
 
 
 @dataclass(frozen=True)
-class LargeProducts:
+class MatmulBound:
     """A task whose time goes into large products that it adds up in a loop, as the full softmax does.
 
     Compiled for a CPU, such a product adds while it multiplies, and needs no room for what is
@@ -48,7 +48,7 @@ class LargeProducts:
         loss_fn: the task.
 
     Example:
-        >>> task = LargeProducts(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
+        >>> task = MatmulBound(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
         >>> loss, sums = task({"w": jnp.ones((2, 3))}, jnp.ones(3), jax.random.key(0))
         >>> float(loss)
         6.0
@@ -112,7 +112,7 @@ def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-Optimizer = optax.GradientTransformation | Rowwise | RowSGD
+Optimizer = optax.GradientTransformation | RowSparse | RowSparseSGD
 
 
 @struct.dataclass
@@ -159,7 +159,7 @@ def train_step(
     key: Array,
     loss_fn: LossFn,
     optimizer: Optimizer,
-    wanted: Array | bool = True,
+    enabled: Array | bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step; its randomness is ``fold_in(key, state.step)``.
 
@@ -173,20 +173,22 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     given = {**state.frozen, **state.carry}
     task = lambda params: loss_fn({**given, **params}, batch, key)  # noqa: E731
-    by_rows = optimizer if isinstance(optimizer, Rowwise | RowSGD) else Rowwise(optimizer)
+    by_rows = optimizer if isinstance(optimizer, RowSparse | RowSparseSGD) else RowSparse(optimizer)
     rows = by_rows.rows(batch, key)
     given_params = by_rows.given(state.params, rows)
     (loss, sums), gradients = jax.value_and_grad(task, has_aux=True)(given_params)
-    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients)) & wanted
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients)) & enabled
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes; a caller may be strict
-        params, opt_state = by_rows.update(gradients, state.opt_state, state.params, rows, state.step, sound)
+        params, opt_state = by_rows.update(
+            gradients, state.opt_state, state.params, rows, state.step, is_finite
+        )
     after = {name: sums[name] for name in state.carry}
-    carry = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, state.carry)
-    counted = state.step + jnp.asarray(wanted, state.step.dtype)
+    carry = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state.carry)
+    counted = state.step + jnp.asarray(enabled, state.step.dtype)
     state = replace(state, step=counted, params=params, opt_state=opt_state, carry=carry)
     sums = {name: value for name, value in sums.items() if name not in carry}
     sums |= {"loss": loss, "steps": jnp.ones(())}
-    return state, {name: jnp.where(sound, value, 0) for name, value in sums.items()}
+    return state, {name: jnp.where(is_finite, value, 0) for name, value in sums.items()}
 
 
 def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, np.ndarray]:
@@ -197,7 +199,7 @@ def evaluate(sums_fn: SumsFn, params: Params, stream: BatchStream) -> dict[str, 
         params: all the task needs.
         stream: what it is of; of how many steps a dispatch does not matter.
     """
-    mesh, waiting = mesh_of(params), deque[dict[str, Array]]()
+    mesh, waiting = find_mesh(params), deque[dict[str, Array]]()
     total: dict[str, np.ndarray] = {}
 
     def add(sums: dict[str, Array]) -> None:
@@ -225,7 +227,7 @@ def predict(rows_fn: RowsFn, params: Params, stream: BatchStream) -> np.ndarray:
     Returns:
         ``[N, ...]``.
     """
-    mesh, values = mesh_of(params), []
+    mesh, values = find_mesh(params), []
     for batch in _batches(stream, mesh):
         with on(mesh):
             rows = rows_fn(params, batch)
@@ -248,7 +250,7 @@ def compiler_options(large: bool) -> dict[str, Any]:
     them, of which it takes half by itself. What ``XLA_FLAGS`` settles is left at that.
 
     Args:
-        large: whether the program is one of large products, see `LargeProducts`.
+        large: whether the program is one of large products, see `MatmulBound`.
 
     Returns:
         Names and values; none for any other compiler.
@@ -280,7 +282,7 @@ def _knows(option: str, value: Any) -> bool:
     return True
 
 
-def takes_all() -> bool:
+def runs_all_steps() -> bool:
     """Whether a dispatch takes all of its K steps, those beyond its count in vain.
 
     Whether a loop of unknown length goes on, an accelerator asks its host at every step; so there
@@ -289,7 +291,7 @@ def takes_all() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def make_dispatch(
+def compile_steps(
     loss_fn: LossFn, optimizer: Optimizer, like: TrainState | None = None, ahead: Iterable[Any] = ()
 ):
     """Compile `train_step` over up to K batches in one call, the state donated.
@@ -308,20 +310,20 @@ def make_dispatch(
         first `count` were filled. Steps are the same however they are shared out to calls.
     """
 
-    mesh, places = mesh_of(like), None
-    known = takes_all()
+    mesh, places = find_mesh(like), None
+    known = runs_all_steps()
     if like is not None and mesh is not None:
         places = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), everywhere(mesh)
 
-    options = compiler_options(isinstance(loss_fn, LargeProducts))
+    options = compiler_options(isinstance(loss_fn, MatmulBound))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=options)
     def run(state: TrainState, frozen: Params, batches: Batch, count: Array, key: Array):
         state = replace(state, frozen=frozen)
 
         @partial(jax.jit, inline=True)  # it comes twice below, and is traced once
-        def step(state: TrainState, batch: Batch, key: Array, wanted: Array | bool):
-            return train_step(state, batch, key, loss_fn, optimizer, wanted)
+        def step(state: TrainState, batch: Batch, key: Array, enabled: Array | bool):
+            return train_step(state, batch, key, loss_fn, optimizer, enabled)
 
         def is_wanted(i: Array | int) -> Array | bool:
             return i < count if known else True
@@ -343,10 +345,10 @@ def make_dispatch(
     for batches in ahead:  # traced here, for a thread has settings of its own
         assert like is not None
         traced = run.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
-        programs[shapes_of(batches)] = (_in_background if known else _now)(traced.compile)
+        programs[shape_key(batches)] = (_in_background if known else _now)(traced.compile)
 
     def dispatch(state: TrainState, batches: Any, count: int, key: Array):
-        program = programs.get(shapes_of(batches)) if programs else None
+        program = programs.get(shape_key(batches)) if programs else None
         # What is frozen stays the caller's: it is neither donated nor copied.
         with on(mesh):
             go = program.result() if program else run
@@ -376,6 +378,6 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def shapes_of(tree: Any) -> tuple[Any, ...]:
+def shape_key(tree: Any) -> tuple[Any, ...]:
     """The shapes and dtypes of a pytree's arrays, by which programs for it differ."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))

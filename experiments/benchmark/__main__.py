@@ -32,7 +32,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.ops.cudnn import on_cuda
 from elmo_jax.storage.files import write_atomically
 from elmo_jax.training.checkpoint import METRICS, RESULTS
-from elmo_jax.training.loop import Meter
+from elmo_jax.training.loop import ProgressBar
 from experiments import BEGAN
 from experiments.benchmark.cases import (
     AG_NEWS,
@@ -246,7 +246,7 @@ def benchmark(
         cli.say("no CUDA here: jax.experimental.rnn, torch's cuDNN, TF32, bf16 and B 1024 are not run")
     cli.say(header())
     total = sum(len(case.peers) + rounds for case in (*machine, *cases))
-    with Meter(total, "piece") as meter:
+    with ProgressBar(total, "piece") as meter:
         for case in (*machine, *cases):
             after = meter.done + len(case.peers) + rounds
             found = _measure(case, config, results["rates"], deadline, lambda: meter.add(1))
@@ -291,11 +291,11 @@ def _measure(
 
 def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]:
     """The cases that the flags name."""
-    wanted = config.only or (tuple(QUICK) if config.quick else tuple(case.name for case in known))
-    for name in wanted:
+    enabled = config.only or (tuple(QUICK) if config.quick else tuple(case.name for case in known))
+    for name in enabled:
         if not fnmatch.filter([case.name for case in known], name):
             raise InputError(f"--only {name}: no such case; there are {', '.join(c.name for c in known)}")
-    chosen = tuple(case for case in known if any(fnmatch.fnmatch(case.name, name) for name in wanted))
+    chosen = tuple(case for case in known if any(fnmatch.fnmatch(case.name, name) for name in enabled))
     if config.quick:
         chosen = tuple(replace(case, peers=QUICK.get(case.name, case.peers)) for case in chosen)
     return chosen

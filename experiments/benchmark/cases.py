@@ -120,9 +120,11 @@ def parameters(case: Case) -> int:
         tables -= case.vocabulary * case.width  # one table for both
     if case.filters:
         wide = sum(number for _, number in case.filters)
-        spelled = sum(w * case.characters * number + number for w, number in case.filters)
-        spelled += 261 * case.characters + case.highway * 2 * (wide + 1) * wide + (wide + 1) * case.width
-        tables += spelled - case.vocabulary * case.width
+        with_characters = sum(w * case.characters * number + number for w, number in case.filters)
+        with_characters += (
+            261 * case.characters + case.highway * 2 * (wide + 1) * wide + (wide + 1) * case.width
+        )
+        tables += with_characters - case.vocabulary * case.width
     return DIRECTIONS * case.layers * lstm + tables
 
 
@@ -132,7 +134,7 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     Args:
         case: the work.
         counts: of the unit's data: ``positions`` predicted a direction, optimiser ``steps``,
-            distinct ``types`` of words spelled, and of the softmax ``rows`` a step names if no
+            distinct ``types`` of words with_characters, and of the softmax ``rows`` a step names if no
             others need be moved.
 
     Returns:
@@ -159,9 +161,9 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
     moved = 5.0 if case.part == "official" else 7.0 if case.negatives is None else 6.0
     left = case.vocabulary - counts.get("rows", case.vocabulary)
     update = counts.get("steps", 1) * moved * FLOAT * (parameters(case) - left * (case.width + 1))
-    spelled = counts.get("types", 0) * spelling_flops(case)
+    with_characters = counts.get("types", 0) * spelling_flops(case)
     return [
-        Phase(3 * (n * lstm_flops(case) + spelled)),
+        Phase(3 * (n * lstm_flops(case) + with_characters)),
         Phase(3 * n * softmax_flops(case)),
         Phase(0.0, update),
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elmo_jax.data.batching import DIRECTIONS, BatchStream, ContiguousStream, Documents
-from elmo_jax.data.characters import spelling_table
+from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.text import SPECIAL
 from elmo_jax.models.bilm import BiLM, BiLMConfig
 from elmo_jax.models.embedders import CharCNNConfig
@@ -144,10 +144,10 @@ def _step(case: Case, rng: np.random.Generator) -> _Drawn:
 
 def _recipe(case: Case, rng: np.random.Generator) -> _Drawn:
     """A dispatch of every bucket, and in how many steps of an epoch that bucket is run."""
-    stream = BatchStream(_news(case, rng, _DOCUMENTS), case.batch, 0, steps_per_dispatch=_K)
+    stream = BatchStream(_news(case, rng, _DOCUMENTS), case.batch, 0, steps_per_call=_K)
     steps = dict.fromkeys(stream.bounds, 0)
     data: dict[str, np.ndarray] = {}
-    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+    for dispatch in stream.chunks(0, stream.steps_per_epoch):
         bound = dispatch.batches.words.shape[2]
         steps[bound] += dispatch.count
         data |= {f"words:{bound}": dispatch.batches.words, f"lengths:{bound}": dispatch.batches.lengths}
@@ -172,7 +172,7 @@ def _epoch(stream: BatchStream) -> dict[str, Any]:
 def stream_of(case: Case, arrays: Arrays) -> BatchStream:
     """The batches of `fit`."""
     documents = Documents(arrays["ids"], arrays["offsets"], np.zeros(case.sentences, np.int32))
-    return BatchStream(documents, case.batch, seed=0, steps_per_dispatch=_K)
+    return BatchStream(documents, case.batch, seed=0, steps_per_call=_K)
 
 
 def _fit(case: Case, rng: np.random.Generator) -> _Drawn:
@@ -195,13 +195,13 @@ def _official(case: Case, rng: np.random.Generator) -> _Drawn:
     """Windows of running text, spelled; words beyond a few thousand share spellings, which costs the same."""
     lengths = rng.integers(10, 40, case.batch * (case.steps + 1))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    spelled = spelling_table([*SPECIAL, *_letters(rng, 5000)])
+    with_characters = character_id_table([*SPECIAL, *_letters(rng, 5000)])
     ids = _words(case, rng, offsets[-1])
     documents = Documents(ids, offsets, np.zeros(len(lengths), np.int32))
     window = ContiguousStream(documents, case.batch, case.steps, seed=0).window(0)
     words, weight = (np.moveaxis(a, 2, 0) for a in (window.words, window.weight))  # [T, D, B]
-    read = words[:-1] % len(spelled)
-    data = {"words": words, "weight": weight, "types": read, "chars": spelled[read]}
+    read = words[:-1] % len(with_characters)
+    data = {"words": words, "weight": weight, "types": read, "chars": with_characters[read]}
     real = int(weight[:, 0].sum())
     ends = int((words[1:, 0] == 2).sum())
     types = len(np.unique(read))

@@ -25,8 +25,8 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
-from elmo_jax.data.batching import Batch, Dispatch, Documents, Window
-from elmo_jax.data.characters import distinct
+from elmo_jax.data.batching import Batch, Documents, StepChunk, Window
+from elmo_jax.data.characters import unique_words
 from elmo_jax.models.bilm import zero_state
 from elmo_jax.models.lstm import LSTM, Kernel
 from elmo_jax.ops.lstm import Clips
@@ -38,10 +38,10 @@ from elmo_jax.training.step import (
     LossFn,
     OptimizerConfig,
     TrainState,
+    compile_steps,
     compiler_options,
-    make_dispatch,
     make_optimizer,
-    takes_all,
+    runs_all_steps,
 )
 from experiments.benchmark.cases import Case
 from experiments.benchmark.inputs import model_of, stream_of, weights_of
@@ -113,10 +113,8 @@ def build_replay(case: Case, arrays: Arrays) -> Built:
     """The first epoch's dispatches again and again."""
     begin, task, optimizer = _training(case, arrays)
     stream = stream_of(case, arrays)
-    dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
-    placed = [
-        Dispatch(jax.device_put(d.batches), d.count) for d in stream.dispatches(0, stream.steps_per_epoch)
-    ]
+    dispatch, key = compile_steps(task, optimizer), jax.random.key(0)
+    placed = [StepChunk(jax.device_put(d.batches), d.count) for d in stream.chunks(0, stream.steps_per_epoch)]
     held = [begin()]
 
     def run(n: int) -> float:
@@ -326,7 +324,7 @@ def training(
     optimizer: Any,
     check: Callable[[TrainState], dict[str, np.ndarray]] | None = None,
 ) -> Built:
-    """Steps through `make_dispatch`, at most K at a time, compiled before there is a state, as `fit` does.
+    """Steps through `compile_steps`, at most K at a time, compiled before there is a state, as `fit` does.
 
     A CPU takes as many as are asked for: K large steps would take minutes.
 
@@ -339,7 +337,7 @@ def training(
         check: of the state before the first step; else the first losses and gradients are checked.
     """
     key, batches = jax.random.key(0), jax.device_put(batches)
-    dispatch = make_dispatch(loss_fn, optimizer, like, [batches])
+    dispatch = compile_steps(loss_fn, optimizer, like, [batches])
     held = [begin()]
     most = jax.tree.leaves(batches)[0].shape[0]
 
@@ -354,7 +352,7 @@ def training(
         gradients = first_gradients(held[0].opt_state)
         return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
 
-    whole = most if takes_all() else 1  # steps that a dispatch takes however few are asked for
+    whole = most if runs_all_steps() else 1  # steps that a dispatch takes however few are asked for
     checked = first_steps if check is None else lambda: check(held[0])
     return Built(checked, [(lambda n: run(n * whole), 1 / whole)])
 
@@ -383,7 +381,7 @@ def _recipe(case: Case, arrays: Arrays) -> Built:
     """
     task, optimizer = bilm_training(model_of(case, dropout=0.1), _settings(case), 1, case.negatives)
     runs, first = [], None
-    dispatch, key = make_dispatch(task, optimizer), jax.random.key(0)
+    dispatch, key = compile_steps(task, optimizer), jax.random.key(0)
     held = [TrainState.create(weights_of(arrays), optimizer)]
     for bound, steps in zip(arrays["bounds"].tolist(), arrays["steps"].tolist(), strict=True):
         batches = jax.device_put(_batch(arrays[f"words:{bound}"], arrays[f"lengths:{bound}"]))
@@ -408,14 +406,14 @@ def _official(case: Case, arrays: Arrays) -> Built:
     model = model_of(case)
     task, optimizer = bilm_training(model, _settings(case), 1, case.negatives, windows=True)
     words, weight, chars, types = (_time_last(arrays[name]) for name in ("words", "weight", "chars", "types"))
-    window = Window(words, weight, chars, distinct(types, axes=3))
+    window = Window(words, weight, chars, unique_words(types, axes=3))
 
     def begin(params: Any) -> TrainState:
         carry = {"state": zero_state(model.config, case.batch)}
         return TrainState.create(params, optimizer, carry=carry)
 
     def check(state: TrainState) -> dict[str, np.ndarray]:
-        rows = jax.tree.map(lambda a: a[:, :2], replace(window, distinct=None))
+        rows = jax.tree.map(lambda a: a[:, :2], replace(window, unique_words=None))
         carry = {"state": zero_state(model.config, 2)}
         loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
         return {"loss": np.array(loss)}
@@ -448,13 +446,13 @@ def _sgns(case: Case, arrays: Arrays) -> Built:
     documents = Documents(ids, np.arange(0, len(ids) + 1, 1000), np.zeros(len(ids) // 1000, np.int32))
     stream = SpanStream(documents, case.vocabulary, 4, config, seed=0)
     optimizer = sgns_optimizer(config, stream.window, stream.steps_per_epoch)
-    dispatch = make_dispatch(sgns_loss(config), optimizer)
+    dispatch = compile_steps(sgns_loss(config), optimizer)
 
     def run(n: int) -> TrainState:
         state = None
         for _ in range(n):
             state = TrainState.create(sgns_init(case.vocabulary, case.width, jax.random.key(0)), optimizer)
-            for part in stream.dispatches(0, stream.steps_per_epoch):
+            for part in stream.chunks(0, stream.steps_per_epoch):
                 state, _ = dispatch(state, part.batches, part.count, jax.random.key(0))
             jax.block_until_ready(state)
         assert state is not None

@@ -36,7 +36,7 @@ from elmo_jax.data.characters import CHARACTERS
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import alike, first, led
+from elmo_jax.parallel import alike, first, run_on_first
 from elmo_jax.storage.files import CONFIG, write_atomically
 from elmo_jax.training.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.training.loop import Interrupted
@@ -53,7 +53,7 @@ def parse(
     A preset, ``--preset NAME``, changes the defaults, so every other flag wins over it.
     """
     box = io.StringIO()
-    given = sys.argv[1:] if args is None else list(args)
+    given = [_current_name(arg) for arg in (sys.argv[1:] if args is None else args)]
     named = [value for flag, value in itertools.pairwise(given) if flag == "--preset"]
     named += [arg.removeprefix("--preset=") for arg in given if arg.startswith("--preset=")]
     preset = (presets or {}).get(named[-1]) if named else None
@@ -67,6 +67,19 @@ def parse(
         if error.code == 2:
             raise InputError(_one_line(box.getvalue(), prog)) from None
         raise
+
+
+_RENAMED_FLAGS = {"--steps-per-dispatch": "--steps-per-call"}
+
+
+def _current_name(arg: str) -> str:
+    """Return a flag under its current name; an old name works for one more release, with a warning."""
+    flag, equals, value = arg.partition("=")
+    new = _RENAMED_FLAGS.get(flag.replace("_", "-"))
+    if new is None:
+        return arg
+    print(f"warning: {flag} is now {new}; the old name ends with the next release", file=sys.stderr)
+    return f"{new}{equals}{value}"
 
 
 def flag_of(name: str) -> str:
@@ -143,7 +156,7 @@ def _wide():
 # In [0, 1), validation not 0.
 _SHARES = {"validation", "dropout", "classifier_dropout", "word_dropout", "label_smoothing", "warmup"}
 _AT_LEAST_0 = {"seed", "split_seed", "highway", "process"}
-_SIZES = {"batch_size", "steps_per_dispatch", "embedding", "cells", "hidden"}  # at most 2**16
+_SIZES = {"batch_size", "steps_per_call", "embedding", "cells", "hidden"}  # at most 2**16
 _DEPTHS = {"layers", "classifier_layers"}  # at most 64
 
 
@@ -328,7 +341,7 @@ def _reason(error: Exception, config: type) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'}: {error.strerror}; mend that and {again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory; lower --batch-size, --steps-per-dispatch, --max-length or the model's sizes"
+        return "out of memory; lower --batch-size, --steps-per-call, --max-length or the model's sizes"
     raise error
 
 
@@ -360,7 +373,7 @@ def create_run(
         output: the folder.
         monitor: see `Run`.
         files: see `Run.create`.
-        remedy: see `Steps`.
+        remedy: see `StepStore`.
         more: for the configuration, beside the flags.
     """
     if config.resume and config.overwrite:
@@ -381,7 +394,7 @@ def create_run(
         for name in reversed(PRODUCTS):
             (run.path / name).unlink(missing_ok=True)
 
-    led(clear)
+    run_on_first(clear)
     return run
 
 
@@ -432,9 +445,9 @@ def count(params: Any) -> int:
 
 
 @contextlib.contextmanager
-def tensorboard(run: Run, wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def tensorboard(run: Run, enabled: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """What to call with an epoch's record; it does nothing if not wanted, or not the first process."""
-    if not (wanted and first()):
+    if not (enabled and first()):
         yield lambda record: None
         return
     from tensorboardX import SummaryWriter  # a second to import, for those who ask for it

@@ -130,7 +130,7 @@ def _word_vectors(config: SourceConfig, seed: int) -> Source:
 
 
 def _labelled(
-    config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, spelled: bool, seed: int
+    config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, with_characters: bool, seed: int
 ) -> Dataset:
     """The data set of the flags, or that of the run the features come from; thinned out if asked for.
 
@@ -149,7 +149,7 @@ def _labelled(
     if changed := [name for name in rules if own and getattr(settings, name) != getattr(own, name)]:
         told = f"{flag_of(changed[0])} is for another --dataset than {run} was made from"
         raise InputError(f"{told}; leave it out, or give another")
-    data = load_dataset(settings, vocabulary, spelled)
+    data = load_dataset(settings, vocabulary, with_characters)
     if own and run and data.digest != read_config(run).get("texts"):
         told = (
             "was made from other texts than its data set holds now; make it anew, or give another --dataset"

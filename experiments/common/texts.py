@@ -12,7 +12,7 @@ from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_co
 from elmo_jax.data.csv_dataset import DataConfig, load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.training.loop import Meter
+from elmo_jax.training.loop import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Texts:
     ) -> BatchStream | ContiguousStream:
         """The training part in batches."""
         if config.batching == "sentences":
-            return BatchStream(self.train, batch_size, seed, steps_per_dispatch=k)
+            return BatchStream(self.train, batch_size, seed, steps_per_call=k)
         try:
             return ContiguousStream(self.train, batch_size, config.unroll, seed, k)
         except ValueError as error:
             raise InputError(f"{error}; lower --batch-size or --unroll, or give more text") from None
 
 
-def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: int | None = None) -> Texts:
+def load_texts(
+    data: DataConfig, config: CorpusConfig, with_characters: bool, portion: int | None = None
+) -> Texts:
     """Read what the flags name.
 
     Args:
@@ -69,7 +71,7 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: i
     if config.corpus is None:
         if config.valid_corpus is not None or config.vocab is not None:
             raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
-        made = load_dataset(data, spelled=spelled, keep=portion is None)
+        made = load_dataset(data, with_characters=with_characters, keep=portion is None)
         return Texts(made.train, made.validation, made.vocabulary, made.digest)
     if data.dataset != DataConfig.dataset or data.data_dir is not None:
         raise InputError("--corpus stands in place of --dataset and --data-dir; give one or the other")
@@ -78,13 +80,13 @@ def load_texts(data: DataConfig, config: CorpusConfig, spelled: bool, portion: i
     find_shards(config.valid_corpus)  # before the hours that the other may take
     vocabulary = _vocabulary(data, config, config.corpus, keep=portion is None)
     if portion is not None:
-        train, share = read_portion(config.corpus, vocabulary, spelled, portion)
+        train, share = read_portion(config.corpus, vocabulary, with_characters, portion)
         train = _cut(train, data, config)
         return Texts(train, train, vocabulary, "", share)
     parts = []
     for pattern in (config.corpus, config.valid_corpus):
-        with Meter(corpus_bytes(pattern), "byte", scale=True) as meter:
-            parts.append(load_corpus(pattern, vocabulary, spelled, meter.add))
+        with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as meter:
+            parts.append(load_corpus(pattern, vocabulary, with_characters, meter.add))
     train, held_out = _cut(parts[0], data, config), parts[1]
     longest = int(np.max(held_out.lengths))
     if longest > data.max_length:
@@ -102,7 +104,7 @@ def _vocabulary(data: DataConfig, config: CorpusConfig, pattern: str, keep: bool
     """The one that is named, or the words of the corpus."""
     if config.vocab is not None:
         return Vocabulary.load(Path(config.vocab))
-    with Meter(corpus_bytes(pattern), "byte", scale=True) as meter:
+    with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as meter:
         counts = count_words(pattern, meter.add, keep=keep)
     return Vocabulary.from_counts(counts, data.min_count, data.max_vocab)
 

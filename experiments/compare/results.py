@@ -197,9 +197,9 @@ def _fitting(kind: type[T], data: Any, path: Path) -> T:
 
 
 def _count(seen: Sequence[_Epoch | _PretrainEpoch], path: Path, epochs: int | None = None) -> None:
-    wanted = max(len(seen), 1) if epochs is None else epochs
-    if [record.epoch for record in seen] != list(range(1, wanted + 1)):
-        many = f"{wanted} epochs" if epochs else "every epoch"
+    enabled = max(len(seen), 1) if epochs is None else epochs
+    if [record.epoch for record in seen] != list(range(1, enabled + 1)):
+        many = f"{enabled} epochs" if epochs else "every epoch"
         raise _refusal(path, METRICS, f"does not hold {many}, a line each in their order")
 
 

@@ -90,9 +90,9 @@ class Stage:
         """
         if not (self.path / CONFIG).is_file():
             return None
-        saved, wanted = read_config(self.path), cli.settings_of(self.settings)
-        known = {name: value for name, value in saved.items() if name in wanted}
-        changed = changes(known, wanted)
+        saved, enabled = read_config(self.path), cli.settings_of(self.settings)
+        known = {name: value for name, value in saved.items() if name in enabled}
+        changed = changes(known, enabled)
         if other := [f"{name} {changed[name]}" for name in changed if name not in PLACES | PACING]:
             return f"it was begun with other settings ({'; '.join(other)})"
         told = [_TOLD[name] for name, now in self.origins().items() if saved.get(name) != now]
@@ -192,7 +192,9 @@ class Origins:
         self._features: dict[tuple[Any, ...], str] = {}
         self._models: dict[tuple[Path, int], BiLM] = {}
 
-    def texts(self, data: DataConfig, spelled: bool = False, labels: float = 1.0, seed: int = 0) -> str:
+    def texts(
+        self, data: DataConfig, with_characters: bool = False, labels: float = 1.0, seed: int = 0
+    ) -> str:
         """As runs that read this data set record it as "texts".
 
         Args:
@@ -204,9 +206,11 @@ class Origins:
         Raises:
             InputError: the data set cannot be read.
         """
-        key = (data, spelled, labels, seed if labels < 1 else None)
+        key = (data, with_characters, labels, seed if labels < 1 else None)
         if key not in self._texts:
-            self._texts[key] = thinned(load_dataset(data, spelled=spelled), labels, seed).digest
+            self._texts[key] = thinned(
+                load_dataset(data, with_characters=with_characters), labels, seed
+            ).digest
         return self._texts[key]
 
     def classifier(self, source: SourceConfig, seed: int) -> dict[str, str]:
@@ -400,21 +404,21 @@ class Comparison:
         if not external:
             flags = [*self._preset, *split("pretrain", self.config.pretrain)]
             base = settings(pretrain.PretrainConfig, "pretrain", pretrain.PRESETS, flags)
-            spelled = base.model.input == "characters"
+            with_characters = base.model.input == "characters"
             stages.append(Stage("pretrain", "pretrain", float(base.epochs), pretrain.pretrain,
                                 self._at(base, "pretrain", data=self.data),
-                                origins=self._texts(spelled)))  # fmt: skip
+                                origins=self._texts(with_characters)))  # fmt: skip
         for method, work in (("svd", 0.3), ("sgns", 1.0)):
             flags = ["--method", method, *split("vectors", self.config.vectors)]
             base = settings(vectors.VectorsConfig, "vectors", None, flags)
             base = dataclasses.replace(base, **_OTHERS[method])  # else it would be made anew for them
             stages.append(Stage(method, method, work, vectors.vectors,
                                 self._at(base, method, data=self.data),
-                                origins=self._texts(spelled=False)))  # fmt: skip
+                                origins=self._texts(with_characters=False)))  # fmt: skip
         return stages
 
-    def _texts(self, spelled: bool) -> Callable[[], Mapping[str, str]]:
-        return lambda: {"texts": self.origins.texts(self.data, spelled)}
+    def _texts(self, with_characters: bool) -> Callable[[], Mapping[str, str]]:
+        return lambda: {"texts": self.origins.texts(self.data, with_characters)}
 
     def classifier(self, method: str, seed: int, **changes: Any) -> Stage:
         """A classifier on that method's features.

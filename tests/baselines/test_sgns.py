@@ -19,19 +19,19 @@ from elmo_jax.data.batching import Documents
 from elmo_jax.parallel import Plan
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import fit
-from elmo_jax.training.optimizers import RowSGD
-from elmo_jax.training.step import TrainState, make_dispatch, train_step
+from elmo_jax.training.optimizers import RowSparseSGD
+from elmo_jax.training.step import TrainState, compile_steps, train_step
 
 V, F, WINDOW = 50, 6, 2
 CONFIG = SGNSConfig(negatives=3, subsample=0.02, rate=0.1)
 
 
 def make_stream(documents, **more):
-    return SpanStream(documents, V, WINDOW, CONFIG, seed=4, spans=2, steps_per_dispatch=3, **more)
+    return SpanStream(documents, V, WINDOW, CONFIG, seed=4, spans=2, steps_per_call=3, **more)
 
 
 def first_batch(stream):
-    return jax.tree.map(lambda a: a[0], next(stream.dispatches(0, 1)).batches)
+    return jax.tree.map(lambda a: a[0], next(stream.chunks(0, 1)).batches)
 
 
 def oracle(centre, context, batch):
@@ -57,7 +57,7 @@ def test_a_step_is_the_oracles(documents, rng):
     batch = first_batch(make_stream(documents))
     tables = {name: rng.normal(size=(V, F)).astype(np.float32) for name in ("centre", "context")}
     loss, d_centre, d_context = oracle(*(tables[n].astype(np.float64) for n in ("centre", "context")), batch)
-    optimizer = RowSGD(lambda step: 0.1, sgns_rows, np.inf)
+    optimizer = RowSparseSGD(lambda step: 0.1, sgns_rows, np.inf)
     state = TrainState.create(jax.tree.map(jnp.asarray, tables), optimizer)
     after, sums = train_step(state, batch, jax.random.key(0), sgns_loss(CONFIG), optimizer)
     np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
@@ -70,7 +70,7 @@ def test_a_row_named_often_moves_by_the_mean_of_its_places(rng):
     table = rng.normal(size=(5, F)).astype(np.float32)
     rows = np.array([[3, 0, 3], [3, 3, 1]])
     gradients = rng.normal(size=(*rows.shape, F)).astype(np.float32)
-    optimizer = RowSGD(lambda step: 0.1, lambda batch, key: {}, 2.0)
+    optimizer = RowSparseSGD(lambda step: 0.1, lambda batch, key: {}, 2.0)
     given = {"t": jnp.asarray(table)}, {"t": jnp.asarray(rows)}
     moved = optimizer.update({"t": jnp.asarray(gradients)}, {}, *given, jnp.zeros(()), jnp.array(True))[0][
         "t"
@@ -92,8 +92,8 @@ def test_training_of_few_words_settles(size, window, negatives):
     stream = SpanStream(Documents(ids, np.arange(0, len(ids) + 1, 30), topic), size, window, config, seed=0)
     optimizer = sgns_optimizer(config, window, 4 * stream.steps_per_epoch)
     state = TrainState.create(sgns_init(size, 20, jax.random.key(0)), optimizer)
-    dispatch = make_dispatch(sgns_loss(config), optimizer)
-    for part in stream.dispatches(0, 4 * stream.steps_per_epoch):
+    dispatch = compile_steps(sgns_loss(config), optimizer)
+    for part in stream.chunks(0, 4 * stream.steps_per_epoch):
         state, sums = dispatch(state, part.batches, part.count, jax.random.key(0))
     assert sums["steps"][: part.count].min() == 1
     centre = np.asarray(state.params["centre"])
@@ -120,7 +120,7 @@ def test_spans_hold_neighbours_of_one_document(documents):
     stream = SpanStream(tagged, len(tagged.ids), WINDOW, keep_all, seed=0, spans=2)
     owner = np.repeat(np.arange(len(documents)), documents.lengths)
     centres, reaches = [], []
-    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+    for dispatch in stream.chunks(0, stream.steps_per_epoch):
         for k in range(dispatch.count):
             batch = jax.tree.map(lambda a, k=k: a[k], dispatch.batches)
             for g, t in np.ndindex(batch.left.shape):

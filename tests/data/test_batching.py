@@ -23,7 +23,7 @@ def rows(batches) -> list[tuple[int, ...]]:
 
 def steps(stream, first, last):
     """Every step's batch alone, however it was shared out to dispatches."""
-    for dispatch in stream.dispatches(first, last):
+    for dispatch in stream.chunks(first, last):
         for k in range(dispatch.count):
             yield dispatch.batches.words[k].tobytes(), dispatch.batches.weight[k].tobytes()
 
@@ -68,9 +68,9 @@ def test_bounds_are_the_best_there_are(lengths, most, price, rows):
     assert list(found) == sorted(set(found)) and len(found) <= most
 
 
-@pytest.mark.parametrize("spelled", [False, True])
-def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
-    spellings = rng.integers(1, 9, (50, 3)).astype(np.int32) if spelled else None
+@pytest.mark.parametrize("with_characters", [False, True])
+def test_batches_are_made_at_once_as_one_by_one(documents, rng, with_characters):
+    spellings = rng.integers(1, 9, (50, 3)).astype(np.int32) if with_characters else None
     documents = replace(
         documents, spellings=spellings, classes=40, longest=20, labels=documents.labels + np.int32(1)
     )
@@ -91,24 +91,24 @@ def test_batches_are_made_at_once_as_one_by_one(documents, rng, spelled):
         assert (made.chars is None) == (chars is None)
         if made.chars is not None:
             np.testing.assert_array_equal(made.chars[k], chars)
-    assert made.distinct is None  # who takes some of the rows had else to mind it
+    assert made.unique_words is None  # who takes some of the rows had else to mind it
 
 
 @pytest.mark.parametrize(("ahead", "kind"), [(True, jax.Array), (False, np.ndarray)])
 def test_batches_are_sent_ahead_for_training_and_stay_on_the_host_for_all_else(documents, ahead, kind):
-    stream = BatchStream(documents, 8, seed=0, steps_per_dispatch=2)
+    stream = BatchStream(documents, 8, seed=0, steps_per_call=2)
     fed = list(feed(stream, 1, 5, None, ahead=ahead))
     assert all(isinstance(leaf, kind) for made in fed for leaf in jax.tree.leaves(made.batches))
-    for made, want in zip(fed, stream.dispatches(1, 5), strict=True):
+    for made, want in zip(fed, stream.chunks(1, 5), strict=True):
         assert made.count == want.count
         jax.tree.map(np.testing.assert_array_equal, made.batches, want.batches)
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_an_epoch_holds_every_document_once(documents, k):
-    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_dispatch=k)
+    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_call=k)
     got = []
-    for dispatch in stream.dispatches(0, stream.steps_per_epoch):
+    for dispatch in stream.chunks(0, stream.steps_per_epoch):
         assert dispatch.batches.words.shape[:2] == (k, 4)
         for batch in range(dispatch.count):
             part = Batch(
@@ -123,7 +123,7 @@ def test_an_epoch_holds_every_document_once(documents, k):
 
 
 def test_a_step_has_its_batch_wherever_the_stream_begins(documents):
-    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_dispatch=3)
+    stream = BatchStream(documents, 4, seed=3, bounds=(12, 32), steps_per_call=3)
     last = 2 * stream.steps_per_epoch + 1
     whole = list(steps(stream, 0, last))
     assert len(whole) == last
@@ -132,7 +132,7 @@ def test_a_step_has_its_batch_wherever_the_stream_begins(documents):
 
 
 def test_order_does_not_depend_on_how_steps_share_a_dispatch(documents):
-    streams = [BatchStream(documents, 2, 3, (12, 32), steps_per_dispatch=k) for k in (1, 3, 8, 20)]
+    streams = [BatchStream(documents, 2, 3, (12, 32), steps_per_call=k) for k in (1, 3, 8, 20)]
     n = streams[0].steps_per_epoch
     first, *others = ([*steps(stream, 0, 2 * n)] for stream in streams)
     assert n > 8 and all(other == first for other in others)
@@ -156,7 +156,7 @@ def test_longer_documents_than_the_bounds_get_a_bucket(documents):
 @pytest.mark.parametrize("seed", [None, 0])
 def test_an_epoch_has_the_fewest_batches_and_pads_as_much_as_it_says(documents, bounds, seed):
     stream = BatchStream(documents, 6, seed, bounds)
-    made = [d.batches for d in stream.dispatches(0, stream.steps_per_epoch)]
+    made = [d.batches for d in stream.chunks(0, stream.steps_per_epoch)]
     real, all_steps = sum(b.lengths.sum() for b in made), sum(b.words.size for b in made)
     assert stream.padding == pytest.approx(1 - real / all_steps)
     assert len(made) == -(-len(documents) // 6)

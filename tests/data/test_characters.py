@@ -4,7 +4,7 @@ from hypothesis import given, strategies as st
 from reference import characters
 
 from elmo_jax.data import characters as spelling
-from elmo_jax.data.characters import character_ids, distinct
+from elmo_jax.data.characters import character_ids, unique_words
 
 WORDS = ["bank", "<S>", "</S>", "", "naïve", "語" * 30, "x" * 48, "x" * 49, "\x00", "<s>"]
 
@@ -38,7 +38,7 @@ def test_cut_padding_is_nothing_but_padding_and_leaves_a_window_of_it(multiple):
 def test_words_that_differ_are_found_once_each_and_every_word_among_them(rng, monkeypatch, shape, axes):
     monkeypatch.setattr(spelling, "SPELLED", 4)
     ids = rng.integers(0, 9, shape)
-    found = distinct(ids, axes)
+    found = unique_words(ids, axes)
     assert found is not None and found.first.dtype == found.place.dtype == np.int32
     assert found.first.shape[:-2] == shape[:-axes] and found.place.shape == shape
     most = 0
@@ -57,7 +57,7 @@ def test_groups_are_few_to_compile_and_little_is_spelled_in_vain(monkeypatch):
     least = np.arange(1, 200)
     groups = []
     for n in least:
-        found = distinct(np.arange(500) % n, axes=1)
+        found = unique_words(np.arange(500) % n, axes=1)
         assert found is not None
         groups.append(len(found.first))
     groups = np.array(groups)
@@ -66,5 +66,5 @@ def test_groups_are_few_to_compile_and_little_is_spelled_in_vain(monkeypatch):
 
 
 def test_of_a_short_step_each_word_is_spelled():
-    assert distinct(np.zeros((2, spelling.SPELLED - 1), int), axes=2) is None
-    assert distinct(np.zeros((2, spelling.SPELLED), int), axes=2) is not None
+    assert unique_words(np.zeros((2, spelling.SPELLED - 1), int), axes=2) is None
+    assert unique_words(np.zeros((2, spelling.SPELLED), int), axes=2) is not None

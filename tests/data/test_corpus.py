@@ -155,7 +155,7 @@ def test_long_sentences_are_cut_in_rows_alone(documents):
 
 @pytest.mark.parametrize("unroll", [3, 5])
 def test_windows_are_the_sentences_end_to_end(documents, unroll):
-    stream = ContiguousStream(documents, 2, unroll, seed=1, steps_per_dispatch=3)
+    stream = ContiguousStream(documents, 2, unroll, seed=1, steps_per_call=3)
     windows = [stream.window(step) for step in range(stream.steps_per_epoch)]
     order = np.random.default_rng([1, 0]).permutation(len(documents))
     text = [documents.ids[documents.offsets[n] : documents.offsets[n + 1]].tolist() for n in order]
@@ -177,11 +177,11 @@ def test_windows_are_the_sentences_end_to_end(documents, unroll):
 
 
 def test_the_window_of_a_step_does_not_depend_on_where_one_begins(documents):
-    stream = ContiguousStream(documents, 2, 4, seed=1, steps_per_dispatch=3)
+    stream = ContiguousStream(documents, 2, 4, seed=1, steps_per_call=3)
     n = stream.steps_per_epoch
-    whole = [d.batches.words[i] for d in stream.dispatches(0, 2 * n) for i in range(d.count)]
-    fresh = ContiguousStream(documents, 2, 4, seed=1, steps_per_dispatch=2)
-    part = [d.batches.words[i] for d in fresh.dispatches(n - 3, n + 4) for i in range(d.count)]
+    whole = [d.batches.words[i] for d in stream.chunks(0, 2 * n) for i in range(d.count)]
+    fresh = ContiguousStream(documents, 2, 4, seed=1, steps_per_call=2)
+    part = [d.batches.words[i] for d in fresh.chunks(n - 3, n + 4) for i in range(d.count)]
     np.testing.assert_array_equal(whole[n - 3 : n + 4], part)
     assert not np.array_equal(whole[0], whole[n])
 

@@ -19,8 +19,8 @@ from elmo_jax.errors import InputError
         ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
     ],
 )
-def test_clean_mends_what_feeds_leave(raw, wanted):
-    assert clean(raw) == wanted
+def test_clean_mends_what_feeds_leave(raw, enabled):
+    assert clean(raw) == enabled
 
 
 @settings(deadline=None)

@@ -43,7 +43,7 @@ FLAGS = {
     "--corpus=c --validation=.5": "--validation has no effect with --corpus c; leave it out, or give --dat",
     "--corpus=c --vocab=v --max-vocab=9": "--max-vocab has no effect with --vocab v; leave it out, or give",
     "--unroll=9": "--unroll has no effect with --batching sentences; leave it out, or give --batching contig",
-    "--steps-per-dispatch=1000000000": "--steps-per-dispatch must be at most",
+    "--steps-per-call=1000000000": "--steps-per-call must be at most",
     "--max-length=0": "--max-length must be at least 1",
     "--negatives=0": "--negatives must be at least 1",
     "--filters 60 4": "--filters must have widths from 1 to 50 characters, not 60",

@@ -143,7 +143,7 @@ def test_what_was_made_from_what_has_changed_is_made_anew(folder, monkeypatch, c
         return load_dataset(*args, **more)
 
     monkeypatch.setattr("experiments.compare.stages.load_dataset", load)
-    said = lines(monkeypatch, capsys, flags(folder, f"{LM} --save-every 7 --steps-per-dispatch 2"))
+    said = lines(monkeypatch, capsys, flags(folder, f"{LM} --save-every 7 --steps-per-call 2"))
     assert of(said, "finished before") == SOURCES | ELMO | STATIC
     assert len(loads) == 1  # not once a stage
 

@@ -16,7 +16,7 @@ from tiny import SMALL, TINY, call
 from elmo_jax import embed_file as dump
 from elmo_jax.errors import InputError
 from elmo_jax.training.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY, Run
-from elmo_jax.training.loop import Meter
+from elmo_jax.training.loop import ProgressBar
 from experiments import downstream, pretrain, vectors
 from experiments.common import cli, memory, plots as report
 
@@ -101,8 +101,8 @@ def test_a_dry_run_of_labelled_texts_writes_nothing(corpus, tmp_path, monkeypatc
 
 
 def test_skip_grams_progress_and_epochs_tell_the_same_figure(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Meter, "INTERVAL", -1.0)
-    short = functools.partial(vectors.SpanStream, spans=1, steps_per_dispatch=1)
+    monkeypatch.setattr(ProgressBar, "INTERVAL", -1.0)
+    short = functools.partial(vectors.SpanStream, spans=1, steps_per_call=1)
     monkeypatch.setattr(vectors, "SpanStream", short)
     flags = ["--dataset", corpus, "--min-count", "1", "--dimensions", "4", "--epochs", "1"]
     assert call(vectors.main, monkeypatch, *flags, "--output", tmp_path / "run") == 0

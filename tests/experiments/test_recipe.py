@@ -77,7 +77,7 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(corpus, tmp_path, ca
     assert all(part in said for part in parts) and re.search(r"documents: \d+ \(train\)", said), said
     assert sorted(tmp_path.rglob("*")) == before and not list(cache.rglob("*"))
     monkeypatch.setattr(pretrain, "PORTION", 60)
-    flags = ["--steps-per-dispatch", "1", "--batch-size", "1", "--batching", batching]
+    flags = ["--steps-per-call", "1", "--batch-size", "1", "--batching", batching]
     assert corpus(*flags, "--epochs", "10", "--dry-run") == 0
     part = capsys.readouterr().out
     share = float(re.search(r"first ([\d.]+)% of the corpus", part)[1]) / 100
@@ -171,18 +171,18 @@ def test_presets_are_the_released_sizes_and_their_recipe(name, cells, width, hig
     config = pretrain.PRESETS[f"elmo-{name}"]
     model, recipe = config.model, config.optimizer
     filters = [(1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)]
-    wanted = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
+    enabled = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
     for i, (size, count) in enumerate(filters):
-        wanted |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
+        enabled |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
     for k in range(highway):
-        wanted |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
-        wanted |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
+        enabled |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
+        enabled |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
     for d in (0, 1):
         for layer in (0, 1):
             cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-            wanted |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
-            wanted |= {f"{cell}W_P_0": (cells, width)}
-    assert {slot.dataset: slot.shape for slot in slots(model)} == wanted
+            enabled |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
+            enabled |= {f"{cell}W_P_0": (cells, width)}
+    assert {slot.dataset: slot.shape for slot in slots(model)} == enabled
     assert model.skip and model.cell_clip == model.projection_clip == 3
     assert model.characters.activation == "relu" and model.layers == 2
     assert (config.corpus.batching, config.corpus.unroll, config.batch_size) == ("contiguous", 20, 128)

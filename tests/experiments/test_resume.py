@@ -18,12 +18,12 @@ from experiments import downstream, pretrain
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SMALL = "--hidden 4 --epochs 2 --batch-size 8 --classifier-layers 1 --steps-per-dispatch 2".split()  # noqa: SIM905
+SMALL = "--hidden 4 --epochs 2 --batch-size 8 --classifier-layers 1 --steps-per-call 2".split()  # noqa: SIM905
 
 
 def stop_at(monkeypatch, dispatch):
     """SIGTERM at a dispatch of the next run."""
-    real, calls = loop.make_dispatch, []
+    real, calls = loop.compile_steps, []
 
     def make(*args):
         run = real(*args)
@@ -36,7 +36,7 @@ def stop_at(monkeypatch, dispatch):
 
         return step
 
-    monkeypatch.setattr(loop, "make_dispatch", make)
+    monkeypatch.setattr(loop, "compile_steps", make)
 
 
 def assert_same(one, other):
@@ -55,7 +55,7 @@ def test_pretraining_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch, more):
     with monkeypatch.context() as patch:
         stop_at(patch, 4)  # in the second epoch
         assert call(pretrain.main, patch, *flags, "--output", tmp_path / "part") == 143
-    again = [*flags, "--output", tmp_path / "part", "--resume", "--steps-per-dispatch", "1"]
+    again = [*flags, "--output", tmp_path / "part", "--resume", "--steps-per-call", "1"]
     assert call(pretrain.main, monkeypatch, *again) == 0
     assert_same(tmp_path / "whole", tmp_path / "part")
 

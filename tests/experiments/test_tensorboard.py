@@ -33,7 +33,7 @@ def run(tmp_path):
 
 
 def test_every_number_of_a_record_is_an_event(run):
-    with cli.tensorboard(run, wanted=True) as write:
+    with cli.tensorboard(run, enabled=True) as write:
         write(RECORD)
         write(RECORD | {"epoch": 4, "loss": 0.25, "lambdas": None})
     assert scalars(run.path / EVENTS) == {
@@ -49,17 +49,17 @@ def test_every_number_of_a_record_is_an_event(run):
 
 
 def test_the_first_process_alone_writes_and_only_if_told(run, monkeypatch):
-    with cli.tensorboard(run, wanted=False) as write:
+    with cli.tensorboard(run, enabled=False) as write:
         write(RECORD)
     monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
-    with cli.tensorboard(run, wanted=True) as write:
+    with cli.tensorboard(run, enabled=True) as write:
         write(RECORD)
     assert not (run.path / EVENTS).exists()
 
 
 def test_a_run_that_is_replaced_leaves_no_events(run):
-    with cli.tensorboard(run, wanted=True) as write:
+    with cli.tensorboard(run, enabled=True) as write:
         write(RECORD)
     run.close()
     Run.create(run.path, {}, monitor="loss", overwrite=True).close()

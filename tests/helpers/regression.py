@@ -29,7 +29,7 @@ def begin(optimizer):
 
 
 def run_fit(documents, path, k=3, epochs=EPOCHS, resume=False, loss=loss_fn, figure=None, **more):
-    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=k)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05), EPOCHS * stream.steps_per_epoch)
     more["frozen"] = {"scale": jnp.ones(())}
     run = Run.create(path, {"seed": 1}, monitor="figure", resume=resume)

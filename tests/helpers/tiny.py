@@ -3,7 +3,7 @@
 import json
 import sys
 
-TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-dispatch 2".split()  # noqa: SIM905
+TINY = "--embedding 4 --cells 4 --batch-size 8 --epochs 2 --min-count 1 --steps-per-call 2".split()  # noqa: SIM905
 SMALL = "--hidden 4 --epochs 1 --batch-size 8 --classifier-layers 1".split()  # noqa: SIM905
 
 

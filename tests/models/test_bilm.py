@@ -37,12 +37,14 @@ def test_an_awaited_gradient_is_the_one_that_would_be(words):
 
     def loss(table, method):
         vectors = WordEmbedder(5, 4).apply({"params": {"table": table}}, words, method=method)
-        sound = jnp.where(words[..., None] < 5, vectors**2, 0)  # and yet NaN flows back to an id that is none
-        return jnp.sum(sound), vectors
+        is_finite = jnp.where(
+            words[..., None] < 5, vectors**2, 0
+        )  # and yet NaN flows back to an id that is none
+        return jnp.sum(is_finite), vectors
 
-    (_, vectors), gradient = jax.value_and_grad(loss, has_aux=True)(table, "awaited")
-    (_, wanted), expected = jax.value_and_grad(loss, has_aux=True)(table, "__call__")
-    np.testing.assert_array_equal(vectors, wanted)
+    (_, vectors), gradient = jax.value_and_grad(loss, has_aux=True)(table, "deferred")
+    (_, enabled), expected = jax.value_and_grad(loss, has_aux=True)(table, "__call__")
+    np.testing.assert_array_equal(vectors, enabled)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
     assert np.isfinite(gradient).all()
 
@@ -193,21 +195,23 @@ def test_words_spelled_once_are_the_words_spelled_each_time(
     documents = replace(documents, spellings=spellings, classes=40)  # some words are but spelled apart
     if windows:
         stream, task = (
-            ContiguousStream(documents, 6, 5, seed=0, steps_per_dispatch=2),
+            ContiguousStream(documents, 6, 5, seed=0, steps_per_call=2),
             bilm_window_loss(model),
         )
     else:
-        stream, task = BatchStream(documents, 6, seed=0, steps_per_dispatch=2), bilm_loss(model)
+        stream, task = BatchStream(documents, 6, seed=0, steps_per_call=2), bilm_loss(model)
     params = init_params(model, jax.random.key(0))
     params |= {"state": zero_state(model.config, 6)} if windows else {}
-    batch = jax.tree.map(lambda a: a[0], next(stream.dispatches(0, 2)).batches)
-    assert len(batch.distinct.first) < batch.distinct.place.size / 8
-    more = batch.distinct._replace(first=np.pad(batch.distinct.first, ((0, 3), (0, 0))))
+    batch = jax.tree.map(lambda a: a[0], next(stream.chunks(0, 2)).batches)
+    assert len(batch.unique_words.first) < batch.unique_words.place.size / 8
+    more = batch.unique_words._replace(first=np.pad(batch.unique_words.first, ((0, 3), (0, 0))))
     loss = jax.jit(jax.value_and_grad(lambda params, batch: task(params, batch, jax.random.key(1))[0]))
-    unread = np.ones(batch.distinct.place.size, bool)
-    unread[batch.distinct.first.ravel()] = False
-    spoilt = np.where(unread.reshape(batch.distinct.place.shape)[..., None], 7, batch.chars)
-    once, padded, each = (loss(params, replace(batch, distinct=d)) for d in (batch.distinct, more, None))
+    unread = np.ones(batch.unique_words.place.size, bool)
+    unread[batch.unique_words.first.ravel()] = False
+    spoilt = np.where(unread.reshape(batch.unique_words.place.shape)[..., None], 7, batch.chars)
+    once, padded, each = (
+        loss(params, replace(batch, unique_words=d)) for d in (batch.unique_words, more, None)
+    )
     jax.tree.map(np.testing.assert_array_equal, padded, once)  # however many others of a dispatch have
     jax.tree.map(np.testing.assert_array_equal, loss(params, replace(batch, chars=spoilt)), once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * near, atol=near), once, each)
@@ -216,7 +220,7 @@ def test_words_spelled_once_are_the_words_spelled_each_time(
 def test_words_that_differ_in_another_batch_are_refused():
     config = BiLMConfig(embedding=4, cells=4, input="characters")
     batch = Batch.of([[4, 5], [6, 7]]).replace(chars=np.ones((2, 4, 50), np.int32))
-    batch = batch.replace(distinct=characters.Distinct(np.zeros((2, 8), int), np.zeros((2, 3), int)))
+    batch = batch.replace(unique_words=characters.UniqueWords(np.zeros((2, 8), int), np.zeros((2, 3), int)))
     with pytest.raises(ValueError, match="put None in its place"):
         BiLM(config, 9).init(jax.random.key(0), batch)
 
@@ -226,7 +230,7 @@ def test_gradients_of_a_frequent_word_are_summed_in_float32():
     model = BiLM(BiLMConfig(embedding=4, cells=4, input="characters", characters=cnn, dtype="bfloat16"), 9)
     often = 1024  # times 1 is more than bfloat16 counts to
     batch = Batch.of([[4] * often]).replace(chars=np.ones((1, often + 2, 50), np.int32))
-    batch = batch.replace(distinct=characters.distinct(np.asarray(batch.words), axes=2))
+    batch = batch.replace(unique_words=characters.unique_words(np.asarray(batch.words), axes=2))
     params = init_params(model, jax.random.key(0))
     total = lambda params: jnp.sum(model.apply({"params": params}, batch, method="read")[0].astype(float))  # noqa: E731
     bias = jax.grad(total)(params)["embedder"]["projection_bias"]

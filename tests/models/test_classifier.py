@@ -9,7 +9,7 @@ from flax import linen as nn
 from reference import log_softmax, lstm as oracle, tree64
 
 from elmo_jax.data.batching import Batch
-from elmo_jax.data.characters import spelling_table
+from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.text import SPECIAL, UNK
 from elmo_jax.models.classifier import (
     BiLSTMClassifier,
@@ -123,15 +123,15 @@ def test_hidden_words_are_unknown_in_training_alone():
 
 
 def test_hidden_words_are_spelled_as_the_unknown_one():
-    spelled = spelling_table([*SPECIAL, "goal", "rate", "bank", "unheard"])
+    with_characters = character_id_table([*SPECIAL, "goal", "rate", "bank", "unheard"])
     ids = np.array([4, 5, 7, 6, 4, 7])  # the last type has a spelling, but is no class
     plain = Batch.of([np.where(ids < 7, ids, UNK)], [1])
-    batch = replace(plain, chars=spelled[Batch.of([ids]).words], distinct="of the words before")
-    unknown, hidden = spelled[UNK], np.zeros(plain.words.shape, bool)
+    batch = replace(plain, chars=with_characters[Batch.of([ids]).words], unique_words="of the words before")
+    unknown, hidden = with_characters[UNK], np.zeros(plain.words.shape, bool)
     for key in jax.random.split(jax.random.key(0), 20):
         after = _hide_words(batch, key, 0.5)
         words, chars = np.asarray(after.words), np.asarray(after.chars)
-        assert after.distinct is None
+        assert after.unique_words is None
         now = (chars == unknown).all(-1)
         np.testing.assert_array_equal(chars[~now], batch.chars[~now])
         assert (words[now] == UNK).all() and (words[~now] == plain.words[~now]).all()
@@ -141,7 +141,7 @@ def test_hidden_words_are_spelled_as_the_unknown_one():
 
 def test_a_model_of_characters_hears_hidden_words():
     batch = Batch.of([[4, 5, 6]], [1])
-    batch = replace(batch, chars=spelling_table([*SPECIAL, "goal", "rate", "bank"])[batch.words])
+    batch = replace(batch, chars=character_id_table([*SPECIAL, "goal", "rate", "bank"])[batch.words])
     model, head = make(word_dropout=0.5)
     letters = jax.random.normal(jax.random.key(3), (262, 4))
     features = lambda params, batch, key: letters[batch.chars].sum(2)[None]  # noqa: E731

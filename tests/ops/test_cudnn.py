@@ -15,7 +15,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, BiLMConfig
 from elmo_jax.models.lstm import LSTM
 from elmo_jax.ops import cudnn
-from elmo_jax.ops.cudnn import obstacle
+from elmo_jax.ops.cudnn import unsupported_reason
 from elmo_jax.ops.lstm import Clips
 from elmo_jax.training.objectives import bilm_loss, init_params
 
@@ -67,7 +67,7 @@ def test_what_cudnn_cannot_run_is_refused(monkeypatch):
 
 def test_no_cuda_no_cudnn():
     if not cudnn.on_cuda():
-        assert obstacle(None, Clips(), "float32") == "there is no CUDA device here"
+        assert unsupported_reason(None, Clips(), "float32") == "there is no CUDA device here"
     with jax.default_device(jax.devices("cpu")[0]):
         assert not cudnn.on_cuda() and LSTM(H).choose() == "fast"
 

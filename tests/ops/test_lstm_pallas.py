@@ -121,7 +121,7 @@ def test_auto_is_the_persistent_kernel_where_it_can_be(monkeypatch):
     with jax.default_matmul_precision("highest"):
         assert LSTM(H).choose() == "fast" and LSTM(H, dtype="bfloat16").choose() == "persistent"
     monkeypatch.setattr(persistent, "_there_is_triton", lambda: False)
-    assert persistent.obstacle(H, None, "float32") == "this JAX has no Pallas for Triton"
+    assert persistent.unsupported_reason(H, None, "float32") == "this JAX has no Pallas for Triton"
     assert LSTM(H).choose() == "fast"
     for kernel in ("fast", "plain"):
         assert LSTM(H, kernel=kernel).choose() == kernel
@@ -142,7 +142,7 @@ def test_a_processor_must_hold_what_a_program_needs(monkeypatch, capability, cel
     cuda.pretend(monkeypatch)
     device = type("Device", (), {"compute_capability": capability})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    reason = persistent.obstacle(cells, None, dtype)
+    reason = persistent.unsupported_reason(cells, None, dtype)
     assert reason is None if fits else "processors hold too little" in str(reason)
 
 

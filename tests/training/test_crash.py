@@ -44,7 +44,7 @@ def train(path, epochs, save_every=2, file_limit=None, resume=True):
     lengths = rng.integers(1, 10, 40)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     documents = Documents(rng.integers(4, 50, offsets[-1]).astype(np.int32), offsets, np.arange(40) % 3)
-    stream = BatchStream(documents, 4, seed=1, bounds=(12,), steps_per_dispatch=2)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12,), steps_per_call=2)
     optimizer = optax.adam(0.05)
     params = {"table": jnp.zeros(50), "ballast": jax.random.normal(jax.random.key(5), (200_000,))}
     run = Run.create(path, {}, monitor="loss", resume=resume)
@@ -96,8 +96,8 @@ def kill_and_compare(tmp_path, kills, epochs, start=start):
         for line in (path / "metrics.jsonl").read_text().splitlines():
             json.loads(line)
     assert finish(start(path, epochs)) == finish(undisturbed) == 0
-    (step, records, got), (last, wanted, want) = outcome(path), outcome(whole)
-    assert step == last and records == wanted and [r["epoch"] for r in records] == list(range(1, epochs + 1))
+    (step, records, got), (last, enabled, want) = outcome(path), outcome(whole)
+    assert step == last and records == enabled and [r["epoch"] for r in records] == list(range(1, epochs + 1))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     return in_saves
 

@@ -19,8 +19,8 @@ from elmo_jax.training.loop import Interrupted, fit
 from elmo_jax.training.step import (
     OptimizerConfig,
     TrainState,
+    compile_steps,
     evaluate,
-    make_dispatch,
     make_optimizer,
     predict,
 )
@@ -53,15 +53,15 @@ def test_a_hook_gets_every_new_epochs_whole_record(documents, tmp_path):
 
 def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tmp_path, monkeypatch):
     told = []
-    dispatches, add = BatchStream.dispatches, loop._add
+    chunks, add = BatchStream.chunks, loop._add
 
     def watched(self, first, last):
-        for made in dispatches(self, first, last):
+        for made in chunks(self, first, last):
             told.extend(["made"] * (self.seed is not None))  # evaluation's are in order
             yield made
 
     def make(*args):
-        run = make_dispatch(*args)
+        run = compile_steps(*args)
 
         def called(state, batches, count, key):
             assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
@@ -70,9 +70,9 @@ def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tm
 
         return called
 
-    monkeypatch.setattr(loop, "make_dispatch", make)
+    monkeypatch.setattr(loop, "compile_steps", make)
     monkeypatch.setattr(loop, "_add", lambda *args: (told.append("waited"), add(*args)))
-    monkeypatch.setattr(BatchStream, "dispatches", watched)
+    monkeypatch.setattr(BatchStream, "chunks", watched)
     run_fit(documents, tmp_path / "run", epochs=1)
     assert told[:7] == ["made", "called", "made", "called", "made", "waited", "called"]
     assert told.count("made") == told.count("called") == told.count("waited")
@@ -85,11 +85,11 @@ def test_a_state_is_made_once_its_programs_are_there_and_not_at_all_where_one_is
 
     def make(loss_fn, optimizer, like, ahead):
         ahead = list(ahead)
-        made = make_dispatch(loss_fn, optimizer, like, ahead)
+        made = compile_steps(loss_fn, optimizer, like, ahead)
         told.append(f"{len(ahead)} programs")
         return made
 
-    monkeypatch.setattr(loop, "make_dispatch", make)
+    monkeypatch.setattr(loop, "compile_steps", make)
     monkeypatch.setattr(Plan, "__call__", lambda plan: (told.append("a state"), call(plan))[1])
     run_fit(documents, tmp_path / "run", epochs=1)
     assert told == ["2 programs", "a state"]
@@ -110,9 +110,9 @@ def test_what_is_frozen_is_given_to_fit_alone(documents, tmp_path):
 
 def test_sharing_out_steps_to_dispatches_changes_nothing_a_step_does(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(32,))
-    batches = [jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 10)]
+    batches = [jax.tree.map(lambda a: a[0], d.batches) for d in stream.chunks(0, 10)]
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    run = make_dispatch(loss_fn, optimizer)
+    run = compile_steps(loss_fn, optimizer)
     states = []
     for counts in ((8, 2), (3, 4, 3)):
         state = TrainState.create({"table": jnp.zeros(50)}, optimizer, {"scale": jnp.ones(())})
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(documents, tmp_path, whole, stop_after
 
     path = tmp_path / "stopped"
     with pytest.raises(Interrupted) as info:
-        run_fit(documents, path, after_dispatch=stop)
+        run_fit(documents, path, after_call=stop)
     assert info.value.exit_code == 128 + number
     state, records = run_fit(documents, path, resume=True)
     same(state, whole[0])
@@ -159,7 +159,7 @@ def test_a_crash_goes_on_from_the_last_save(documents, tmp_path, whole):
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        run_fit(documents, path, after_dispatch=crash, save_every=2)
+        run_fit(documents, path, after_call=crash, save_every=2)
     state, records = run_fit(documents, path, resume=True, save_every=2)
     same(state, whole[0])
     assert without_times(records) == without_times(whole[1])
@@ -179,7 +179,7 @@ def test_training_goes_on_while_a_step_is_written(documents, tmp_path, monkeypat
             written.set()
 
     monkeypatch.setattr(steps, "write_manifest", wait_and_write)
-    run_fit(documents, tmp_path / "run", k=1, save_every=4, after_dispatch=look)
+    run_fit(documents, tmp_path / "run", k=1, save_every=4, after_call=look)
     assert went_on == [True]
 
 
@@ -214,7 +214,7 @@ def test_measuring_takes_every_step_of_a_dispatch(documents):
     want, *others = (
         (evaluate(error, params, stream), predict(lambda _, batch: batch.labels, params, stream))
         for k in (1, 3, 100)
-        for stream in [BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=k)]
+        for stream in [BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=k)]
     )
     assert want[0]["documents"] == len(documents)
     np.testing.assert_array_equal(want[1], documents.labels)

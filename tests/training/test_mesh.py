@@ -91,9 +91,9 @@ def language_model(mesh, optimizer, negatives=None, by_rows=True, windows=False,
         return TrainState.create(init_params(model, jax.random.key(0)), steps, carry=carry)
 
     documents = texts() if more.get("input") == "characters" else replace(texts(), spellings=None)
-    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
+    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_call=2)
     if windows:
-        stream = ContiguousStream(documents, ROWS, UNROLL, seed=1, steps_per_dispatch=2)
+        stream = ContiguousStream(documents, ROWS, UNROLL, seed=1, steps_per_call=2)
     return Plan(begin, mesh, tables=bilm_tables(model)), task, steps, stream, model
 
 
@@ -109,7 +109,7 @@ def classifier(mesh, optimizer):
     frozen = {"bilm": init_params(model, jax.random.key(0))}
     begin = Plan(lambda *given: TrainState.create(given[0], steps, given[1]), mesh, (params, frozen))
     documents = replace(texts(), spellings=None)
-    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_dispatch=2)
+    stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_call=2)
     return begin, task, steps, stream, None
 
 
@@ -331,12 +331,12 @@ def test_predictions_come_back_in_the_order_of_the_documents(found):
 
 def test_a_part_of_the_rows_is_what_the_whole_batch_has_there():
     for stream in (
-        BatchStream(texts(), ROWS, seed=1, steps_per_dispatch=2),
-        ContiguousStream(texts(), ROWS, UNROLL, seed=1, steps_per_dispatch=2),
+        BatchStream(texts(), ROWS, seed=1, steps_per_call=2),
+        ContiguousStream(texts(), ROWS, UNROLL, seed=1, steps_per_call=2),
     ):
-        whole = list(stream.dispatches(0, 4))
+        whole = list(stream.chunks(0, 4))
         for part in (slice(0, 6), slice(6, 16)):
-            for (all_rows, _), (rows, _) in zip(whole, stream.dispatches(0, 4, part), strict=True):
+            for (all_rows, _), (rows, _) in zip(whole, stream.chunks(0, 4, part), strict=True):
                 axis = 1 + rows.ROWS
                 want = jax.tree.map(
                     lambda a, axis=axis, part=part: np.take(a, np.arange(ROWS)[part], axis), all_rows

@@ -71,7 +71,7 @@ def test_a_commands_own_remedy_is_told_wherever_training_fails(documents, tmp_pa
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(32,))
-    (batch,) = (jax.tree.map(lambda a: a[0], d.batches) for d in stream.dispatches(0, 1))
+    (batch,) = (jax.tree.map(lambda a: a[0], d.batches) for d in stream.chunks(0, 1))
     optimizer = make_optimizer(OptimizerConfig(), 10)
     start = TrainState.create({"table": jnp.ones(50)}, optimizer, {"scale": jnp.ones(())})
 
@@ -103,7 +103,7 @@ def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documen
 
     with pytest.warns(UserWarning, match=r"\d steps of epoch \d were skipped") as said:
         state, records = run_fit(documents, tmp_path / "run", loss=sick)
-    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
     steps = range(EPOCHS * stream.steps_per_epoch)
     hit = [(documents.lengths[stream.rows(step)] == longest).any() for step in steps]
     want = np.reshape(hit, (EPOCHS, -1)).sum(1)

@@ -15,7 +15,7 @@ from processes import PROCESSES, finish, outcome, wait_for
 
 from elmo_jax.data.batching import BatchStream, Documents
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import DATA, MODEL, Plan, agree, first, led, together
+from elmo_jax.parallel import DATA, MODEL, Plan, first, max_over_processes, run_on_first, together
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import Interrupted, fit
 from elmo_jax.training.step import TrainState
@@ -37,19 +37,19 @@ def train(path, index, port, epochs, mark=None):
     """The same model in every process, its arrays in all of them."""
     join(port, index)
     documents = Documents(np.arange(160, dtype=np.int32) % 46 + 4, np.arange(0, 161, 4), np.arange(40) % 3)
-    stream = BatchStream(documents, 4, seed=1, bounds=(6,), steps_per_dispatch=2)
+    stream = BatchStream(documents, 4, seed=1, bounds=(6,), steps_per_call=2)
     optimizer = optax.adam(0.05)
     mesh = jax.make_mesh((1, 2), (DATA, MODEL), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     begin = Plan(lambda: TrainState.create({"table": jnp.zeros(50)}, optimizer), mesh)
     run = Run.create(path, {}, monitor="loss", resume=True)
 
-    def after_dispatch(step):
+    def after_call(step):
         if mark is not None:
             mark.value = step
 
     try:
         fit(begin, loss_fn, optimizer, stream, run, epochs=epochs, seed=7, save_every=30,
-            on_epoch=lambda state, sums: {}, after_dispatch=after_dispatch)  # fmt: skip
+            on_epoch=lambda state, sums: {}, after_call=after_call)  # fmt: skip
         run.close()
     except Interrupted as stop:
         Path(f"{path}.{index}").write_text(str(stop))
@@ -82,8 +82,8 @@ def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on_together(tmp_path
     more = len(records) + 3
     assert [finish(process) for process in both(train, path, more)] == [0, 0]
     assert [finish(process) for process in both(train, tmp_path / "whole", more)] == [0, 0]
-    (last, records, got), (wanted, want_records, want) = outcome(path), outcome(tmp_path / "whole")
-    assert last == wanted and records == want_records
+    (last, records, got), (enabled, want_records, want) = outcome(path), outcome(tmp_path / "whole")
+    assert last == enabled and records == want_records
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -94,8 +94,11 @@ def fail(path, index, port):
         if index:
             raise InputError("no")
 
-    said = [first(), agree(3 * index), led(lambda: index)]
-    for work in (lambda: led(lambda: Path(path / "none" / "x").write_text("")), lambda: together(refuse)):
+    said = [first(), max_over_processes(3 * index), run_on_first(lambda: index)]
+    for work in (
+        lambda: run_on_first(lambda: Path(path / "none" / "x").write_text("")),
+        lambda: together(refuse),
+    ):
         try:
             work()
         except (InputError, OSError) as error:

@@ -22,7 +22,7 @@ from elmo_jax.training.objectives import (
     bilm_window_loss,
     init_params,
 )
-from elmo_jax.training.optimizers import Rowwise
+from elmo_jax.training.optimizers import RowSparse
 from elmo_jax.training.step import OptimizerConfig, TrainState, make_optimizer, train_step
 
 V, S = 60, 7
@@ -40,7 +40,7 @@ def after(config, optimizer, rowwise, steps=3, batches=(BATCH,) * 3, dense=False
     """Training with dense or with row-wise updates; the state after the last step."""
     model = BiLM(config, V)
     inner = make_optimizer(OptimizerConfig(optimizer=optimizer, learning_rate=0.1, **more), 10)
-    optimizer = Rowwise(inner, bilm_rows(model, S), dense) if rowwise else inner
+    optimizer = RowSparse(inner, bilm_rows(model, S), dense) if rowwise else inner
     loss = bilm_loss(model, S, rowwise)
     step = jax.jit(lambda state, batch: train_step(state, batch, KEY, loss, optimizer))
     state = TrainState.create(fresh(model), optimizer)
@@ -103,7 +103,7 @@ def test_who_goes_by_rows(monkeypatch, optimizer, negatives, on, dense):
     monkeypatch.setattr(jax, "default_backend", lambda: on)
     model = BiLM(BiLMConfig(), 8 * FEW)
     _, steps = bilm_training(model, OptimizerConfig(optimizer=optimizer), 10, negatives)
-    assert (steps.dense if isinstance(steps, Rowwise) else None) == dense
+    assert (steps.dense if isinstance(steps, RowSparse) else None) == dense
 
 
 @pytest.mark.parametrize("windows", [False, True])
@@ -146,7 +146,7 @@ def test_windows_by_rows_are_the_dense_ones(documents):
     stream = ContiguousStream(documents, 2, 4, seed=1)
     inner = make_optimizer(OptimizerConfig(optimizer="adagrad"), 10)
     states = []
-    for optimizer in (inner, Rowwise(inner, bilm_rows(model, S))):
+    for optimizer in (inner, RowSparse(inner, bilm_rows(model, S))):
         loss = bilm_window_loss(model, S, optimizer is not inner)
         carry = {"state": zero_state(model.config, 2)}
         state = TrainState.create(fresh(model), optimizer, carry=carry)
@@ -160,18 +160,18 @@ def test_windows_by_rows_are_the_dense_ones(documents):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_step_that_is_not_finite_or_not_wanted_changes_no_row(dense):
-    optimizer = Rowwise(optax.adam(0.1), lambda batch, key: {"t": batch[1]}, dense)
+    optimizer = RowSparse(optax.adam(0.1), lambda batch, key: {"t": batch[1]}, dense)
     loss = lambda params, batch, key: (jnp.sum(params["t"]) / batch[0], {})  # noqa: E731
     some, others = jnp.array([1, 3, 4]), jnp.array([0, 3, 4])  # the last is none
 
-    def stepped(state, divisor, rows, wanted=True):
-        return train_step(state, (jnp.float32(divisor), rows), KEY, loss, optimizer, wanted)  # type: ignore
+    def stepped(state, divisor, rows, enabled=True):
+        return train_step(state, (jnp.float32(divisor), rows), KEY, loss, optimizer, enabled)  # type: ignore
 
     before = TrainState.create({"t": jnp.arange(12.0).reshape(4, 3)}, optimizer)
     state, _ = stepped(before, 1, some)  # so that there are moments to move on by
     assert moved(before, state) == [False, True, False, True]
-    for divisor, wanted in ((0, True), (1, False)):
-        still, sums = stepped(state, divisor, others, jnp.array(wanted))
+    for divisor, enabled in ((0, True), (1, False)):
+        still, sums = stepped(state, divisor, others, jnp.array(enabled))
         assert sums["steps"] == 0
         of = (state.params, state.opt_state), (still.params, still.opt_state)
         jax.tree.map(np.testing.assert_array_equal, *of)
@@ -197,7 +197,7 @@ OPTIMIZERS = {
 def test_optimisers_of_parts_of_the_parameters_move_them_as_optax_does(name, standard_promotion):
     params = {"t": jnp.arange(12.0).reshape(4, 3), "d": jnp.ones(3)}
     dense = OPTIMIZERS[name]()
-    by_rows = Rowwise(OPTIMIZERS[name](), lambda batch, key: {"t": batch}, dense=name == "that go on")
+    by_rows = RowSparse(OPTIMIZERS[name](), lambda batch, key: {"t": batch}, dense=name == "that go on")
 
     def loss(params, rows, key):
         table = params["t"] if len(params["t"]) == 2 else jnp.take(params["t"], rows, axis=0)
@@ -216,6 +216,6 @@ def test_optimisers_of_parts_of_the_parameters_move_them_as_optax_does(name, sta
 
 
 def test_a_table_that_is_not_there_is_an_error():
-    optimizer = Rowwise(optax.sgd(0.1), lambda batch, key: {"u": jnp.array([1])})
+    optimizer = RowSparse(optax.sgd(0.1), lambda batch, key: {"u": jnp.array([1])})
     with pytest.raises(ValueError, match="no parameter is called u"):
         optimizer.given({"t": jnp.zeros((2, 2))}, optimizer.rows(None, KEY))

@@ -11,7 +11,7 @@ import pytest
 import tensorstore
 
 from elmo_jax.errors import InputError
-from elmo_jax.training.checkpoint import Position, Run, Steps
+from elmo_jax.training.checkpoint import Position, Run, StepStore
 
 
 def state(step):
@@ -161,10 +161,10 @@ def test_room_is_looked_for_first(run, monkeypatch):
         ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(1)}, r"params/b is missing there, but float32 \[1\]"),
     ],
 )
-def test_another_shape_or_dtype_is_refused_by_both_names(run, wanted, said):
+def test_another_shape_or_dtype_is_refused_by_both_names(run, enabled, said):
     save(run, 3)
     with pytest.raises(InputError, match=said):
-        run.restore({"params": wanted, "step": jnp.int32(0)})
+        run.restore({"params": enabled, "step": jnp.int32(0)})
 
 
 def test_a_file_where_the_steps_should_be(run):
@@ -177,7 +177,7 @@ def test_a_file_where_the_steps_should_be(run):
 
 def test_a_saved_state_may_be_large_and_training_goes_on_meanwhile(tmp_path):
     """The folder has its name only when the background is done; saving returns before."""
-    steps, order = Steps(tmp_path / "steps"), []
+    steps, order = StepStore(tmp_path / "steps"), []
     finish = steps._finish
     steps._finish = lambda *args: (time.sleep(0.2), finish(*args), order.append("written"))
     steps.save(1, state(1), {}, {})

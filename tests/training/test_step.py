@@ -16,11 +16,11 @@ from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.training import step as dispatch
 from elmo_jax.training.objectives import bilm_loss, bilm_window_loss, init_params
 from elmo_jax.training.step import (
-    LargeProducts,
+    MatmulBound,
     OptimizerConfig,
     TrainState,
+    compile_steps,
     compiler_options,
-    make_dispatch,
     make_optimizer,
     train_step,
 )
@@ -37,7 +37,7 @@ def begin():
 def walked(run, stream):
     """The state after an epoch, and every step's loss."""
     state, losses = begin(), []
-    for batches, count in stream.dispatches(0, stream.steps_per_epoch):
+    for batches, count in stream.chunks(0, stream.steps_per_epoch):
         state, sums = run(state, batches, count, KEY)
         losses += np.asarray(sums["loss"][:count]).tolist()
     return state, losses
@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def test_a_step_that_is_not_wanted_changes_nothing(documents):
-    batch = jax.tree.map(lambda a: a[0], next(BatchStream(documents, 4).dispatches(0, 1)).batches)
+    batch = jax.tree.map(lambda a: a[0], next(BatchStream(documents, 4).chunks(0, 1)).batches)
     state, sums = train_step(begin(), batch, KEY, loss_fn, OPTIMIZER, jnp.array(False))
     same(state, begin())
     assert {float(value) for value in sums.values()} == {0.0}
@@ -57,31 +57,31 @@ def test_a_step_that_is_not_wanted_changes_nothing(documents):
 
 
 def test_on_an_accelerator_a_part_filled_dispatch_takes_its_steps_and_no_more(documents, monkeypatch):
-    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=8)
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_call=8)
     assert stream.steps_per_epoch % 8
-    expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    expected = walked(compile_steps(loss_fn, OPTIMIZER), stream)
     monkeypatch.setattr(dispatch, "compiler_options", lambda large: {})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ends, loop = [], jax.lax.fori_loop
     monkeypatch.setattr(jax.lax, "fori_loop", lambda *args: (ends.append(args[1]), loop(*args))[1])
-    same(walked(make_dispatch(loss_fn, OPTIMIZER), stream), expected)
+    same(walked(compile_steps(loss_fn, OPTIMIZER), stream), expected)
     assert ends == [8]  # known when it is compiled
 
 
 def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(documents, monkeypatch):
-    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
-    met = {d.batches.words.shape for d in stream.dispatches(0, stream.steps_per_epoch)}
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
+    met = {d.batches.words.shape for d in stream.chunks(0, stream.steps_per_epoch)}
     assert {batches.words.shape for batches in stream.shapes()} == met and len(met) == 2
     spellings = np.arange(2500, dtype=np.int32).reshape(50, 50) % 262
     monkeypatch.setattr(characters, "SPELLED", 4)
-    spelled = BatchStream(replace(documents, spellings=spellings), 4, seed=1, bounds=(12, 32))
-    shapes = lambda batches: (batches.words.shape, batches.distinct.first.shape)  # noqa: E731
-    every = {shapes(d.batches) for d in spelled.dispatches(0, spelled.steps_per_epoch)}
-    assert {shapes(batches) for batches in spelled.shapes()} == every and len(every) > 2
-    expected = walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    with_characters = BatchStream(replace(documents, spellings=spellings), 4, seed=1, bounds=(12, 32))
+    shapes = lambda batches: (batches.words.shape, batches.unique_words.first.shape)  # noqa: E731
+    every = {shapes(d.batches) for d in with_characters.chunks(0, with_characters.steps_per_epoch)}
+    assert {shapes(batches) for batches in with_characters.shapes()} == every and len(every) > 2
+    expected = walked(compile_steps(loss_fn, OPTIMIZER), stream)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "_in_background", None)  # a CPU waits
-        run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes())
+        run = compile_steps(loss_fn, OPTIMIZER, begin(), stream.shapes())
 
     def traced_again(*_, **__):
         raise AssertionError("a step is traced when its batch comes")
@@ -92,30 +92,30 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
 
 @pytest.mark.parametrize("known", [False, True])
 def test_a_step_is_traced_once_a_shape(documents, monkeypatch, known):
-    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
     calls = []
-    monkeypatch.setattr(dispatch, "takes_all", lambda: known)
+    monkeypatch.setattr(dispatch, "runs_all_steps", lambda: known)
     monkeypatch.setattr(dispatch, "train_step", lambda *args: (calls.append(1), train_step(*args))[1])
-    walked(make_dispatch(loss_fn, OPTIMIZER), stream)
+    walked(compile_steps(loss_fn, OPTIMIZER), stream)
     assert len(calls) == 2
 
 
 def test_a_shape_that_was_not_told_ahead_is_compiled_when_it_comes(documents):
-    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_dispatch=3)
-    run = make_dispatch(loss_fn, OPTIMIZER, begin(), stream.shapes()[:1])
-    same(walked(run, stream), walked(make_dispatch(loss_fn, OPTIMIZER), stream))
+    stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
+    run = compile_steps(loss_fn, OPTIMIZER, begin(), stream.shapes()[:1])
+    same(walked(run, stream), walked(compile_steps(loss_fn, OPTIMIZER), stream))
 
 
 def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(documents, monkeypatch):
     model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1, dropout=0.0), 50)
-    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_dispatch=3)
+    stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_call=3)
     task, asked, options = bilm_loss(model), [], dispatch.compiler_options
     monkeypatch.setattr(dispatch, "compiler_options", lambda large: (asked.append(large), options(large))[1])
-    batches, count = next(stream.dispatches(0, 3))[:2]
+    batches, count = next(stream.chunks(0, 3))[:2]
     done = []
     for loss in task, task.loss_fn:
         params = init_params(model, KEY)
-        done.append(make_dispatch(loss, OPTIMIZER)(TrainState.create(params, OPTIMIZER), batches, count, KEY))
+        done.append(compile_steps(loss, OPTIMIZER)(TrainState.create(params, OPTIMIZER), batches, count, KEY))
     assert asked == [True, False]
     (state, sums), (plain_state, plain_sums) = done
     np.testing.assert_allclose(sums["loss"], plain_sums["loss"], rtol=1e-6)
@@ -137,16 +137,16 @@ def test_steps_of_spelled_words_are_the_same_however_they_are_shared_out(
     spellings = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
     documents = replace(documents, ids=ids.astype(np.int32), spellings=spellings)
     if windows:
-        stream, task = ContiguousStream(documents, 4, 4, 0, steps_per_dispatch=3), bilm_window_loss(model)
+        stream, task = ContiguousStream(documents, 4, 4, 0, steps_per_call=3), bilm_window_loss(model)
     else:
-        stream, task = BatchStream(documents, 4, 1, bounds=(32,), steps_per_dispatch=3), bilm_loss(model)
-    run, ends, groups = make_dispatch(task, OPTIMIZER), [], []
+        stream, task = BatchStream(documents, 4, 1, bounds=(32,), steps_per_call=3), bilm_loss(model)
+    run, ends, groups = compile_steps(task, OPTIMIZER), [], []
     for cuts in ((0, 10), (0, 1, 3, 5, 7, 8, 10)):
         carry = {"state": zero_state(config, 4)} if windows else None
         state, seen = TrainState.create(init_params(model, KEY), OPTIMIZER, carry=carry), []
         for first, last in pairwise(cuts):
-            for batches, count in stream.dispatches(first, last):
-                seen += [batches.distinct.first.shape[1]] * count
+            for batches, count in stream.chunks(first, last):
+                seen += [batches.unique_words.first.shape[1]] * count
                 state, _ = run(state, batches, count, KEY)
         ends.append(state)
         groups.append(seen)
@@ -157,7 +157,7 @@ def test_steps_of_spelled_words_are_the_same_however_they_are_shared_out(
 def test_the_tasks_of_large_products_are_those_of_the_full_softmax():
     model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1), 50)
     for make in bilm_loss, bilm_window_loss:
-        assert isinstance(make(model), LargeProducts) and not isinstance(make(model, 7), LargeProducts)
+        assert isinstance(make(model), MatmulBound) and not isinstance(make(model, 7), MatmulBound)
 
 
 def test_a_compiler_is_told_what_it_knows(monkeypatch):
