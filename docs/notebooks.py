@@ -13,9 +13,7 @@ def main() -> None:
     for guide in sorted((Path(__file__).parent / "guides").glob("*.md")):
         notebook = jupytext.read(guide)
         with tempfile.TemporaryDirectory() as folder:
-            client = nbclient.NotebookClient(
-                notebook, timeout=300, resources={"metadata": {"path": folder}}
-            )
+            client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}})
             client.execute()
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"  # stable, so that a new run changes outputs alone
