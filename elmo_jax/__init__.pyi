@@ -1,16 +1,23 @@
 """The public names of elmo_jax and the module that defines each."""
 
 from .baselines.word_vectors import WordVectors
+from .config import (
+    BiLMConfig,
+    CharCNNConfig,
+    ClassifierConfig,
+    CombinerConfig,
+    DataConfig,
+    OptimizerConfig,
+)
 from .data.batching import Batch, BatchStream, Documents
 from .data.characters import character_ids
-from .data.csv_dataset import DataConfig, Dataset, load_dataset
+from .data.csv_dataset import Dataset, load_dataset
 from .data.text import Vocabulary, clean, tokenize
 from .elmo import Elmo
 from .errors import InputError
-from .models.bilm import BiLM, BiLMConfig
-from .models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss
-from .models.combiners import COMBINERS, CombinerConfig, FrozenMix, LearnedFunction, ScalarMix
-from .models.embedders import CharCNNConfig
+from .models.bilm import BiLM
+from .models.classifier import BiLSTMClassifier, classifier_loss
+from .models.combiners import COMBINERS, FrozenMix, LearnedFunction, ScalarMix
 from .models.lstm import LSTM, reverse_valid
 from .ops.softmax import Negatives, full_nll, log_uniform_negatives, sampled_nll
 from .parallel import Plan, make_mesh
@@ -18,7 +25,7 @@ from .sklearn import ElmoVectorizer
 from .training.checkpoint import Run
 from .training.loop import fit
 from .training.objectives import bilm_features, bilm_loss, bilm_sums, bilm_training
-from .training.step import OptimizerConfig, TrainState, evaluate, make_optimizer, predict, train_step
+from .training.step import TrainState, evaluate, make_optimizer, predict, train_step
 
 __version__: str
 

@@ -7,12 +7,13 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from elmo_jax.config import Dtype
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
 from elmo_jax.inference import BATCH_TOKENS, Reader
@@ -21,8 +22,6 @@ from elmo_jax.models.lstm import Kernel
 from elmo_jax.ops.lstm import State
 from elmo_jax.pretrained.bilm_format import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.pretrained.folder import load_folder, save_folder
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 class Elmo:

@@ -13,14 +13,15 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 import h5py
 import numpy as np
 
+from elmo_jax.config import DumpConfig
 from elmo_jax.data.text import blocks, raw_lines, read_lines, tokenize
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -28,31 +29,10 @@ from elmo_jax.models.combiners import Mix
 from elmo_jax.storage.files import digest, tree_digest, write_atomically, writer_lock
 from elmo_jax.storage.hdf5 import Checked, create
 
-Layers = Literal["all", "top", "average", "mix"]
-
 _LONG = 4_096  # tokens from which a line's layers go to the file a window at a time
 _CHUNK = 256  # tokens an HDF5 chunk
 _INDEX_BYTES = 64 << 20  # of a text's lines in one piece of sentence_to_index
 _LOCK = ".lock"  # among the parts, so that it goes with them
-
-
-@dataclass(frozen=True)
-class DumpConfig:
-    """What is written of each line."""
-
-    layers: Layers = "all"
-    """All [L, tokens, F]; or [tokens, F]: the top one, their average, or the mix of a trained combiner."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the numbers in the file."""
-    tokenize: bool = False
-    """Split raw text as the training commands do; else lines are tokens with spaces between."""
-    long: Literal["split", "refuse"] = "split"
-    """Lines of more than --max-length tokens: read on with the state carried, which changes nothing,
-    or an error."""
-    max_length: int = 100_000
-    """Tokens that make a line long."""
-    batch_tokens: int = 2048
-    """Sentences times tokens run at once, about."""
 
 
 class Dump:

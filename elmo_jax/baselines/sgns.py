@@ -9,7 +9,6 @@ V tokens of the vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +18,7 @@ import optax
 from flax import struct
 from jax import Array
 
+from elmo_jax.config import SGNSConfig
 from elmo_jax.data.batching import ALL, Documents, StepChunk
 from elmo_jax.data.text import UNK
 from elmo_jax.training.optimizers import RowSparseSGD
@@ -26,18 +26,6 @@ from elmo_jax.training.optimizers import RowSparseSGD
 SPAN = 32  # T: wider spans make products of which less is used, narrower ones share less
 SHARED = 32  # S
 _MOST = 5.0  # moves of a row a step, times the rate; training a vocabulary of 60 diverges from 12 on
-
-
-@dataclass(frozen=True)
-class SGNSConfig:
-    """How skip-gram vectors are trained."""
-
-    negatives: int = 5
-    """Weight of the negatives against each pair."""
-    subsample: float = 1e-3
-    """Tokens of a larger share of the text are kept with a probability of about its root over theirs."""
-    rate: float = 0.025
-    """Learning rate, falling linearly to 0."""
 
 
 @struct.dataclass

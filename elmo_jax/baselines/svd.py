@@ -3,25 +3,13 @@
 Axes: V tokens of the vocabulary, F dimensions kept.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
+from elmo_jax.config import SVDConfig
 from elmo_jax.data.batching import Documents
 from elmo_jax.errors import InputError
-
-
-@dataclass(frozen=True)
-class SVDConfig:
-    """How counts become vectors."""
-
-    weighting: Literal["ppmi", "counts"] = "ppmi"
-    """Positive pointwise mutual information, or the counts as they are."""
-    exponent: float = 0.5
-    """Power of the singular values by which the dimensions are scaled; 0 leaves them out."""
 
 
 def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_matrix:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-CHARACTERS = 50  # a word, with the markers of its begin and end
+from elmo_jax.config import CHARACTERS
+
 IDS = 262  # 0 is a padding token; the others are the numbers below and a byte's own, plus 1
 _SENTENCE_BEGIN, _SENTENCE_END, _BEGIN, _END, _PAD = range(256, 261)
 _MARKERS = {"<S>": _SENTENCE_BEGIN, "</S>": _SENTENCE_END}

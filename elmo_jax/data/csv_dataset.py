@@ -21,19 +21,18 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
 
+from elmo_jax.config import DataConfig, TextColumns
 from elmo_jax.data.batching import Documents
 from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
 from elmo_jax.data.text import UNK, Vocabulary, decode, read_text, tokenize
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays
-
-TextColumns = Literal["title+description", "description"]
 
 _CACHE_VERSION = 2  # of reading, cleaning and tokenising; a change makes old caches unused
 
@@ -236,28 +235,6 @@ _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
     "test.csv": "d52ea96a97a2d943681189a97654912d",
 }
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which texts, and how they become ids."""
-
-    dataset: str = "sample"
-    """sample (embedded), ag_news (downloaded once), or a folder with train.csv and test.csv."""
-    data_dir: str | None = None
-    """Folder with AG News's train.csv and test.csv, in place of the download."""
-    text: TextColumns = "title+description"
-    """All text columns joined, or the last alone."""
-    min_count: int = 3
-    """Tokens seen less often in training are unknown."""
-    max_vocab: int | None = None
-    """Most tokens of the vocabulary."""
-    max_length: int = 400
-    """Longer texts are cut to this many tokens."""
-    validation: float = 0.2
-    """Share of the training rows held out, stratified by class."""
-    split_seed: int = 0
-    """Seed of that split."""
 
 
 @dataclass(frozen=True)

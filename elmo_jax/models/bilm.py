@@ -7,8 +7,7 @@ Axes: B batch, T time, D direction, L layers (the token vectors are layer 0), P 
 F = 2P features, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,47 +15,14 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.config import BiLMConfig
 from elmo_jax.data.batching import DIRECTIONS, Batch, Window
 from elmo_jax.data.characters import UniqueWords
-from elmo_jax.models.embedders import CharCNN, CharCNNConfig, WordEmbedder
+from elmo_jax.models.embedders import CharCNN, WordEmbedder
 from elmo_jax.models.lstm import LSTM, Kernel, join_directions, stack_directions, token_mask
 from elmo_jax.ops.lstm import Clips, State
 from elmo_jax.ops.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.parallel import by_rows
-
-
-@dataclass(frozen=True)
-class BiLMConfig:
-    """The sizes of a bidirectional language model."""
-
-    input: Literal["words", "characters"] = "words"
-    """A table of token vectors, or a CNN over each token's characters."""
-    characters: CharCNNConfig = CharCNNConfig()
-    embedding: int = 150
-    """Width of the token vectors, and of each direction's states."""
-    cells: int = 150
-    """LSTM cells a layer and direction; projected to the embedding's width if they differ."""
-    project_cells: bool = False
-    """Project them even if they do not."""
-    layers: int = 2
-    """LSTM layers a direction."""
-    skip: bool = False
-    """Add its input to the output of every LSTM layer above the first."""
-    cell_clip: float | None = None
-    """Bound of the cells' values; None is unbounded."""
-    projection_clip: float | None = None
-    """Bound of the projected states; where there is no projection, there is no bound."""
-    dropout: float = 0.1
-    """Share of each LSTM layer's input, and of the top layer's output, set to 0 in training."""
-    tie: bool = True
-    """Whether the softmax's table is the token vectors' too (Press and Wolf 2017), if by word."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the products; sums, states and parameters stay float32."""
-
-    @property
-    def projected(self) -> bool:
-        """Whether the cells are projected to the embedding's width."""
-        return self.project_cells or self.cells != self.embedding
 
 
 def lstm_layer(config: BiLMConfig, kernel: Kernel) -> LSTM:

@@ -4,8 +4,8 @@ Axes: B batch, T time, D direction, L layers of the features, F features, H cell
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.config import ClassifierConfig
 from elmo_jax.data.batching import Batch
 from elmo_jax.data.characters import character_ids
 from elmo_jax.data.text import SPECIAL, UNK
@@ -21,26 +22,6 @@ from elmo_jax.ops.metrics import confusion_matrix
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
 Features = Callable[[Any, Batch, Array | None], Array]
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The sizes of the classifier."""
-
-    hidden: int = 128
-    """LSTM cells a layer and direction, and units of the ReLU layer."""
-    classifier_layers: int = 2
-    """Bidirectional LSTM layers."""
-    pooling: Literal["mean", "max", "mean+max", "attention", "mean+max+attention"] = "mean+max"
-    """How the states of a document's tokens become one vector; the best on AG News's validation."""
-    classifier_dropout: float = 0.2
-    """Share of each layer's input set to 0 in training."""
-    variational: bool = False
-    """Drop the same features at every token of a document (Gal and Ghahramani 2016)."""
-    word_dropout: float = 0.0
-    """Share of tokens made unknown in training, before the features are computed."""
-    label_smoothing: float = 0.0
-    """Share of the training target spread evenly over all classes."""
 
 
 class BiLSTMClassifier(nn.Module):

@@ -7,7 +7,7 @@ Axes: L layers, B batch, T time, F features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +15,10 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.config import CombinerConfig
 from elmo_jax.errors import InputError
 
 _EPSILON = 1e-6  # of the layer norm
-
-
-@dataclass(frozen=True)
-class CombinerConfig:
-    """Which combiner, and what it may be told."""
-
-    combiner: str = "trainable"
-    """trainable or frozen weights a layer, or a learned function of all layers; or one of your own."""
-    normalize: Literal["none", "softmax"] = "none"
-    """trainable: weights as they are, or softmax-normalised and scaled as in the paper."""
-    layer_norm: bool = False
-    """trainable, frozen: bring each layer to mean 0 and variance 1 over its features first."""
-    activation: Literal["relu", "tanh"] = "relu"
-    """function: what follows its linear map."""
 
 
 class OneLayer(nn.Module):

@@ -3,15 +3,13 @@
 Axes: E embedding, V vocabulary, N words, C characters; any leading axes.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.config import CharCNNConfig
 from elmo_jax.data.characters import IDS
 from elmo_jax.parallel import align_varying
 
@@ -76,30 +74,6 @@ def _awaited_backward(kept: tuple[Array, Array], d_rows: Array):
 
 
 _awaited.defvjp(_awaited_forward, _awaited_backward)
-
-
-@dataclass(frozen=True)
-class CharCNNConfig:
-    """The sizes of a character CNN; by default those of the released models."""
-
-    filters: tuple[tuple[int, int], ...] = (
-        (1, 32),
-        (2, 32),
-        (3, 64),
-        (4, 128),
-        (5, 256),
-        (6, 512),
-        (7, 1024),
-    )
-    """Width in characters and number of each kind of filter."""
-    character_features: int = 16
-    """Width of the character vectors."""
-    highway: int = 2
-    """Highway layers."""
-    activation: Literal["relu", "tanh"] = "relu"
-    """After the maximum over a word's characters."""
-    project_filters: bool = False
-    """Project the filters' outputs even where they are as many as the token vector is wide."""
 
 
 class CharCNN(nn.Module):

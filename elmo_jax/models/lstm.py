@@ -5,7 +5,7 @@ path: a caller stacks a batch and its `reverse_valid`, and both are read left to
 Axes: B batch, T time, D direction, I input, H cells, P projection (P = H without one).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,12 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from elmo_jax.config import Kernel
 from elmo_jax.errors import InputError
 from elmo_jax.ops.cudnn import run_cudnn, unsupported_reason as cudnn_unsupported_reason
 from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_scan_vjp, lstm_step
 from elmo_jax.ops.lstm_pallas import run_persistent, unsupported_reason as pallas_unsupported_reason
 from elmo_jax.parallel import align_varying
-
-Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 
 # Glorot's fans, with the direction axis left out of them.
 _glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, BatchStream
 from elmo_jax.parallel import everywhere, feed, fetch, find_mesh, on
 from elmo_jax.training.optimizers import RowSparse, RowSparseSGD
@@ -59,25 +60,6 @@ class MatmulBound:
     def __call__(self, params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         """The task."""
         return self.loss_fn(params, batch, key)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How parameters follow their gradients."""
-
-    optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
-    """Adam; or Adagrad with an accumulator that begins at 1. With the sampled softmax Adagrad and
-    lazy_adam move only the rows of the vocabulary's tables that a step touches; Adam moves them all."""
-    learning_rate: float = 2e-3
-    """The highest of the schedule."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls to 0 after the warm-up, if it does."""
-    warmup: float = 0.02
-    """Share of all steps over which the learning rate rises from 0."""
-    clip_norm: float = 10.0
-    """Gradients of a larger global norm are scaled down to it."""
-    gradient_scale: float = 1.0
-    """Gradients are multiplied by it first; Adam does not notice, Adagrad does."""
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

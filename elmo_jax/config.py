@@ -1,0 +1,190 @@
+"""Settings of models, training and data as frozen dataclasses; importing them does not import JAX.
+
+Bounds stand on the fields and are checked by `msgspec` wherever a config is read from JSON or flags.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
+Dtype = Literal["float32", "bfloat16"]
+TextColumns = Literal["title+description", "description"]
+Layers = Literal["all", "top", "average", "mix"]
+
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Size = Annotated[int, Meta(ge=1, le=2**16)]
+Depth = Annotated[int, Meta(ge=1, le=64)]
+Seed = Annotated[int, Meta(ge=0, lt=2**31)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+CHARACTERS = 50  # character ids of a word, its begin and end symbols included
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A labelled data set and how its texts become token ids."""
+
+    dataset: str = "sample"
+    """sample (included), ag_news (downloaded once), or a folder with train.csv and test.csv."""
+    data_dir: str | None = None
+    """Folder with AG News's train.csv and test.csv, used instead of the download."""
+    text: TextColumns = "title+description"
+    """Text columns to use: all of them joined, or the last one only."""
+    min_count: Count = 3
+    """Tokens that occur less often in the training texts become unknown."""
+    max_vocab: Count | None = None
+    """Maximum number of tokens in the vocabulary."""
+    max_length: Count = 400
+    """Maximum number of tokens of a text; longer texts are cut."""
+    validation: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    """Fraction of the training rows held out for validation, stratified by class."""
+    split_seed: Seed = 0
+    """Random seed of the split into training and validation."""
+
+
+@dataclass(frozen=True)
+class CharCNNConfig:
+    """Sizes of a character CNN; the defaults are those of the released ELMo models."""
+
+    filters: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=1, le=CHARACTERS)], Size], ...], Meta(min_length=1)
+    ] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+    """Width in characters and number of filters, for each width."""
+    character_features: Count = 16
+    """Width of the character vectors."""
+    highway: Seed = 2
+    """Number of highway layers."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Activation after max pooling over a word's characters."""
+    project_filters: bool = False
+    """Project the filter outputs even if their number equals the embedding width."""
+
+
+@dataclass(frozen=True)
+class BiLMConfig:
+    """Sizes of a bidirectional language model."""
+
+    input: Literal["words", "characters"] = "words"
+    """Token vectors from an embedding table, or from a CNN over each token's characters."""
+    characters: CharCNNConfig = CharCNNConfig()
+    embedding: Size = 150
+    """Width of the token vectors and of each direction's LSTM outputs."""
+    cells: Size = 150
+    """LSTM cells per layer and direction; projected to the embedding width if the two differ."""
+    project_cells: bool = False
+    """Project the LSTM outputs even if cells and embedding have the same width."""
+    layers: Depth = 2
+    """LSTM layers per direction."""
+    skip: bool = False
+    """Add the input of every LSTM layer above the first to its output."""
+    cell_clip: Positive | None = None
+    """Clip cell states to this absolute value; no clipping if not given."""
+    projection_clip: Positive | None = None
+    """Clip projected LSTM outputs to this absolute value; no clipping if not given."""
+    dropout: Fraction = 0.1
+    """Dropout rate of each LSTM layer's input and of the top layer's output."""
+    tie: bool = True
+    """Share one table between word embeddings and softmax (Press and Wolf 2017)."""
+    dtype: Dtype = "float32"
+    """Matmul dtype. Accumulation, states and parameters stay float32."""
+
+    @property
+    def projected(self) -> bool:
+        """Whether LSTM outputs are projected to the embedding width."""
+        return self.project_cells or self.cells != self.embedding
+
+
+@dataclass(frozen=True)
+class CombinerConfig:
+    """How the layers of a language model become one vector per token."""
+
+    combiner: str = "trainable"
+    """trainable or frozen scalar weights for the layers, or function (learned, of all layers)."""
+    normalize: Literal["none", "softmax"] = "none"
+    """With trainable: raw weights, or softmax-normalized and scaled as in the paper."""
+    layer_norm: bool = False
+    """With trainable or frozen: normalize each layer to mean 0 and variance 1 first."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """With function: activation after the linear map."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Sizes and regularization of the BiLSTM classifier."""
+
+    hidden: Size = 128
+    """LSTM cells per layer and direction, and units of the ReLU layer."""
+    classifier_layers: Depth = 2
+    """Bidirectional LSTM layers."""
+    pooling: Literal["mean", "max", "mean+max", "attention", "mean+max+attention"] = "mean+max"
+    """Pooling of token states into one document vector."""
+    classifier_dropout: Fraction = 0.2
+    """Dropout rate of each layer's input."""
+    variational: bool = False
+    """Use the same dropout mask for every token of a document (Gal and Ghahramani 2016)."""
+    word_dropout: Fraction = 0.0
+    """Fraction of tokens replaced by the unknown token in training."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of the training target spread evenly over all classes."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
+    """Adam, or Adagrad with accumulators that start at 1. With the sampled softmax, adagrad and lazy_adam
+    update only the vocabulary rows that a step uses; adam updates all rows."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of the learning rate to 0 after the warmup, or constant."""
+    warmup: Fraction = 0.02
+    """Fraction of all steps over which the learning rate rises from 0."""
+    clip_norm: Positive = 10.0
+    """Maximum global norm of the gradient; larger gradients are scaled down."""
+    gradient_scale: Positive = 1.0
+    """Factor applied to gradients before clipping; it affects adagrad, and adam only through clipping."""
+
+
+@dataclass(frozen=True)
+class SVDConfig:
+    """Word vectors from a truncated SVD of co-occurrence counts."""
+
+    weighting: Literal["ppmi", "counts"] = "ppmi"
+    """Positive pointwise mutual information, or raw counts."""
+    exponent: Annotated[float, Meta(ge=0)] = 0.5
+    """Power of the singular values that scales the dimensions; 0 leaves them unscaled."""
+
+
+@dataclass(frozen=True)
+class SGNSConfig:
+    """Word vectors from skip-gram with negative sampling."""
+
+    negatives: Count = 5
+    """Weight of the negative samples relative to each positive pair."""
+    subsample: Positive = 1e-3
+    """Tokens with a larger relative frequency are randomly dropped in training."""
+    rate: Positive = 0.025
+    """Initial learning rate; it falls linearly to 0."""
+
+
+@dataclass(frozen=True)
+class DumpConfig:
+    """Content of an HDF5 file of embeddings."""
+
+    layers: Layers = "all"
+    """All layers [L, tokens, F]; or [tokens, F]: the top layer, the average, or a trained mix."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of the file."""
+    tokenize: bool = False
+    """Tokenize raw text as the training commands do; without it, tokens are separated by spaces."""
+    long: Literal["split", "refuse"] = "split"
+    """For lines longer than --max-length: process them in pieces (same result), or stop with an error."""
+    max_length: Count = 100_000
+    """Number of tokens above which a line counts as long."""
+    batch_tokens: Count = 2048
+    """Approximate number of tokens processed at once."""
