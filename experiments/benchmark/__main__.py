@@ -2,7 +2,7 @@
 
 The benchmark's longest case: pre-training on AG News as a user types it.
 
-The benchmark's pictures: rates against sizes, and shares of what the machine could do.
+The benchmark's picture: shares of what the machine could do.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
@@ -106,46 +105,6 @@ _ROW = 6  # names in a row of a legend
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo")  # as many as make bars alike no sooner than lines
 
 
-def plot_rates(
-    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: Path, xlabel: str, ylabel: str
-) -> None:
-    """Rates of several competitors against a size, medians within their range, as a PNG.
-
-    Args:
-        panels: by title and competitor, each repetition's rate at every size.
-        path: of the PNG.
-        xlabel, ylabel: with their units.
-    """
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    looks = {name: plots.look(i) for i, name in enumerate(names)}
-    with plt.rc_context(plots.STYLE):
-        size = (1.2 + 4.2 * len(panels), 3.4)
-        figure, row = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        for axes, (title, curves) in zip(row[0], panels.items(), strict=True):
-            ticks = sorted({x for runs in curves.values() for x in runs})
-            for name, runs in curves.items():
-                x = sorted(runs)
-                middle = [float(np.median(runs[at])) for at in x]
-                axes.plot(x, middle, markersize=5, label=name, **looks[name])
-                low, high = ([float(pick(runs[at])) for at in x] for pick in (min, max))
-                axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.18, lw=0)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, list(map(str, ticks)))
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.set(title=title, xlabel=xlabel, ylabel=ylabel if axes is row[0, 0] else "")
-        lines = {
-            name: line
-            for axes in row[0]
-            for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            lines.values(), lines, frameon=False, loc="outside upper center", ncols=min(len(lines), _ROW)
-        )
-        figure.savefig(path)
-        plt.close(figure)
-
-
 def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, xlabel: str) -> None:
     """Bars of shares in [0, 1] by group and competitor, from top to bottom, as a PNG.
 
@@ -189,8 +148,7 @@ def _bar(i: int) -> dict[str, Any]:
 
 
 RESULT = "benchmark.json"
-_RATES, _SHARES = "tokens.png", "floors.png"
-_PANELS = {"step": "whole training step, full softmax", "lstm": "LSTM alone, forward and backward"}
+_SHARES = "floors.png"
 _QUICK_ROUNDS, _QUICK_SECONDS, _QUICK_END = 3, 0.2, 80.0  # the last leaves time to draw
 
 
@@ -211,7 +169,7 @@ class BenchmarkConfig:
     seed: int = 0
     """Of weights and data."""
     output: str = "runs/benchmark"
-    """Folder for benchmark.json and the pictures."""
+    """Folder for benchmark.json and the picture."""
     overwrite: bool = False
     """Replace the results in that folder."""
 
@@ -238,8 +196,8 @@ def benchmark(
     machine = needed(machine, cases)
     rounds, _ = _pace(config)
     output.mkdir(parents=True, exist_ok=True)
-    for picture in (_RATES, _SHARES) if config.overwrite else ():
-        (output / picture).unlink(missing_ok=True)
+    if config.overwrite:
+        (output / _SHARES).unlink(missing_ok=True)
     results: dict[str, Any] = {"machine": _machine(), "rounds": rounds, "rates": {}, "cases": {}}
     cli.say(f"{results['machine']['name']}, {results['machine']['backend']}; {rounds} rounds")
     if not on_cuda():
@@ -376,12 +334,8 @@ def _duration(seconds: float) -> str:
 
 
 def draw(results: Mapping[str, Any], output: Path) -> None:
-    """Tokens a second against the batch, and each case against its floor."""
+    """Draw each case against its floor."""
     timed = {name: case for name, case in results["cases"].items() if "peers" in case}
-    panels = {title: curves_of(part, timed.values()) for part, title in _PANELS.items()}
-    many = {title: curves for title, curves in panels.items() if curves}
-    if many:
-        plot_rates(many, output / _RATES, "batch size (rows)", "real tokens/s")
     shares = {
         name: {peer: r["of_floor"] for peer, r in found["peers"].items() if "of_floor" in r}
         for name, found in timed.items()
@@ -389,22 +343,8 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
     shares = {name: share for name, share in shares.items() if share}
     if shares:
         plot_shares(shares, output / _SHARES, "share of what the machine could do (floor / time)")
-    drawn = " and its pictures" if many or shares else ""
+    drawn = " and its picture" if shares else ""
     cli.say(f"written to {output / RESULT}{drawn}")
-
-
-def curves_of(part: str, found: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
-    """Tokens a second by peer and batch size, of the shape with most such sizes; none if that is one."""
-    shapes: dict[Any, dict[str, dict[int, list[float]]]] = {}
-    for one in found:
-        case = one["case"]
-        shape = case["cells"], case["vocabulary"], case["precision"]
-        for peer, record in one["peers"].items() if case["part"] == part else ():
-            if "median" in record:
-                rates = [one["counts"]["tokens"] / seconds for seconds in record["seconds"]]
-                shapes.setdefault(shape, {}).setdefault(peer, {})[case["batch"]] = rates
-    most = max(shapes.values(), key=lambda curves: max(map(len, curves.values())), default={})
-    return most if max(map(len, most.values()), default=0) > 1 else {}
 
 
 def _machine() -> dict[str, Any]:

@@ -190,14 +190,7 @@ MACHINE = (Case("product", "product", steps=2048), Case("copy", "copy", steps=81
 
 CASES = (
     Case("step", "step", _PLAIN),
-    Case("step-45k", "step", _PLAIN, vocabulary=45_000),
-    Case("step-b8", "step", _PLAIN, batch=8),
-    Case("step-b128", "step", _PLAIN, batch=128),
-    Case("step-b256", "step", batch=256),
-    Case("step-h512", "step", cells=512, width=512),
     Case("lstm", "lstm", _PLAIN),
-    Case("lstm-b256", "lstm", _PLAIN, batch=256),
-    Case("lstm-h512", "lstm", _PLAIN, cells=512, width=512),
     Case("softmax", "softmax", _PLAIN),
     Case("softmax-2048", "softmax", negatives=2048),
     Case("softmax-8192", "softmax", negatives=8192),

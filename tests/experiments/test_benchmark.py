@@ -284,7 +284,7 @@ def test_from_flags_to_results(tmp_path, standard_promotion):
     assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 1e8 and len(ours["seconds"]) == 2
     assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["median"])
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(results))
-    assert (tmp_path / "tokens.png").stat().st_size > 5000 and (tmp_path / "floors.png").exists()
+    assert (tmp_path / "floors.png").stat().st_size > 5000
 
 
 def test_what_does_not_fit_is_known_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_what_the_time_does_not_reach_is_not_begun(tmp_path, monkeypatch, capsys
 
 
 def test_pictures_of_older_results_go_with_them(tmp_path, monkeypatch):
-    for name in ("benchmark.json", "tokens.png", "floors.png", "notes.txt"):
+    for name in ("benchmark.json", "floors.png", "notes.txt"):
         (tmp_path / name).write_text("old")
     monkeypatch.setattr(benchmark, "_measure", lambda case, *_: {"not_timed": "a test"})
     benchmark.benchmark(BenchmarkConfig(overwrite=True, output=str(tmp_path)), CASES[:1], ())

@@ -81,18 +81,14 @@ def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
 
 def test_every_peer_of_a_benchmark_is_drawn_and_told_from_the_others(tmp_path, drawn):
     peers = [f"peer {i}" for i in range(15)]
-    panels = {"step": {peer: {32: [1.0], 64: [i + 2.0]} for i, peer in enumerate(peers)}}
-    charts.plot_rates(panels, tmp_path / "r.png", "batch size", "tokens/s")
     charts.plot_shares({"step": dict.fromkeys(peers, 0.5)}, tmp_path / "s.png", "share")
-    rates, shares = drawn
-    looks = {(line.get_color(), line.get_marker()) for line in rates.axes[0].lines}
-    assert len(looks) == 15
+    (shares,) = drawn
     handles = shares.axes[0].get_legend().get_patches()
     for bars in (shares.axes[0].patches, handles):
         assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 15
-    for figure, legend in ((rates, rates.legends[0]), (shares, shares.axes[0].get_legend())):
-        assert [text.get_text() for text in legend.get_texts()] == peers
-        assert legend.get_window_extent().width < 1.5 * figure.bbox.width
+    legend = shares.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == peers
+    assert legend.get_window_extent().width < 1.5 * shares.bbox.width
 
 
 @pytest.mark.parametrize(
