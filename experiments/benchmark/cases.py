@@ -193,7 +193,6 @@ CASES = (
     Case("lstm", "lstm", _PLAIN),
     Case("softmax", "softmax", _PLAIN),
     Case("softmax-2048", "softmax", negatives=2048),
-    Case("softmax-8192", "softmax", negatives=8192),
     Case("optimiser", "optimiser", _PLAIN),
     Case("recipe", "recipe", negatives=2048),
     Case("fit", "fit", (OURS, REPLAY), negatives=2048, sentences=4096),
