@@ -264,7 +264,7 @@ def too_large(case: Case) -> str | None:
     matrix = case.part in ("product", "copy")
     held = FLOAT * (case.steps**2 if matrix else parameters(case))
     # The weights as given and as trained, their gradient, moments, update.
-    copies = {"official": 6, "step": 5, "optimiser": 6}.get(case.part, 2)
+    copies = {"official": 6, "step": 5}.get(case.part, 2)
     logits = 4 * case.batch * case.steps * case.vocabulary * 3 if case.part == "step" else 0
     need = copies * held * len(case.peers) + 2 * logits
     device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")  # a CPU tells none

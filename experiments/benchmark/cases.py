@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 Part = Literal[
-    "product", "copy", "lstm", "softmax", "optimiser", "step", "recipe", "fit", "official", "embed", "sgns",
+    "product", "copy", "lstm", "softmax", "step", "recipe", "fit", "official", "embed", "sgns",
     "pretrain",
 ]  # fmt: skip
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -152,8 +152,6 @@ def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
         return [Phase(3 * n * lstm_flops(case))]
     if case.part == "softmax":
         return [Phase(3 * n * softmax_flops(case))]
-    if case.part == "optimiser":
-        return [Phase(0.0, 7.0 * FLOAT * parameters(case))]
     if case.part == "embed":
         return [Phase(counts["types"] * spelling_flops(case)), Phase(n * lstm_flops(case))]
     if case.part in ("sgns", "pretrain"):
@@ -193,7 +191,6 @@ CASES = (
     Case("lstm", "lstm", _PLAIN),
     Case("softmax", "softmax", _PLAIN),
     Case("softmax-2048", "softmax", negatives=2048),
-    Case("optimiser", "optimiser", _PLAIN),
     Case("recipe", "recipe", negatives=2048),
     Case("fit", "fit", (OURS, REPLAY), negatives=2048, sentences=4096),
     Case("small", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_SMALL),

@@ -21,7 +21,6 @@ from experiments.benchmark.runner import RATE, Arrays, Built
 from experiments.benchmark.workloads import (
     first_gradients,
     lstm_gradients,
-    optimiser_steps,
     softmax_gradients,
 )
 
@@ -53,8 +52,6 @@ def _build(case: Case, arrays: Arrays, stack: Stack) -> Built:
     if case.part == "softmax":
         targets = jnp.asarray(arrays["targets"])
         return softmax_gradients(lambda h, w, b: jnp.sum(_cross_entropy(h, w, b, targets)), arrays)
-    if case.part == "optimiser":
-        return optimiser_steps(optax.adam(RATE), arrays)
     if case.part == "step":
         return _step(case, arrays, stack)
     raise ValueError(f"no such peer of {case.part}")

@@ -64,7 +64,6 @@ def make_inputs(case: Case, seed: int) -> _Drawn:
         "copy": _matrix,
         "lstm": _lstm,
         "softmax": _softmax,
-        "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
         "fit": _fit,
@@ -125,13 +124,6 @@ def _softmax(case: Case, rng: np.random.Generator) -> _Drawn:
         drawn, expected = log_uniform_negatives(jax.random.key(0), case.vocabulary, case.negatives)
         data |= {"drawn": np.array(drawn), "log_expected": np.array(expected)}
     return data, {"tokens": positions, "positions": positions}
-
-
-def _optimiser(case: Case, rng: np.random.Generator) -> _Drawn:
-    weights = make_weights(case, rng)
-    small = np.float32(1e-4)
-    gradients = {f"d:{name}": small * rng.standard_normal(w.shape, np.float32) for name, w in weights.items()}
-    return weights | gradients, {"tokens": case.batch * case.steps}
 
 
 def _step(case: Case, rng: np.random.Generator) -> _Drawn:

@@ -230,7 +230,7 @@ def results_of(
         middle = statistics.median(lane.seconds)
         record: dict[str, Any] = {"seconds": lane.seconds, "median": middle, **lane.about}
         record["spread"] = (max(lane.seconds) - min(lane.seconds)) / 2 / middle
-        if "tokens" in counts and case.part != "optimiser":
+        if "tokens" in counts:
             record["tokens_per_second"] = counts["tokens"] / middle
         if case.part == "embed":
             record["sentences_per_second"] = case.sentences / middle

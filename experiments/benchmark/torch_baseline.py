@@ -259,7 +259,6 @@ def build(case: Case, arrays: Arrays) -> Built:
         "copy": _copy,
         "lstm": _lstm,
         "softmax": _softmax,
-        "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
         "official": build_training,
@@ -395,20 +394,6 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
     def check() -> dict[str, np.ndarray]:
         loss = step().cpu().numpy()
         return {"loss": loss} | {f"d:{n}": leaf.grad.cpu().numpy() for n, leaf in leaves.items()}  # type: ignore[union-attr]
-
-    return Built(check, [(repeat(step), 1.0)])
-
-
-def _optimiser(case: Case, arrays: Arrays) -> Built:
-    del case
-    weights = {name: tensor(a).requires_grad_() for name, a in arrays.items() if is_weight(name)}
-    for name, w in weights.items():
-        w.grad = tensor(arrays[f"d:{name}"])
-    step = torch.optim.Adam(list(weights.values()), RATE, fused=True).step
-
-    def check() -> dict[str, np.ndarray]:
-        step()
-        return {"bias": weights["softmax_bias"].detach().cpu().numpy().copy()}
 
     return Built(check, [(repeat(step), 1.0)])
 

@@ -173,30 +173,6 @@ def softmax_gradients(loss: Any, arrays: Arrays, options: dict[str, Any] | None 
     return compiled_once(step, ("loss", "d:hidden", "d:table", "d:bias"), *args)
 
 
-def optimiser_steps(optimizer: Any, arrays: Arrays) -> Built:
-    """Updates of an Optax optimiser, parameters and moments donated; a bias is checked."""
-    gradients = weights_of({n.removeprefix("d:"): arrays[n] for n in arrays if n.startswith("d:")})
-
-    def update(params: Any, opt_state: Any):
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    held: Any = weights_of(arrays)
-    held = [held, optimizer.init(held)]
-    step = jax.jit(update, donate_argnums=(0, 1))
-
-    def run(n: int) -> None:
-        for _ in range(n):
-            held[:] = step(*held)
-        jax.block_until_ready(held)
-
-    def check() -> dict[str, np.ndarray]:
-        run(1)
-        return {"bias": np.array(held[0]["softmax_bias"])}
-
-    return Built(check, [(run, 1.0)])
-
-
 def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
     """What Adam was given in its one step so far, of the LSTM and the softmax's bias.
 
@@ -248,7 +224,6 @@ def build(case: Case, arrays: Arrays) -> Built:
         "copy": build_copy,
         "lstm": _lstm,
         "softmax": _softmax,
-        "optimiser": _optimiser,
         "step": _step,
         "recipe": _recipe,
         "fit": _fit,
@@ -310,10 +285,6 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
 def _settings(case: Case) -> OptimizerConfig:
     kind = "adagrad" if case.part == "official" else "adam"
     return OptimizerConfig(optimizer=kind, learning_rate=RATE, schedule="constant")
-
-
-def _optimiser(case: Case, arrays: Arrays) -> Built:
-    return optimiser_steps(make_optimizer(_settings(case), 1), arrays)
 
 
 def training(
