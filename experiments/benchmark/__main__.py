@@ -38,7 +38,6 @@ from experiments.benchmark.cases import (
     CASES,
     CUDA_GOALS,
     CUDA_MACHINE,
-    FLOAT,
     GOALS,
     MACHINE,
     OURS,
@@ -48,14 +47,12 @@ from experiments.benchmark.cases import (
     cuda_cases,
     judge,
     needed,
-    parameters,
     phases,
     rates_of,
 )
 from experiments.benchmark.inputs import make_inputs
 from experiments.benchmark.runner import race, results_of
 from experiments.common import cli, plots
-from experiments.common.memory import free_memory
 
 CASE = Case(AG_NEWS, "pretrain", (OURS,), negatives=2048)
 
@@ -236,8 +233,6 @@ def _measure(
     over = {"not_timed": "the time was over"}
     if deadline is not None and time.monotonic() > deadline:
         return over
-    if short := too_large(case):
-        return {"not_timed": short}
     rounds, least = _pace(config)
     arrays, counts = make_inputs(case, config.seed)
     if deadline is not None and time.monotonic() > deadline:
@@ -257,21 +252,6 @@ def choose(config: BenchmarkConfig, known: tuple[Case, ...]) -> tuple[Case, ...]
     if config.quick:
         chosen = tuple(replace(case, peers=QUICK.get(case.name, case.peers)) for case in chosen)
     return chosen
-
-
-def too_large(case: Case) -> str | None:
-    """Why the peers' training of a case would not fit beside each other, if it would not."""
-    matrix = case.part in ("product", "copy")
-    held = FLOAT * (case.steps**2 if matrix else parameters(case))
-    # The weights as given and as trained, their gradient, moments, update.
-    copies = {"official": 6, "step": 5}.get(case.part, 2)
-    logits = 4 * case.batch * case.steps * case.vocabulary * 3 if case.part == "step" else 0
-    need = copies * held * len(case.peers) + 2 * logits
-    device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")  # a CPU tells none
-    have = device or free_memory()
-    if have is None or need <= have:
-        return None
-    return f"needs about {need / 1e9:.0f} GB, and {have / 1e9:.0f} GB are free"
 
 
 def _keep(case: Case, found: dict[str, Any], results: dict[str, Any], output: Path) -> None:

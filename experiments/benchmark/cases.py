@@ -50,9 +50,7 @@ class Case:
         skip: whether layers above the first add their input.
         filters: width and number of the char-CNN's filters; none reads words.
         characters: width of a character's vector.
-        highway: layers of the char-CNN.
         sentences: of a text to embed, documents of `fit`, or a text's thousands of words for SGNS.
-        together: whether sentences are embedded in batches rather than one by one.
     """
 
     name: str
@@ -70,9 +68,7 @@ class Case:
     skip: bool = False
     filters: tuple[tuple[int, int], ...] = ()
     characters: int = 16
-    highway: int = 1
     sentences: int = 0
-    together: bool = True
 
 
 class Phase(NamedTuple):
@@ -108,7 +104,7 @@ def spelling_flops(case: Case) -> float:
         return 0.0
     wide = sum(number for _, number in case.filters)
     filters = sum(w * case.characters * number * (_LETTERS - w + 1) for w, number in case.filters)
-    return 2.0 * (filters + case.highway * 2 * wide * wide + wide * case.width)
+    return 2.0 * (filters + 2 * wide * wide + wide * case.width)
 
 
 def parameters(case: Case) -> int:
@@ -121,9 +117,7 @@ def parameters(case: Case) -> int:
     if case.filters:
         wide = sum(number for _, number in case.filters)
         with_characters = sum(w * case.characters * number + number for w, number in case.filters)
-        with_characters += (
-            261 * case.characters + case.highway * 2 * (wide + 1) * wide + (wide + 1) * case.width
-        )
+        with_characters += 261 * case.characters + 2 * (wide + 1) * wide + (wide + 1) * case.width
         tables += with_characters - case.vocabulary * case.width
     return DIRECTIONS * case.layers * lstm + tables
 
@@ -175,7 +169,6 @@ def floor_seconds(work: list[Phase], rates: Rates) -> float:
 _RELEASED = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 _PLAIN = (OURS, "flax", "torch")
 _SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _RELEASED}
-_ORIGINAL: Any = {**_SMALL, "cells": 4096, "width": 512, "highway": 2}
 
 # How a case's name ends, by precision.
 PRECISIONS: tuple[tuple[str, Precision], ...] = (
@@ -194,10 +187,7 @@ CASES = (
     Case("recipe", "recipe", negatives=2048),
     Case("fit", "fit", (OURS, REPLAY), negatives=2048, sentences=4096),
     Case("small", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_SMALL),
-    Case("original", "official", batch=128, steps=20, vocabulary=793_471, negatives=8192, **_ORIGINAL),
     Case("embed", "embed", sentences=64, **_SMALL),
-    Case("embed-1", "embed", sentences=32, together=False, **_SMALL),
-    Case("embed-original", "embed", sentences=64, **_ORIGINAL),
     Case("sgns", "sgns", (OURS, "gensim"), width=300, sentences=300),
 )
 

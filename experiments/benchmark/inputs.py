@@ -31,7 +31,7 @@ def model_of(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> BiLM:
     """The language model of a case, the softmax left out where none is needed."""
     config = BiLMConfig(
         input="characters" if case.filters else "words",
-        characters=CharCNNConfig(case.filters, case.characters, case.highway)
+        characters=CharCNNConfig(case.filters, case.characters, highway=1)
         if case.filters
         else CharCNNConfig(),
         embedding=case.width,

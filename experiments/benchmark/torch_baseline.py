@@ -75,9 +75,8 @@ class TorchELMo(nn.Module):
             y = F.conv1d(x, self.get(f"embedder/filter_{i}"), self.get(f"embedder/filter_bias_{i}"))
             each.append(torch.relu(y.max(dim=-1).values))
         y = torch.cat(each, dim=-1)
-        for k in range(self.case.highway):
-            gate = torch.sigmoid(self._dense(f"carry_{k}", y))
-            y = gate * torch.relu(self._dense(f"transform_{k}", y)) + (1 - gate) * y
+        gate = torch.sigmoid(self._dense("carry_0", y))
+        y = gate * torch.relu(self._dense("transform_0", y)) + (1 - gate) * y
         return self._dense("projection", y)
 
     def _dense(self, name: str, x: Tensor) -> Tensor:
@@ -154,12 +153,11 @@ def embed(model: TorchELMo, sentences: list[list[str]]) -> list[np.ndarray]:
 def build_embedding(case: Case, arrays: Arrays) -> Built:
     """A text's layer states, from strings to arrays."""
     model, text = TorchELMo(case, arrays), sentences_of(arrays)
-    size = _BATCH if case.together else 1
 
     def run(n: int) -> list[np.ndarray]:
         out: list[np.ndarray] = []
         for _ in range(n):
-            out = [a for i in range(0, len(text), size) for a in embed(model, text[i : i + size])]
+            out = [a for i in range(0, len(text), _BATCH) for a in embed(model, text[i : i + _BATCH])]
         return out
 
     return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])

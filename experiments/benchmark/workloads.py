@@ -40,7 +40,6 @@ from elmo_jax.training.step import (
     TrainState,
     compile_steps,
     compiler_options,
-    make_optimizer,
     runs_all_steps,
 )
 from experiments.benchmark.cases import Case
@@ -394,18 +393,17 @@ def _official(case: Case, arrays: Arrays) -> Built:
 
 
 def _embed(case: Case, arrays: Arrays) -> Built:
-    """`Elmo.embed` of a text whose words it meets for the first time, all at once or one by one."""
+    """`Elmo.embed` of a text whose words it meets for the first time."""
     from elmo_jax.elmo import Elmo  # and with it HDF5 and Orbax, which a step's memory is not to hold
 
     elmo = Elmo(model_of(case), weights_of(arrays), None)
     text = sentences_of(arrays)
-    calls = [text] if case.together else [[sentence] for sentence in text]
 
     def run(n: int) -> list[np.ndarray]:
         out = []
         for _ in range(n):
             elmo._reader.words.forget()  # else a second pass would find every word's vector
-            out = [layers for call in calls for layers in elmo.embed(call)]
+            out = list(elmo.embed(text))
         return out
 
     return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
