@@ -9,7 +9,7 @@ class InputError(ValueError):
     """A file, flag or argument is wrong; the message names it and the remedy.
 
     Example:
-        >>> raise InputError("vocab.txt:4: 'bank' stands twice; remove one")
+        >>> raise InputError("vocab.txt:4: 'bank' occurs twice; remove one")
         Traceback (most recent call last):
-        elmo_jax.errors.InputError: vocab.txt:4: 'bank' stands twice; remove one
+        elmo_jax.errors.InputError: vocab.txt:4: 'bank' occurs twice; remove one
     """

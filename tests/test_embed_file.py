@@ -35,7 +35,7 @@ def write(elmo, text, mix=None, **settings):
 @pytest.mark.parametrize("layers", ["all", "top", "average", "mix", "normed mix"])
 def test_a_dump_holds_what_embed_gives(elmo, text, layers, long, monkeypatch):
     monkeypatch.setattr(module, "_LONG", long)
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     lambdas = [0.5, -1.0, 2.0]
     mix = Mix(lambdas, layers == "normed mix") if "mix" in layers else None
     held, dump = write(elmo, text, mix, layers=layers.removeprefix("normed "))
@@ -64,7 +64,7 @@ def test_an_index_larger_than_its_pieces_is_whole(elmo, text, monkeypatch):
 
 @pytest.mark.parametrize("harm", ["cut off", "another byte", "a dataset less"])
 def test_a_damaged_part_is_made_again(elmo, text, monkeypatch, harm):
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     whole, _ = write(elmo, text)
     dump = Dump(elmo, text, text.with_name("again.h5"), DumpConfig())
     dump.begin(resume=False, overwrite=False)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
     dump.begin(resume=False, overwrite=False)
     written, real = [], Dump._write_part
@@ -121,7 +121,7 @@ def test_parts_of_an_unknown_text_are_not_taken_for_this_one(elmo, text, mark):
 
 
 def test_an_overwriting_dump_goes_on_with_the_command_that_is_printed(elmo, text, monkeypatch, capfd):
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     model, out, codes, written = text.with_name("model"), text.with_name("out.h5"), [], []
     elmo.save_pretrained(model)
     out.write_bytes(b"old")
@@ -163,7 +163,7 @@ from elmo_jax.data import text as lines
 from elmo_jax.embed_file import Dump
 from experiments import embed
 
-lines.PART_TOKENS, real = 6, Dump._write_part
+lines.BLOCK_TOKENS, real = 6, Dump._write_part
 
 def slowly(self, path, part):
     real(self, path, part)
@@ -178,7 +178,7 @@ sys.exit(embed.main())
 
 @pytest.mark.parametrize("end", ["told to go on", "killed"])
 def test_one_process_writes_a_file_until_it_ends(elmo, text, end, refused, monkeypatch):
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", 6)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     model, out, other = text.with_name("model"), text.with_name("out.h5"), text.with_name("other.txt")
     elmo.save_pretrained(model)
     other.write_text("the bank\n")

@@ -1,10 +1,4 @@
-"""Raw text to tokens, and tokens to ids.
-
-Nouns: a *token* is a lower-case word or a mark; a *vocabulary* numbers the tokens by
-falling count behind four special ones.
-
-A text file's lines as tokens, one at a time or in groups, whatever its size.
-"""
+"""Text cleaning, tokenization, vocabularies and line-by-line reading of text files."""
 
 import gzip
 import html
@@ -13,13 +7,17 @@ import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from elmo_jax.errors import InputError
 
+OnBytes = Callable[[int], object]  # progress callback: bytes read since the last call
+
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
+BLOCK_TOKENS = 50_000  # a few seconds of embedding on a CPU
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -28,26 +26,24 @@ _BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr
 
 
 def clean(text: str) -> str:
-    r"""Undo what news feeds leave in their text: entities, tags, backslashes for line breaks.
+    r"""Remove news-feed markup: HTML entities, tags and backslashes used as line breaks.
 
     Example:
         >>> clean(r"Yahoo #39;s  #36;5bn plan\ &lt;b&gt;...&lt;/b&gt;")
         "Yahoo's $5bn plan ..."
     """
-    text = text.replace("\\", " ")
-    text = _BARE_ENTITY.sub(lambda m: _mend(m.group(0), m.group(1)), text)
-    text = html.unescape(text)
+    text = html.unescape(_BARE_ENTITY.sub(_restore_entity, text.replace("\\", " ")))
     return " ".join(_TAG.sub(" ", text).split())
 
 
-def _mend(match: str, name: str) -> str:
-    char = html.unescape(f"&{name};")
-    # The feed put a space before every mended entity; only an apostrophe clings to its word.
-    return char if char in "'\u2019" or not match.startswith(" ") else " " + char
+def _restore_entity(match: re.Match[str]) -> str:
+    char = html.unescape(f"&{match.group(1)};")
+    # The feed added a space before every broken entity; only an apostrophe joins the word before it.
+    return char if char in "'\u2019" or not match.group().startswith(" ") else " " + char
 
 
 def tokenize(text: str) -> list[str]:
-    """Raw text, cleaned as `clean` does, as lower-case words and single marks in order.
+    """Clean a text and split it into lower-case words and single punctuation characters.
 
     Example:
         >>> tokenize("The bank's rate: 4.5%")
@@ -56,56 +52,18 @@ def tokenize(text: str) -> list[str]:
     return _TOKEN.findall(clean(text).lower())
 
 
-def read_text(path: str | Path) -> str:
-    """A whole UTF-8 file, without a byte-order mark.
-
-    Raises:
-        InputError: it is missing, unreadable or not UTF-8 (with the line).
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe or a device may have no end
-        raise InputError(f"{path}: is not a regular file; give the path of one")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return decode(data, path)
-
-
-def decode(data: bytes, path: Path, line: int = 1) -> str:
-    """UTF-8 bytes without NUL as text, less the byte-order mark that a file may begin with.
-
-    Args:
-        data: a file's bytes, or those of some lines.
-        path: of the file, for the message alone.
-        line: which line of the file the bytes begin at, from 1.
-
-    Raises:
-        InputError: a byte is none of such text, with its line.
-    """
-    try:
-        text, bad = data.decode("utf-8-sig" if line == 1 else "utf-8"), data.find(b"\0")
-    except UnicodeDecodeError as error:
-        text, data, bad = "", bytes(error.object), error.start  # counted without the mark
-    if bad >= 0:
-        line += data.count(b"\n", 0, bad)
-        raise InputError(
-            f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file to UTF-8"
-        )
-    return text
-
-
 class Vocabulary:
-    """The tokens a model knows, by falling count, behind padding, BOS, EOS and unknown.
+    """Token-to-id mapping, most frequent tokens first, after padding, ``<S>``, ``</S>`` and ``<UNK>``.
 
-    The file is bilm-tf's: a token a line from ``<S>``, ``</S>``, ``<UNK>`` on; padding, id 0,
-    has no line, so a token's id is its line number.
+    The file format is bilm-tf's: one token per line, starting with ``<S>``, ``</S>``, ``<UNK>``.
+    Padding (id 0) has no line, so the id of a token is its line number.
 
     Args:
-        tokens: all but padding, so ``<S>``, ``</S>``, ``<UNK>`` first.
+        tokens: All tokens except padding, starting with ``<S>``, ``</S>``, ``<UNK>``.
+        source: Name of the token list in error messages.
 
     Raises:
-        InputError: a special token is missing or a token stands twice.
+        InputError: A special token is missing or a token occurs twice.
 
     Example:
         >>> v = Vocabulary.from_counts({"bank": 3, "the": 9, "rare": 1}, min_count=2)
@@ -115,15 +73,13 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[str], source: str = "vocabulary"):
         self.tokens = (SPECIAL[PAD], *tokens)
-        # Padding has no name that a text could use: "<pad>" in one is a word like any other.
+        # The padding token cannot be looked up: "<pad>" in a text is an ordinary word.
         self._ids = {token: i for i, token in enumerate(self.tokens) if i != PAD}
         if self.tokens[: len(SPECIAL)] != SPECIAL:
             raise InputError(f"{source}:1: must begin with the lines {', '.join(SPECIAL[1:])}; add them")
         if len(self._ids) < len(tokens):
             line = next(i for i, token in enumerate(self.tokens) if i and self._ids[token] != i)
-            raise InputError(
-                f"{source}:{line}: {reprlib.repr(self.tokens[line])} stands twice; remove one of the two"
-            )
+            raise InputError(f"{source}:{line}: {reprlib.repr(self.tokens[line])} occurs twice; remove one")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -134,34 +90,31 @@ class Vocabulary:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def from_counts(
-        cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None
-    ) -> "Vocabulary":
-        """The tokens seen at least `min_count` times, at most `max_size` of them; ties by name."""
-        kept = (token for token, n in counts.items() if n >= min_count and token not in SPECIAL)
-        words = sorted(kept, key=lambda token: (-counts[token], token))[:max_size]
+    def from_counts(cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None) -> Self:
+        """Return the `max_size` most frequent tokens with at least `min_count` occurrences; ties by name."""
+        frequent = (token for token, n in counts.items() if n >= min_count and token not in SPECIAL)
+        words = sorted(frequent, key=lambda token: (-counts[token], token))[:max_size]
         return cls([*SPECIAL[1:], *words])
 
     def ids(self, tokens: Iterable[str]) -> np.ndarray:
-        """int32 ids ``[tokens]``; what is not in the vocabulary is ``<UNK>``."""
+        """Return int32 ids ``[tokens]``; a token outside the vocabulary becomes ``<UNK>``."""
         return np.fromiter((self._ids.get(token, UNK) for token in tokens), np.int32)
 
     @property
     def text(self) -> str:
-        """What its file holds, a token a line."""
+        """Content of the vocabulary file."""
         return "".join(f"{token}\n" for token in self.tokens[1:])
 
     def save(self, path: str | Path) -> None:
-        """Write the file."""
+        """Write the vocabulary file."""
         Path(path).write_text(self.text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Vocabulary":
-        """Read a file that `save` or bilm-tf wrote.
+    def load(cls, path: str | Path) -> Self:
+        """Read a file written by `save` or by bilm-tf.
 
         Raises:
-            InputError: it is missing, not UTF-8, lacks the special tokens, or has a blank
-                or repeated line.
+            InputError: The file is missing, not UTF-8 or no such list (with the line).
         """
         lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         if "" in lines:
@@ -169,39 +122,78 @@ class Vocabulary:
         return cls(lines, source=str(path))
 
 
-PART_TOKENS = 50_000  # of a group: a few seconds' work
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, without its byte-order mark.
+
+    Raises:
+        InputError: The file is missing, unreadable or not UTF-8 (with the line).
+    """
+    path = Path(path)
+    _check_regular(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    return decode(data, path)
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe cannot be read twice, a device may have no end
+        raise InputError(f"{path}: is not a regular file; save it as one first")
+
+
+def decode(data: bytes, path: Path, line: int = 1) -> str:
+    """Decode UTF-8 bytes of a file from this line on; remove the byte-order mark before line 1.
+
+    Raises:
+        InputError: A byte is NUL or not UTF-8; the message names its line.
+    """
+    try:
+        text, bad = data.decode("utf-8-sig" if line == 1 else "utf-8"), data.find(b"\0")
+    except UnicodeDecodeError as error:
+        text, data, bad = "", bytes(error.object), error.start  # counted without the byte-order mark
+    if bad >= 0:
+        line += data.count(b"\n", 0, bad)
+        raise InputError(f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file")
+    return text
 
 
 def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers from 0 and their tokens, one line in memory at a time; see `raw_lines`."""
+    """Yield each line's number, from 0, and its tokens; see `raw_lines`."""
     return ((i, split(line)) for i, line in enumerate(raw_lines(path)))
 
 
-def raw_lines(path: Path) -> Iterator[str]:
-    """Lines with what ends them, one in memory at a time; unpacked if the name ends in ``.gz``.
+def raw_lines(path: Path, on_bytes: OnBytes = lambda n: None) -> Iterator[str]:
+    """Yield the lines of a text or ``.gz`` file, with their endings, and report the bytes read.
 
     Raises:
-        InputError: the file is missing, damaged or not UTF-8, with the line.
+        InputError: The file is missing, damaged or not UTF-8 (with the line).
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a regular file, and is read more than once; save it as one first")
+    _check_regular(path)
+    reported = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for i, line in enumerate(file, 1):
-                yield decode(line, path, i)
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            try:
+                for i, line in enumerate(file, 1):
+                    if i % 1000 == 0:
+                        on_bytes(raw.tell() - reported)
+                        reported = raw.tell()
+                    yield decode(line, path, i)
+            finally:
+                on_bytes(raw.tell() - reported)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); check the file") from None
 
 
 def blocks(lines: Iterable[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
-    """Lines in groups of about `PART_TOKENS` tokens: the same however often it is asked."""
+    """Group lines into blocks of about `BLOCK_TOKENS` tokens, deterministically."""
     block: list[tuple[int, list[str]]] = []
     tokens = 0
     for i, line in lines:
         block.append((i, line))
         tokens += len(line) + 1
-        if tokens >= PART_TOKENS:
+        if tokens >= BLOCK_TOKENS:
             yield block
             block, tokens = [], 0
     if block:

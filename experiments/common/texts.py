@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from elmo_jax.data.batching import BatchStream, ContiguousStream, Documents
-from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_portion
+from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_beginning
 from elmo_jax.data.csv_dataset import DataConfig, load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
@@ -80,7 +80,7 @@ def load_texts(
     find_shards(config.valid_corpus)  # before the hours that the other may take
     vocabulary = _vocabulary(data, config, config.corpus, keep=portion is None)
     if portion is not None:
-        train, share = read_portion(config.corpus, vocabulary, with_characters, portion)
+        train, share = read_beginning(config.corpus, vocabulary, with_characters, portion)
         train = _cut(train, data, config)
         return Texts(train, train, vocabulary, "", share)
     parts = []

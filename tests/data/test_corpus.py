@@ -60,7 +60,6 @@ def test_a_stopped_store_goes_on_at_its_shard(shards, vocabulary, tmp_path, monk
             yield words
 
     monkeypatch.setattr(corpus, "_sentences", stops)
-    monkeypatch.setattr(corpus, "_BUFFER", 0)
     with pytest.raises(KeyboardInterrupt):
         load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
     again = load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
@@ -134,7 +133,7 @@ def test_progress_is_told_within_a_shard(tmp_path):
 @pytest.mark.parametrize(("tokens", "lines"), [(1, 1), (4, 2), (99, 4)])
 def test_a_portion_is_what_the_store_begins_with(shards, vocabulary, tmp_path, tokens, lines):
     whole = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
-    part, share = corpus.read_portion(shards, vocabulary, True, tokens)
+    part, share = corpus.read_beginning(shards, vocabulary, True, tokens)
     assert len(part) == lines and (share == 1) == (lines == 4) and 0 < share <= 1
     n = part.offsets[-1]
     np.testing.assert_array_equal(part.ids, whole.ids[:n])

@@ -6,7 +6,7 @@ from elmo_jax.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("raw", "wanted"),
+    ("raw", "expected"),
     [
         ("China #39;s Largest", "China's Largest"),
         ("the  #36;10 million", "the $10 million"),
@@ -19,8 +19,8 @@ from elmo_jax.errors import InputError
         ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
     ],
 )
-def test_clean_mends_what_feeds_leave(raw, enabled):
-    assert clean(raw) == enabled
+def test_clean_mends_what_feeds_leave(raw, expected):
+    assert clean(raw) == expected
 
 
 @settings(deadline=None)
@@ -72,7 +72,7 @@ def test_vocabulary_file_is_bilms(tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"<S>\n</S>\n<UNK>\na\nb\na\n", ":4: 'a' stands twice"),
+        (b"<S>\n</S>\n<UNK>\na\nb\na\n", ":4: 'a' occurs twice"),
         (b"the\nof\n", ":1: must begin with"),
         (b"<S>\n</S>\n<UNK>\n\nb\n", ":4: the line is empty"),
         (b"<S>\n</S>\n<UNK>\n\xff\n", ":4: byte 0xff is not UTF-8"),

@@ -84,13 +84,13 @@ def test_safetensors(name, exported, refused):
 VOCABULARIES = {
     "empty": (b"", "vocab.txt:1: the line is empty"),
     "another order": (b"</S>\n<S>\n<UNK>\nthe\nbank\n", "vocab.txt:1: must begin with"),
-    "a token twice": (b"<S>\n</S>\n<UNK>\nthe\nthe\n", "vocab.txt:4: 'the' stands twice"),
+    "a token twice": (b"<S>\n</S>\n<UNK>\nthe\nthe\n", "vocab.txt:4: 'the' occurs twice"),
     "binary": (b"<S>\n</S>\n<UNK>\n\xff\xfe\n", "vocab.txt:4: byte 0xff is not UTF-8"),
     "NUL": (b"<S>\n</S>\n<UNK>\nth\0e\nbank\n", "vocab.txt:4: byte 0x00 is not UTF-8"),
     "a line of 50 MB": (b"<S>\n</S>\n<UNK>\n" + b"x" * 50_000_000, "is float32 [6"),
     "a line of 50 MB twice": (
         b"<S>\n</S>\n<UNK>\n" + b"x" * 25_000_000 + b"\n" + b"x" * 25_000_000,
-        "stands twice",
+        "occurs twice",
     ),
     "a million tokens": (WORDS.text.encode() + b"".join(b"w%d\n" % i for i in range(10**6)), "is float32 [6"),
 }

@@ -62,7 +62,7 @@ HDF5 = {  # of the file of the softmax, whose sizes no other file tells
     "binary": (raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000), "cannot be read as HDF5"),
     "a folder": (folder, "it is not a regular file"),
     "tokens of numbers": (swap("tokens", np.arange(5)), "has no list of tokens"),
-    "tokens twice": (swap("tokens", ["<S>", "</S>", "<UNK>", "a", "a"]), "'a' stands twice"),
+    "tokens twice": (swap("tokens", ["<S>", "</S>", "<UNK>", "a", "a"]), "'a' occurs twice"),
     "tokens of bytes": (swap("tokens", [b"<S>", b"</S>", b"<UNK>", b"\xff", b"b"]), "is not UTF-8"),
     "another shape": (swap("softmax_bias", np.zeros(3, "f")), "dataset softmax_bias is float32 (3,)"),
     "NaN": (swap("softmax_bias", np.full(6, np.nan, "f")), "softmax_bias holds numbers that are not finite"),

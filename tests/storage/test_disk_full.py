@@ -25,7 +25,7 @@ import resource, sys
 from elmo_jax.data import text as lines
 from experiments import embed
 limit, *sys.argv = sys.argv[1:]
-lines.PART_TOKENS = {PART}
+lines.BLOCK_TOKENS = {PART}
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 sys.exit(embed.main())
 """
@@ -60,7 +60,7 @@ def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path
         join(dump)
 
     monkeypatch.setattr(module.Dump, "_join", before_they_go)
-    monkeypatch.setattr("elmo_jax.data.text.PART_TOKENS", PART)
+    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", PART)
     monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
     assert embed.main() == 0
     assert kept == written  # none was written again
