@@ -22,7 +22,7 @@ from elmo_jax.storage.files import tree_digest
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import fit
 from elmo_jax.training.step import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
-from experiments.common import cli, plots
+from experiments.common import cli, report
 from experiments.common.cli import without_effect
 from experiments.common.distributed import HostsConfig, join
 from experiments.common.features import Source, SourceConfig, open_source
@@ -233,24 +233,24 @@ def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
 
 
 def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
-    cli.say(f"\n{plots.metrics_table(results)}\n\ntest:")
-    cli.say(plots.confusion_table(results["test"]["confusion_matrix"], classes))
-    if key := plots.key(classes, "class"):
+    cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
+    cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
+    if key := report.explain_numbers(classes, "class"):
         cli.say(f"\n{key}")
 
 
 def _draw(
     results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
 ) -> None:
-    plots.plot_curves(
+    report.plot_curves(
         records, {"loss": "training", "val_loss": "validation"}, path / "loss.png", "loss (nats)"
     )
     if records[0]["lambdas"]:
-        plots.plot_lambdas(records, path / "lambdas.png")
+        report.plot_lambdas(records, path / "lambdas.png")
     for part in PARTS:
         scores = results[part]
         title = f"{part}: accuracy {scores['accuracy']:.4f}"
-        plots.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
+        report.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from elmo_jax.elmo import Dtype
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import move
 from experiments.common import cli
-from experiments.common.plots import key, plot_layers
+from experiments.common.report import explain_numbers, plot_layers
 
 _AROUND = 4  # words shown on either side
 _BLOCK = 256  # sentences at a time
@@ -91,7 +91,7 @@ def neighbours(config: NeighboursConfig) -> list[float]:
         examples = {places[i].sense: f"{places[i].sense}: {places[i].shown()}" for i in asked}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
         _draw([flat(layer) for layer in vectors], groups, names, picture)
-        if numbers := key(list(dict.fromkeys(groups)), "word"):
+        if numbers := explain_numbers(list(dict.fromkeys(groups)), "word"):
             cli.say(f"\n{numbers}")
         cli.say(f"\nwritten to {picture}")
     return shares

@@ -39,7 +39,7 @@ from elmo_jax.training.step import (
     shape_key,
     train_step,
 )
-from experiments.common import cli, plots
+from experiments.common import cli, report
 from experiments.common.cli import without_effect
 from experiments.common.distributed import HostsConfig, join
 from experiments.common.texts import CorpusConfig, Texts, load_texts
@@ -340,9 +340,9 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
 
 def _conclude(records: list[dict[str, Any]], train: Stream, path: Path) -> None:
     """Draw the curves and write what the run came to."""
-    plots.plot_curves(records, {"loss": "training"}, path / "loss.png", "training loss (nats a token)")
+    report.plot_curves(records, {"loss": "training"}, path / "loss.png", "training loss (nats a token)")
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
-    plots.plot_curves(records, lines, path / "perplexity.png", "held-out perplexity", log=True)
+    report.plot_curves(records, lines, path / "perplexity.png", "held-out perplexity", log=True)
     best = min(records, key=lambda record: record["perplexity"])
     results = {name: best[name] for name in ("perplexity", "perplexity_forward", "perplexity_backward")}
     cli.write_results(path, results | {"best_epoch": best["epoch"]} | cli.speed(records, train))

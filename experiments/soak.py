@@ -19,7 +19,7 @@ from tyro.conf import OmitArgPrefixes
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import CONFIG, write_atomically
 from elmo_jax.training.loop import Interrupted
-from experiments.common import cli, plots
+from experiments.common import cli, report
 from experiments.pretrain import PretrainConfig, pretrain
 
 SAMPLES = "memory.jsonl"
@@ -143,16 +143,16 @@ def plot_soak(
         fitted: what `slope` gave.
         path: of the PNG.
     """
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(report.STYLE):
         figure, (above, below) = plt.subplots(2, sharex=True, figsize=(5.2, 4.2), height_ratios=(2, 1))
         above.plot(hours, megabytes, linewidth=1)
         x = np.asarray(hours[late:])
         middle = np.mean(megabytes[late:])
         told = f"{fitted[0]:+.2f} ± {fitted[1]:.2f} MiB/h"
-        above.plot(x, middle + fitted[0] * (x - x.mean()), color=plots.COLOURS[1], label=told)
+        above.plot(x, middle + fitted[0] * (x - x.mean()), color=report.COLOURS[1], label=told)
         above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(megabytes)))
         above.legend(frameon=False, loc="lower right")
-        below.plot(hours, files, linewidth=1, color=plots.COLOURS[2])
+        below.plot(hours, files, linewidth=1, color=report.COLOURS[2])
         below.set(xlabel="hours", ylabel="open files", ylim=(0, 1.3 * max(files)))
         figure.savefig(path)
         plt.close(figure)

@@ -52,7 +52,7 @@ from experiments.benchmark.cases import (
 )
 from experiments.benchmark.inputs import make_inputs
 from experiments.benchmark.runner import race, results_of
-from experiments.common import cli, plots
+from experiments.common import cli, report
 
 CASE = Case(AG_NEWS, "pretrain", (OURS,), negatives=2048)
 
@@ -113,7 +113,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, xlabel: s
     names = list(dict.fromkeys(name for group in shares.values() for name in group))
     looks = {name: _bar(i) for i, name in enumerate(names)}
     most = max(share for group in shares.values() for share in group.values())
-    with plt.rc_context(plots.STYLE | {"axes.grid": False}):
+    with plt.rc_context(report.STYLE | {"axes.grid": False}):
         bars = sum(map(len, shares.values()))
         figure, axes = plt.subplots(figsize=(6.4, 1.1 + 0.2 * bars + 0.12 * len(shares)))
         top, ticks = 0.0, []
@@ -140,8 +140,13 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, xlabel: s
 
 def _bar(i: int) -> dict[str, Any]:
     """The look of the i-th bar of several, which has no marker: where colours repeat, a hatch."""
-    hatch = _HATCHES[i // len(plots.COLOURS) % len(_HATCHES)]
-    return {"facecolor": plots.look(i)["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+    hatch = _HATCHES[i // len(report.COLOURS) % len(_HATCHES)]
+    return {
+        "facecolor": report.series_style(i)["color"],
+        "hatch": hatch,
+        "edgecolor": "white",
+        "linewidth": 0,
+    }
 
 
 RESULT = "benchmark.json"

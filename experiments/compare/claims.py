@@ -26,9 +26,9 @@ from elmo_jax.data.sample_corpus import Text, sample_corpus
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.training.checkpoint import METRICS
-from experiments.common import cli, plots
+from experiments.common import cli, report
 from experiments.common.features import VECTORS
-from experiments.common.page import Page
+from experiments.common.report import Page
 from experiments.compare.results import measure, spread
 from experiments.compare.stages import Comparison, Stage
 
@@ -144,7 +144,7 @@ def write(made: Studies, output: Path) -> None:
     """Draw the pictures and write ``claims.md`` and ``claims.html``."""
     figures = output / "figures"
     figures.mkdir(exist_ok=True)
-    page = Page("What context is worth, measured")
+    page = Page("What context is worth, measured", output / "claims")
     for name, kind, study in (
         ("Data efficiency", "Test accuracy by labelled documents", _efficiency),
         ("Convergence", "Validation accuracy by updates", _convergence),
@@ -152,9 +152,9 @@ def write(made: Studies, output: Path) -> None:
         ("Transfer", "Test accuracy with pre-training and without", _transfer),
     ):
         path = figures / f"{study.__name__.removeprefix('_')}.png"
-        page.heading(name)
-        page.figures((path, kind, study(made, path)))
-    page.write(output / "claims")
+        page.add_heading(name)
+        page.add_figures((path, kind, study(made, path)))
+    page.write()
 
 
 def _accuracies(runs: Sequence[Stage]) -> list[float]:
@@ -171,7 +171,7 @@ def _efficiency(made: Studies, path: Path) -> str:
         method: [by_documents(runs) for runs in zip(*shares.values(), made.full[method], strict=True)]
         for method, shares in made.few.items()
     }
-    plots.plot_bands(curves, path, "labelled documents of training", "test accuracy", log=True)
+    report.plot_bands(curves, path, "labelled documents of training", "test accuracy", log=True)
     return efficiency_sentence(curves)
 
 
@@ -208,7 +208,7 @@ def efficiency_sentence(curves: Mapping[str, Sequence[Mapping[float, float]]]) -
 
 def _sign(differences: np.ndarray, digits: int) -> int | None:
     """Of a mean difference ``[S]`` as it is shown; None if it is no larger than its deviation over seeds."""
-    mean, noise = (round(float(x), digits) for x in (np.mean(differences), plots.deviation(differences)))
+    mean, noise = (round(float(x), digits) for x in (np.mean(differences), report.deviation(differences)))
     return None if mean and abs(mean) <= noise else int(np.sign(mean))
 
 
@@ -238,7 +238,7 @@ def _convergence(made: Studies, path: Path) -> str:
             if steps.keys() != first.keys():
                 told = f"has other steps than {made.full[ELMO][0].path / METRICS}"
                 raise InputError(f"{run.path / METRICS}: {told}; remove both runs, and make them anew")
-    plots.plot_bands(curves, path, "updates", "validation accuracy")
+    report.plot_bands(curves, path, "updates", "validation accuracy")
     return convergence_sentence(curves)
 
 
@@ -280,7 +280,7 @@ def _transfer(made: Studies, path: Path) -> str:
         "ELMo, random parameters": _accuracies(made.untrained),
         **{method: _accuracies(made.full[method]) for method in STATIC},
     }
-    plots.plot_dots(values, path, "test accuracy")
+    report.plot_dots(values, path, "test accuracy")
     return transfer_sentence(*list(values.values())[:2])
 
 
@@ -316,7 +316,7 @@ def _context(made: Studies, path: Path) -> str:
         rows = [table[elmo.vocabulary.ids(part.words)] for part in (train, test)]
         values[name] = probe(rows[0], train.senses, rows[1], test.senses)
     floor = commonest(train, test)
-    plots.plot_dots({name: [v] for name, v in values.items()}, path, "senses told apart, test texts", floor)
+    report.plot_dots({name: [v] for name, v in values.items()}, path, "senses told apart, test texts", floor)
     return context_sentence(values, floor, len(test.senses))
 
 

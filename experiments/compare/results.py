@@ -22,8 +22,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.ops.metrics import classification, mcnemar, paired_bootstrap
 from elmo_jax.storage.files import read_arrays
 from elmo_jax.training.checkpoint import METRICS, RESULTS
-from experiments.common import plots
-from experiments.common.page import Page
+from experiments.common import report
+from experiments.common.report import Page
 from experiments.compare.stages import Stage
 from experiments.downstream import PARTS, PREDICTIONS
 
@@ -274,16 +274,16 @@ def write(
     reported = REPORT if dataset == REPORTED else {}
     figures = output / "figures"
     figures.mkdir(exist_ok=True)
-    page = Page("Word vectors with and without context: the comparison")
-    page.text(about)
+    page = Page("Word vectors with and without context: the comparison", output / "report")
+    page.add_text(about)
     _summary(page, results, order, reported)
-    page.heading("All figures")
-    page.table(*_table(results, order, reported))
+    page.add_heading("All figures")
+    page.add_table(*_table(results, order, reported))
     _difference(page, {m: [run.path for run in classifiers[m]] for m in order}, found)
     _curves(page, found, language_model, figures)
     _confusions(page, {m: results[m] for m in order}, figures)
     _times(page, [*sources, *(run for runs in classifiers.values() for run in runs)], seconds)
-    page.write(output / "report")
+    page.write()
 
 
 def measure(run: Stage) -> Classifier:
@@ -307,7 +307,7 @@ def spread(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str = ""
     return (
         mean
         if len(values) == 1
-        else f"{mean} ±\N{NO-BREAK SPACE}{plots.deviation(np.array(values)):.{digits}f}"
+        else f"{mean} ±\N{NO-BREAK SPACE}{report.deviation(np.array(values)):.{digits}f}"
     )
 
 
@@ -318,7 +318,7 @@ def _scores(runs: Sequence[Mapping], part: str, score: str) -> list[float]:
 def _summary(page: Page, results: Mapping, order: Sequence[str], reported: Mapping[str, float]) -> None:
     seeds = len(next(iter(results.values())))
     said = "; ".join(f"{m} {spread(_scores(results[m], 'test', 'accuracy'))}" for m in order)
-    page.text(f"Test accuracy, best first: {said}.")
+    page.add_text(f"Test accuracy, best first: {said}.")
     if ours := [m for m in order if m in reported]:
         theirs = "; ".join(sorted(ours, key=lambda m: -reported[m]))
         mean = {m: np.mean(_scores(results[m], "test", "accuracy")) for m in ours}
@@ -329,8 +329,8 @@ def _summary(page: Page, results: Mapping, order: Sequence[str], reported: Mappi
             if gaps
             else "No two stand against it."
         )
-        page.text(f"The report's order, on AG News, is: {theirs}. {told}")
-    page.text(
+        page.add_text(f"The report's order, on AG News, is: {theirs}. {told}")
+    page.add_text(
         f"{seeds} seeds a method; figures are mean ± standard deviation."
         if seeds > 1
         else "One seed a method, so small differences may be chance; see the test below."
@@ -353,7 +353,7 @@ def _table(
 
 def _difference(page: Page, paths: Mapping[str, Sequence[Path]], found: Found) -> None:
     """A test of each method against the next worse one, of the very figures that rank them."""
-    page.heading("Do neighbours differ?")
+    page.add_heading("Do neighbours differ?")
     _check_documents(paths, found)
     seeds = len(next(iter(found.values())))
     rows = []
@@ -382,8 +382,8 @@ def _difference(page: Page, paths: Mapping[str, Sequence[Path]], found: Found) -
             "Exact McNemar test on the test documents, of the one seed: those that only one of the two has "
             "right, and the probability p of so uneven a split if both were equally good."
         )
-    page.text(f"{said} Below {LEVEL} counts as a difference.")
-    page.table(["pair", *columns, "p", "differ"], rows)
+    page.add_text(f"{said} Below {LEVEL} counts as a difference.")
+    page.add_table(["pair", *columns, "p", "differ"], rows)
 
 
 def _check_documents(paths: Mapping[str, Sequence[Path]], found: Found) -> None:
@@ -408,17 +408,17 @@ def shown(p: float) -> str:
 
 
 def _curves(page: Page, found: Found, language_model: Path, figures: Path) -> None:
-    page.heading("Training")
+    page.add_heading("Training")
     records = language_model_records(language_model)
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
-    plots.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
+    report.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
     best = min(record["perplexity"] for record in records)
     told = f"Pre-training: held-out perplexity, full softmax; best {best:.1f}."
     drawn = [(figures / "perplexity.png", "Perplexity by epoch", told)]
     for method, runs in found.items():
         if "trainable" in method and runs[0].results["lambdas"]:
             records, which = runs[0].records, _first(runs)
-            plots.plot_lambdas(records, figures / "lambdas.png")
+            report.plot_lambdas(records, figures / "lambdas.png")
             last = ", ".join(f"{x:.2f}" for x in records[-1]["lambdas"])
             told = f"{method}{which}: the weight of each layer; after the last epoch {last}."
             drawn.append((figures / "lambdas.png", "Layer weights by epoch", told))
@@ -426,11 +426,11 @@ def _curves(page: Page, found: Found, language_model: Path, figures: Path) -> No
         method: [{float(r["epoch"]): r["val_accuracy"] for r in run.records} for run in runs]
         for method, runs in found.items()
     }
-    plots.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
+    report.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
     band = ", the mean within one deviation" if len(next(iter(found.values()))) > 1 else ""
     told = f"Classifiers: validation accuracy{band}."
     drawn.append((figures / "validation.png", "Validation accuracy by epoch", told))
-    page.figures(*drawn)
+    page.add_figures(*drawn)
 
 
 def _first(runs: Sequence) -> str:
@@ -438,26 +438,26 @@ def _first(runs: Sequence) -> str:
 
 
 def _confusions(page: Page, results: Mapping[str, Sequence[Mapping]], figures: Path) -> None:
-    page.heading("Confusion matrices")
+    page.add_heading("Confusion matrices")
     first = next(iter(results.values()))[0]
-    if key := plots.key(first["classes"], "class"):
-        page.text(key)
+    if key := report.explain_numbers(first["classes"], "class"):
+        page.add_text(key)
     for part in reversed(PARTS):
         drawn = []
         for i, (method, runs) in enumerate(results.items()):
             path, found = figures / f"confusion_{i}_{part}.png", runs[0]
             title = f"{part}: accuracy {found[part]['accuracy']:.4f}"
-            plots.plot_confusion(found[part]["confusion_matrix"], found["classes"], title, path)
+            report.plot_confusion(found[part]["confusion_matrix"], found["classes"], title, path)
             drawn.append((path, "Confusion matrix", f"{method}, {part}{_first(runs)}"))
-        page.figures(*drawn)
+        page.add_figures(*drawn)
 
 
 def _times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:
-    page.heading("Time")
+    page.add_heading("Time")
     rows = []
     for stage in stages:
         training, rate = speed(stage.path)
         whole = f"{seconds[stage.name]:,.0f}" if stage.name in seconds else "–"
         rows.append([stage.name, f"{training:,.0f}", f"{rate:,.0f}", whole])
-    page.text("Training alone, and the whole stage with loading, compiling and evaluation.")
-    page.table(["stage", "training (s)", "tokens/s", "whole stage (s)"], rows)
+    page.add_text("Training alone, and the whole stage with loading, compiling and evaluation.")
+    page.add_table(["stage", "training (s)", "tokens/s", "whole stage (s)"], rows)

@@ -11,7 +11,7 @@ from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from experiments import downstream, pretrain, vectors
-from experiments.common import plots as report
+from experiments.common import report
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

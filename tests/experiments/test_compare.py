@@ -306,7 +306,7 @@ def test_predictions_of_other_documents_are_not_compared(folder):
     found["sgns"] = [other._replace(labels=1 - other.labels)]
     paths = {name: [folder / f"out/{name}-seed0"] for name in found}
     with pytest.raises(compare.InputError, match=r"sgns-seed0/predictions.npz: is of other test documents"):
-        results._difference(results.Page("x"), paths, found)
+        results._difference(results.Page("x", results.Path("x")), paths, found)
 
 
 def test_one_comparison_writes_into_a_folder_at_a_time(folder, monkeypatch, refused):

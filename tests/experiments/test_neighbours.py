@@ -56,7 +56,10 @@ def test_a_word_that_the_font_cannot_write_is_numbered_and_told(elmo, tmp_path, 
     assert neighbours.main() == 0
     monkeypatch.undo()
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["word 1"]
-    assert "\nIn pictures, whose font lacks these characters: word 1 is 银行.\n" in capsys.readouterr().out
+    assert (
+        "\nThe plots use a font without these characters and show numbers: word 1 is 银行.\n"
+        in capsys.readouterr().out
+    )
     plt.close("all")
 
 

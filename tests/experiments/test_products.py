@@ -18,7 +18,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.training.checkpoint import CONFIG, METRICS, RESULTS, VOCABULARY, Run
 from elmo_jax.training.loop import ProgressBar
 from experiments import downstream, pretrain, vectors
-from experiments.common import cli, memory, plots as report
+from experiments.common import cli, memory, report
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 BEGUN = {"checkpoints", CONFIG, METRICS, VOCABULARY, ".lock"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as charts
-from experiments.common import plots as report
+from experiments.common import report
 
 
 def pixels(path):
@@ -129,5 +129,5 @@ def test_classes_that_the_font_cannot_write_are_numbered_and_told(tmp_path, draw
     (axes,) = drawn[0].axes
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["Sports", "class 2", "Äpfel", "class 4"]
-    assert report.key(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
-    assert report.key(["Sports", "Äpfel", "$^$"], "class") == ""
+    assert report.explain_numbers(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
+    assert report.explain_numbers(["Sports", "Äpfel", "$^$"], "class") == ""

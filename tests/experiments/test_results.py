@@ -12,10 +12,10 @@ SCORE = dict.fromkeys(("f1", "precision", "recall"), 0.5)
 @pytest.fixture
 def page(monkeypatch):
     """A page that keeps its text and its tables as they were given."""
-    made = results.Page("x")
+    made = results.Page("x", results.Path("x"))
     made.said, made.tables = [], []
-    monkeypatch.setattr(made, "text", made.said.append)
-    monkeypatch.setattr(made, "table", lambda head, rows: made.tables.append((head, rows)))
+    monkeypatch.setattr(made, "add_text", made.said.append)
+    monkeypatch.setattr(made, "add_table", lambda head, rows: made.tables.append((head, rows)))
     return made
 
 

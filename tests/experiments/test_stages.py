@@ -9,7 +9,7 @@ import pytest
 from elmo_jax.errors import InputError
 from experiments.common import cli
 from experiments.common.cli import parse
-from experiments.common.page import Page
+from experiments.common.report import Page
 from experiments.compare.stages import Stage, run_stages
 
 
@@ -121,11 +121,11 @@ def test_a_page_holds_its_pictures_and_escapes_its_text(tmp_path):
     (tmp_path / "figures").mkdir()
     picture = tmp_path / "figures" / "a b.png"
     picture.write_bytes(b"\x89PNG")
-    page = Page("A < B")
-    page.text("run `x --y` & wait")
-    page.table(["name", "n|m"], [["<b>", "1"]])
-    page.figures((picture, "a curve", 'the "caption"'))
-    page.write(tmp_path / "page")
+    page = Page("A < B", tmp_path / "page")
+    page.add_text("run `x --y` & wait")
+    page.add_table(["name", "n|m"], [["<b>", "1"]])
+    page.add_figures((picture, "a curve", 'the "caption"'))
+    page.write()
     html, markdown = ((tmp_path / f"page.{kind}").read_text() for kind in ("html", "md"))
     assert 'src="data:image/png;base64,iVBORw=="' in html and "http" not in html
     assert "<title>A &lt; B</title>" in html and "<code>x --y</code> &amp; wait" in html

@@ -1,0 +1,367 @@
+"""Plots and text tables of a run, and a page that collects them as Markdown and as one HTML file.
+
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+import base64
+import contextlib
+import html
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^Dv<"
+STYLE: Any = {
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "text.parse_math": False,  # a class may be named $^$
+}
+_LEGEND: Any = {"frameon": False, "fontsize": 9, "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.5}
+_LEGEND |= {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}  # above the axes, where it covers no line
+_MAX_LABELLED_CLASSES = 25  # the cells of a larger confusion matrix are too small for numbers
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def series_style(i: int) -> dict[str, Any]:
+    """Return the colour and marker of series i; the pairs repeat after 36 series."""
+    n = len(COLOURS)
+    return {"color": COLOURS[i % n], "marker": MARKERS[(i + i // n) % n]}
+
+
+@contextlib.contextmanager
+def _new_figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
+    """Yield a figure of this size in inches, then save it as a PNG."""
+    with plt.rc_context(STYLE | style):
+        figure = plt.figure(figsize=(width, height))
+        yield figure
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_curves(
+    records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], path: Path, ylabel: str, log: bool = False
+) -> None:
+    """Plot values of the epoch records against the epoch, as a PNG.
+
+    Args:
+        records: One record an epoch.
+        lines: Label in the legend by name in the records.
+        path: PNG file to write.
+        ylabel: Axis label with its unit.
+        log: Use a logarithmic y axis.
+    """
+    epochs = [record["epoch"] for record in records]
+    with _new_figure(path, 5.2, 3.2) as figure:
+        axes = figure.subplots()
+        for i, (name, label) in enumerate(lines.items()):
+            values = [record[name] for record in records]
+            axes.plot(epochs, values, markersize=4, label=label, **series_style(i))
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        _set_integer_ticks(axes, epochs)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        if len(lines) > 1:
+            axes.legend(**_LEGEND)
+
+
+def plot_lambdas(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the weight of each layer against the epoch, as a PNG."""
+    labels = ["token vectors", *(f"LSTM layer {j}" for j in range(1, len(records[0]["lambdas"])))]
+    rows = [
+        {"epoch": record["epoch"], **dict(zip(labels, record["lambdas"], strict=True))} for record in records
+    ]
+    plot_curves(rows, {label: label for label in labels}, path, "weight λ")
+
+
+def plot_bands(
+    curves: Mapping[str, Sequence[Mapping[float, float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> None:
+    """Plot means over repetitions against x, each in a band of one standard deviation, as a PNG.
+
+    A single x has no room for a band and gets error bars.
+
+    Args:
+        curves: By name, one mapping from x to y for each repetition; all have the same x.
+        path: PNG file to write.
+        xlabel, ylabel: Axis labels with their units.
+        log: Use a logarithmic x axis.
+    """
+    xs = sorted({x for runs in curves.values() for x in runs[0]})
+    with _new_figure(path, 6.2, 3.8) as figure:
+        axes = figure.subplots()
+        for i, (name, runs) in enumerate(curves.items()):
+            x, style = sorted(runs[0]), series_style(i)
+            y = np.array([[run[at] for at in x] for run in runs])  # [S, X]
+            mean, spread = y.mean(0), deviation(y)
+            if len(x) > 1:
+                axes.plot(x, mean, markersize=4, label=name, **style)
+                axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
+            else:  # side by side, so that equal values stay visible
+                at = x[0] * (1 + (i - (len(curves) - 1) / 2) / 100)
+                bars = spread if len(runs) > 1 else None
+                axes.errorbar(at, mean, yerr=bars, markersize=4, capsize=3, label=name, **style)
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(xs, [f"{x:,g}" for x in xs])
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            _set_integer_ticks(axes, xs)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.legend(**_LEGEND)
+
+
+def _set_integer_ticks(axes: Axes, x: Sequence[float]) -> None:
+    """Put the ticks of the x axis at integers, or at the only x."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def plot_dots(
+    values: Mapping[str, Sequence[float]], path: Path, xlabel: str, reference: float | None = None
+) -> None:
+    """Plot the mean and standard deviation of repetitions, one name a line, as a PNG.
+
+    Args:
+        values: By name, one value for each repetition; drawn from top to bottom.
+        path: PNG file to write.
+        xlabel: Axis label with its unit.
+        reference: Value to compare with, drawn as a dashed line.
+    """
+    with _new_figure(path, 6.2, 0.8 + 0.4 * len(values)) as figure:
+        axes = figure.subplots()
+        if reference is not None:
+            axes.axvline(reference, color="black", linestyle="--", linewidth=1)
+        for i, runs in enumerate(values.values()):
+            mean, spread = float(np.mean(runs)), float(deviation(np.array(runs)))
+            axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=COLOURS[0], capsize=3)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the dashed line
+            text: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "bbox": box}
+            axes.annotate(f"{mean:.3f}", (mean, i), (0, 8), **text)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.5, -0.8)
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set(xlabel=xlabel)
+
+
+def deviation(values: np.ndarray) -> Any:
+    """Return the sample standard deviation along the first axis; 0 for one repetition."""
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
+
+
+def plot_layers(
+    points: Sequence[np.ndarray], groups: Sequence[str], titles: Sequence[str], path: Path
+) -> None:
+    """Plot the occurrences of a word in each layer, one panel a layer, as a PNG.
+
+    Args:
+        points: For each layer, coordinates ``[N, 2]`` of the occurrences.
+        groups: Group of each of the N occurrences; a group has one colour and marker. For group
+            names that the font cannot write see `explain_numbers`.
+        titles: Titles of the panels.
+        path: PNG file to write.
+    """
+    names = list(dict.fromkeys(groups))
+    size = max(float(np.abs(xy).max()) for xy in points) * 1.12 or 1.0  # one scale makes spreads comparable
+    style: Any = {"axes.spines.left": False, "axes.spines.bottom": False}
+    with _new_figure(path, 2.9 * len(points), 3.1, **style) as figure:
+        panels = figure.subplots(1, len(points), squeeze=False)
+        for axes, xy, title in zip(panels[0], points, titles, strict=True):
+            for i, name in enumerate(names):
+                dots: Any = {**series_style(i), "s": 34, "alpha": 0.75, "linewidths": 0.6}
+                axes.scatter(*xy[[group == name for group in groups]].T, edgecolors="white", **dots)
+            axes.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
+            axes.set_facecolor("#f5f5f2")
+            axes.set_title(title, fontsize=9)
+            if np.ptp(xy, axis=0).max() < 1e-3 * size:
+                text: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **text)
+        figure.tight_layout(w_pad=1.0)
+        legend: Any = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, 0.04), "fontsize": 9}
+        labels = _number_unwritable(names, "word")
+        figure.legend(panels[0][0].collections, labels, ncols=2, handletextpad=0.2, **legend)
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:
+    """Plot a confusion matrix as a PNG: counts, shaded by their fraction of the true class.
+
+    With more than 25 classes the cells hold no numbers, and evenly spaced ticks name at most 25 classes.
+    For class names that the font cannot write see `explain_numbers`.
+    """
+    matrix, n = np.array(counts), len(classes)
+    fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(1.6 + 0.8 * n, 12)  # inches; memory grows with its square
+    with _new_figure(path, side, side, **{"axes.grid": False}) as figure:
+        axes = figure.subplots()
+        axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        size = min(8, 12 * side / n)  # points, so that the numbers fit into a cell
+        for (i, j), count in np.ndenumerate(matrix) if n <= _MAX_LABELLED_CLASSES else ():
+            text, dark = f"{count:,}\n{fractions[i, j]:.1%}", fractions[i, j] > 0.5
+            colour = "white" if dark else "black"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
+        step = -(-n // _MAX_LABELLED_CLASSES)
+        labels = _number_unwritable(classes, "class")[::step]
+        axes.set_xticks(range(0, n, step), labels, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(0, n, step), labels)
+        axes.set(xlabel="predicted", ylabel="true", title=title)
+
+
+def _number_unwritable(names: Sequence[str], kind: str) -> list[str]:
+    """Replace each name that the font has not all characters of by a number, such as "class 2"."""
+    font = get_font(findfont(FontProperties()))
+    return [
+        name if all(map(font.get_char_index, map(ord, name))) else f"{kind} {i}"
+        for i, name in enumerate(names, 1)
+    ]
+
+
+def explain_numbers(names: Sequence[str], kind: str) -> str:
+    """Return a sentence that names the numbered classes or words of a plot, empty if there are none.
+
+    Example:
+        >>> explain_numbers(["Sports", "体育"], "class")
+        'The plots use a font without these characters and show numbers: class 2 is 体育.'
+    """
+    labels = _number_unwritable(names, kind)
+    numbered = [f"{label} is {name}" for label, name in zip(labels, names, strict=True) if label != name]
+    prefix = "The plots use a font without these characters and show numbers"
+    return f"{prefix}: {'; '.join(numbered)}." if numbered else ""
+
+
+def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """Return a confusion matrix as text, one row a true class; refer to results.json if it is too large.
+
+    Example:
+        >>> print(confusion_table([[3, 1], [0, 4]], ["World", "Sports"]))
+        true \\ predicted   World  Sports
+        World                  3       1
+        Sports                 0       4
+    """
+    if len(classes) > _MAX_LABELLED_CLASSES:
+        return f"{len(classes)} classes: the confusion matrix is in results.json"
+    corner = "true \\ predicted"
+    first = max(len(corner), *map(len, classes))
+    width = max(*map(len, classes), *(len(f"{n:,}") for row in counts for n in row))
+    lines = [corner.ljust(first) + "".join(f"  {name:>{width}}" for name in classes)]
+    for name, row in zip(classes, counts, strict=True):
+        lines.append(name.ljust(first) + "".join(f"  {n:>{width},}" for n in row))
+    return "\n".join(lines)
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return accuracy, F1, precision and recall of each part as text."""
+    names = ("accuracy", "f1", "precision", "recall")
+    lines = [" " * 10 + "".join(f"  {name:>9}" for name in names)]
+    for part in ("train", "validation", "test"):
+        lines.append(f"{part:10}" + "".join(f"  {results[part][name]:9.4f}" for name in names))
+    return "\n".join(lines)
+
+
+class Page:
+    """A page of text, tables and figures, filled from top to bottom and written at the end.
+
+    Args:
+        title: Title of the page.
+        path: Files to write, without a suffix: ``path.md`` links to its figures, ``path.html`` holds them.
+    """
+
+    def __init__(self, title: str, path: Path):
+        self.title, self.path = title, path
+        self._blocks: list[tuple[str, str]] = []  # Markdown and HTML
+        self._add(f"# {title}", f"<h1>{html.escape(title)}</h1>")
+
+    def _add(self, markdown: str, html: str) -> None:
+        self._blocks.append((markdown, html))
+
+    def add_heading(self, text: str) -> None:
+        """Start a section."""
+        self._add(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+
+    def add_text(self, text: str) -> None:
+        """Add a paragraph; backticks enclose code."""
+        self._add(text, f"<p>{_format_code(text)}</p>")
+
+    def add_table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table whose first column names the rows."""
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+        lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+        top = "".join(f'<th scope="col">{_format_code(cell)}</th>' for cell in head)
+        body = "".join(f"<tr>{''.join(f'<td>{_format_code(c)}</td>' for c in row)}</tr>\n" for row in rows)
+        self._add(
+            "\n".join(f"| {' | '.join(row)} |" for row in lines),
+            f'<div class="table"><table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>',
+        )
+
+    def add_figures(self, *figures: tuple[Path, str, str]) -> None:
+        """Add PNG files side by side, each with its alternative text and its caption."""
+        markdown, inline = [], []
+        for path, alt, caption in figures:
+            target = Path(os.path.relpath(path, self.path.parent)).as_posix()
+            markdown.append(f"![{alt}](<{target}>)\n\n{caption}")
+            source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            caption = f"<figcaption>{html.escape(caption)}</figcaption>"
+            inline.append(f'<figure><img src="{source}" alt="{html.escape(alt)}">{caption}</figure>')
+        self._add("\n\n".join(markdown), f'<div class="figures">{"".join(inline)}</div>')
+
+    def write(self) -> None:
+        """Write the Markdown and the HTML file."""
+        markdown, body = zip(*self._blocks, strict=True)
+        self.path.with_suffix(".md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+        head = (
+            f'<meta charset="utf-8">\n<title>{html.escape(self.title)}</title>\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<style>{_CSS}</style>"
+        )
+        page = ["<!doctype html>", '<html lang="en">', f"<head>{head}</head>", "<body>", *body, "</body>"]
+        self.path.with_suffix(".html").write_text("\n".join([*page, "</html>\n"]), encoding="utf-8")
+
+
+def _format_code(text: str) -> str:
+    """Escape text for HTML and mark the code between backticks."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+_CSS = """
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; color: #1b1f24; background: #fff;
+       font: 16px/1.55 system-ui, sans-serif; }
+h2 { margin: 2.5rem 0 .5rem; padding-bottom: .25rem; border-bottom: 2px solid #0072B2; }
+p { max-width: 44rem; }
+.table { overflow-x: auto; margin: 1rem 0; border: 1px solid #d8dee4; border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead tr { background: #eaf3f9; }
+tbody tr { border-top: 1px solid #e6eaee; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.figures:has(> :only-child) { max-width: 44rem; }
+figure { margin: .5rem 0; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { color: #4b5560; font-size: .9rem; }
+code { background: #f1f4f6; border-radius: 4px; padding: .1em .3em; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { th, td { padding: .3rem .25rem; font-size: .72rem; white-space: normal; } }
+"""
