@@ -23,9 +23,11 @@ from .ops.softmax import Negatives, full_nll, log_uniform_negatives, sampled_nll
 from .parallel import Plan, make_mesh
 from .sklearn import ElmoVectorizer
 from .training.checkpoint import Run
+from .training.evaluate import evaluate, predict
 from .training.loop import fit
 from .training.objectives import bilm_features, bilm_loss, bilm_sums, bilm_training
-from .training.step import TrainState, evaluate, make_optimizer, predict, train_step
+from .training.optimizers import make_optimizer
+from .training.step import TrainState, train_step
 
 __version__: str
 

@@ -1,5 +1,6 @@
 """Old module paths, each with a warning, until the next release."""
 
+import functools
 import importlib
 import sys
 import warnings
@@ -7,9 +8,11 @@ from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
-MOVED = {
+F = TypeVar("F", bound=Callable[..., Any])
+
+MOVED: dict[str, str | tuple[str, ...]] = {  # several where the names of a module were divided
     "bilm": "elmo_jax.models.bilm",
     "buckets": "elmo_jax.data.batching",
     "characters": "elmo_jax.data.characters",
@@ -33,7 +36,7 @@ MOVED = {
     "loop": "elmo_jax.training.loop",
     "lstm": "elmo_jax.models.lstm",
     "mesh": "elmo_jax.parallel",
-    "metrics": "elmo_jax.ops.metrics",
+    "metrics": "elmo_jax.training.evaluate",
     "negatives": "elmo_jax.ops.softmax",
     "page": "experiments.common.report",
     "persistent": "elmo_jax.ops.lstm_pallas",
@@ -51,7 +54,12 @@ MOVED = {
     "svd": "elmo_jax.baselines.svd",
     "tasks": "elmo_jax.training.objectives",
     "text": "elmo_jax.data.text",
-    "train": "elmo_jax.training.step",
+    "train": (
+        "elmo_jax.training.step",
+        "elmo_jax.training.evaluate",
+        "elmo_jax.training.optimizers",
+        "elmo_jax.config",
+    ),
     "vectors": "elmo_jax.baselines.word_vectors",
 }
 
@@ -65,12 +73,33 @@ class _OldPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__.rpartition(".")[2]]
-        _warn(module.__name__, new)
-        sys.modules[module.__name__] = importlib.import_module(new)
+        if isinstance(new, str):
+            _warn(module.__name__, new)
+            sys.modules[module.__name__] = importlib.import_module(new)
+            return
+        _warn(module.__name__, " and ".join(new))
+        for target in map(importlib.import_module, new):
+            vars(module).update((name, getattr(target, name)) for name in dir(target) if name[0] != "_")
 
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(f"{old} has moved to {new}; the old path ends with the next release", DeprecationWarning, 3)
+
+
+def renamed_arguments(**new_names: str) -> Callable[[F], F]:
+    """Return a decorator that accepts old argument names, with a warning, until the next release."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in new_names.keys() & kwargs.keys():
+                warnings.warn(f"{old} is now {new_names[old]}", DeprecationWarning, 2)
+                kwargs[new_names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
 
 
 def old_names(package: str, module: str, names: frozenset[str]) -> Callable[[str], Any]:

@@ -1,164 +1,90 @@
-"""Several devices: where a state's arrays lie, and how batches reach them.
+"""Several devices and several processes: the mesh, where arrays lie on it, and collective calls.
 
-Nouns: the *mesh* is all devices of all processes as a grid of two axes. The rows of a batch
-are shared out along "data", the rows of a vocabulary's tables along "model", and all else is
-everywhere. What is computed stays a function of whole batches, so that a run goes on with
-another number of devices as if nothing had changed; a program that knows no mesh becomes one
-for many devices by where its arrays lie. On a single device there is no mesh.
-Axes: B batch, D direction, V vocabulary.
-
-One run in several processes: what all do alike, and what the first alone does.
-
-Nouns: the *first* process is the one that writes; the others follow what it says.
-
-Arrays inside `jax.shard_map`, where each either differs between devices or is the same on all.
+The mesh is a grid of all devices of all processes with the axes "data" and "model". Batch rows are split
+along "data", vocabulary tables by rows along "model", and every other array is replicated. Results do
+not depend on the number of devices, so a run can be resumed on another number. One device needs no mesh.
 """
 
+import contextlib
 import hashlib
+import re
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from elmo_jax.data.batching import StepChunk, Stream
+from elmo_jax._moved import renamed_arguments
 from elmo_jax.errors import InputError
 
 T = TypeVar("T")
+DATA, MODEL = "data", "model"  # names of the mesh axes
 
 
-def is_multiprocess() -> bool:
-    """Whether there are others beside this process."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def first() -> bool:
-    """Whether this process is the one that writes."""
-    # Asked in this order, a process that is alone does not start a device to learn that it is.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def max_over_processes(value: int) -> int:
-    """The highest of all processes' values; a meeting, so every process must come to it."""
-    if not is_multiprocess():
-        return value
-    from jax.experimental import multihost_utils  # half a second to import, for few
-
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
-
-
-def alike(text: str) -> None:
-    """Check that every process came with the same text.
-
-    Raises:
-        InputError: one did not; in every process.
-    """
-    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
-    if max_over_processes(number) + max_over_processes(-number):
-        raise InputError("the processes of this run differ in flags or texts; start all with the same")
-
-
-def together(work: Callable[[], T]) -> T:
-    """Do what every process does; if it fails in one, it fails in all.
-
-    Raises:
-        InputError: it failed in another process; what failed here is raised as it is.
-    """
-    done, failure = None, None
-    try:
-        done = work()
-    except Exception as error:
-        failure = error
-    failed = max_over_processes(int(failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise InputError("another process of this run could not go on; see what it says")
-    return cast(T, done)
-
-
-def run_on_first(work: Callable[[], T]) -> T | None:
-    """Do what the first process alone is to do, while the others wait.
-
-    Returns:
-        What the work returned, to the first process; None to the others.
-
-    Raises:
-        InputError: the work failed; in every process.
-
-    Example:
-        >>> run_on_first(lambda: 5)
-        5
-    """
-    return together(lambda: work() if first() else None)
-
-
-DATA, MODEL = "data", "model"
-
-
-def make_mesh(batch_size: int, model: int = 1) -> Mesh | None:
-    """All devices of all processes; None if there is one alone.
+@renamed_arguments(model="model_parallel")
+def make_mesh(batch_size: int, model_parallel: int = 1) -> Mesh | None:
+    """Return a mesh of all devices of all processes, or None if there is only one device.
 
     Args:
-        batch_size: B, to be shared out.
-        model: devices that the rows of a vocabulary's tables are split over.
+        batch_size: Rows of a batch, B; split evenly over the "data" axis.
+        model_parallel: Size of the "model" axis, over which the rows of vocabulary tables are split.
 
     Raises:
-        InputError: devices or rows do not come out even.
+        InputError: the number of devices or `batch_size` is not divisible.
 
     Example:
         >>> make_mesh(batch_size=32) is None or jax.device_count() > 1
         True
     """
     count = jax.device_count()
-    if count % model:
-        raise InputError(f"--model-parallel {model} does not divide {count} devices; give a divisor")
-    data = count // model
+    if count % model_parallel:
+        raise InputError(f"model_parallel {model_parallel} does not divide {count} devices; give a divisor")
+    data = count // model_parallel
     if batch_size % data:
-        raise InputError(
-            f"--batch-size {batch_size} cannot be shared out evenly to {data} devices; give a multiple"
-        )
+        raise InputError(f"batch_size {batch_size} is not a multiple of {data} devices; give a multiple")
     if count == 1:
         return None
-    # Of one process after the other, so that the rows of each are neighbours.
-    return Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    # jax.devices() lists one process after the other, so the rows of each process are adjacent.
+    devices = np.array(jax.devices()).reshape(data, model_parallel)
+    return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def find_mesh(tree: Any) -> Mesh | None:
-    """The mesh on which a pytree of arrays lies, or None."""
+    """Return the mesh on which the arrays of a pytree lie, or None."""
     for leaf in jax.tree.leaves(tree):
-        place = getattr(leaf, "sharding", None)
-        if isinstance(place, NamedSharding) and DATA in place.mesh.axis_names:
-            return place.mesh  # pyright: ignore[reportReturnType]
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and DATA in sharding.mesh.axis_names:
+            return sharding.mesh  # pyright: ignore[reportReturnType]
     return None
 
 
-def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """Where programs are compiled and called that lie on a mesh; see `by_rows`."""
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Return a context in which functions are compiled and called for a mesh; see `sum_over_shards`."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that is complete on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @dataclass(frozen=True)
 class Plan(Generic[T]):
-    """A pytree of arrays, perhaps a `TrainState`, that is made when it is called, where it is to lie.
+    """Sharded initialization: a function that makes a pytree, and where its arrays are to lie.
 
     Attributes:
-        make: pure; makes the pytree.
-        mesh: of all devices; None makes it as it is.
-        given: pytrees of arrays, the arguments of `make`, the same in every process; arrays of
-            which it knows otherwise JAX may keep.
-        tables: paths of parameters whose first axis is to be split along "model", as is what
-            the optimiser keeps of them. What a state carries, ``[D, B, ...]``, is split
-            along "data".
+        make: Pure function that makes the pytree, often a `TrainState`.
+        mesh: Mesh of all devices; None makes the arrays on the default device.
+        given: Arguments of `make`: pytrees of arrays, the same in every process. Arrays that `make` closes
+            over instead may be kept alive by JAX.
+        tables: Paths of the parameters whose first axis is split along "model", together with the
+            optimizer's state for them. The carry of a `TrainState`, ``[D, B, ...]``, is split along "data".
 
     Example:
         >>> zeros = Plan(lambda: jax.numpy.zeros(2))
@@ -172,140 +98,318 @@ class Plan(Generic[T]):
     tables: Sequence[str] = ()
 
     def like(self) -> T:
-        """Its shapes, dtypes and places, for which nothing is made."""
+        """Return the shapes, dtypes and shardings of the pytree without making any array."""
         shapes = jax.eval_shape(self.make, *self.given)
         if self.mesh is None:
             return shapes
 
-        def placed(path: Any, leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._place(path))
+        def add_sharding(path: Any, leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding_of(path))
 
-        return jax.tree_util.tree_map_with_path(placed, shapes)
+        return jax.tree_util.tree_map_with_path(add_sharding, shapes)
 
-    def _place(self, path: Any) -> NamedSharding:
+    def _sharding_of(self, path: Any) -> NamedSharding:
         assert self.mesh is not None
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
         if name.startswith("/carry/"):
             return NamedSharding(self.mesh, PartitionSpec(None, DATA))
-        split = any(name.endswith(f"/{table}") for table in self.tables)
-        return NamedSharding(self.mesh, PartitionSpec(MODEL)) if split else everywhere(self.mesh)
+        is_table = any(name.endswith(f"/{table}") for table in self.tables)
+        return NamedSharding(self.mesh, PartitionSpec(MODEL)) if is_table else replicated(self.mesh)
 
     def __call__(self) -> T:
-        """The arrays."""
+        """Make the arrays."""
         if self.mesh is None:
             return self.make(*self.given)
-        given = jax.tree.map(np.asarray, self.given)  # a program can take these to any device
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.like())
-        return jax.jit(self.make, out_shardings=places)(*given)
+        given = jax.tree.map(np.asarray, self.given)  # a compiled call can send NumPy arrays to any device
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like())
+        return jax.jit(self.make, out_shardings=shardings)(*given)
 
 
-def feed(
-    stream: Stream, first: int, last: int, mesh: Mesh | None, ahead: bool = False
-) -> Iterator[StepChunk]:
-    """A stream's dispatches where programs take them from; each process reads its own rows alone.
+class Chunked(Protocol):
+    """Interface of the streams that `feed` reads, such as `elmo_jax.data.batching.BatchStream`."""
+
+    batch_size: int
+
+    def chunks(self, first: int, last: int, part: slice = ...) -> Iterator[Any]:
+        """Iterate over named tuples ``(batches, count)`` with the rows `part` of every batch."""
+        ...
+
+
+def feed(stream: Chunked, first: int, last: int, mesh: Mesh | None, prefetch: bool = False) -> Iterator[Any]:
+    """Iterate over the chunks of a stream, ready for a compiled call; each process reads its own rows.
 
     Args:
-        stream: the same in every process.
-        first, last: steps, as in `Stream.chunks`.
-        mesh: of all devices, where they are to lie.
-        ahead: without a mesh, send them on their way to the device, which nobody waits for; else
-            they stay on the host, where a step is cut out of a dispatch for nothing.
+        stream: The same in every process.
+        first, last: Steps from `first` up to but not including `last`.
+        mesh: Mesh over which batch rows are split.
+        prefetch: Without a mesh, start the copy to the device. Otherwise the arrays stay in NumPy, from
+            which a single step is cut without a compiled call.
     """
     if mesh is None:
-        for batches, count in stream.chunks(first, last):
-            yield StepChunk(jax.device_put(batches) if ahead else batches, count)
+        for chunk in stream.chunks(first, last):
+            yield chunk._replace(batches=jax.device_put(chunk.batches)) if prefetch else chunk
         return
     size = stream.batch_size
-    held = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
-    parts = [index[0].indices(size) for index in held if index is not None]
-    part = slice(min(begin for begin, _, _ in parts), max(end for _, end, _ in parts))
-    for batches, count in stream.chunks(first, last, part):
-        axis = 1 + batches.ROWS
+    own = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
+    parts = [index[0].indices(size) for index in own if index is not None]
+    part = slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+    for chunk in stream.chunks(first, last, part):
+        axis = 1 + chunk.batches.ROWS
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
-        def share(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
+        def make_global(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
             shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
             return jax.make_array_from_process_local_data(split, rows, shape)
 
-        yield StepChunk(jax.tree.map(share, batches), count)
+        yield chunk._replace(batches=jax.tree.map(make_global, chunk.batches))
 
 
-def gathered(array: Array) -> Array:
-    """Inside a program, an array brought whole to every device, at once and not piecemeal."""
+def all_gather(array: Array) -> Array:
+    """Inside a compiled function, bring the complete array to every device in one exchange."""
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else jax.lax.with_sharding_constraint(array, PartitionSpec())
 
 
-def fetch(array: Array) -> np.ndarray:
-    """A whole array on the host of every process."""
+def to_host(array: Array) -> np.ndarray:
+    """Return the complete array as NumPy, in every process."""
     if is_multiprocess() and not array.is_fully_replicated and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils  # half a second to import, for few
+        from jax.experimental import multihost_utils  # takes half a second to import
 
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def data_parallel_size() -> int:
-    """Devices that rows are still to be shared out to: one without a mesh, or where a caller has done it."""
+    """Return the size of the "data" axis, or 1 without a mesh or inside a `jax.shard_map` over it."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return 1 if kinds.get(DATA, AxisType.Manual) == AxisType.Manual else mesh.shape[DATA]
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return 1 if types.get(DATA, AxisType.Manual) == AxisType.Manual else mesh.shape[DATA]
 
 
-def by_rows(work: Callable[..., tuple[Array, Array]], rows: Any, whole: Any) -> tuple[Array, Array]:
-    """A sum over rows, taken on every device over its own; and what each row has of its own.
+def sum_over_shards(work: Callable[..., tuple[Array, Array]], rows: Any, shared: Any) -> tuple[Array, Array]:
+    """Compute a sum over batch rows, each device over its own rows, and a result for every row.
 
-    A program is otherwise shared out to devices by the compiler. It cannot where positions
-    of all rows are laid end to end and taken a chunk at a time: it would bring all of them
-    to all devices. Gradients for `whole` are summed over devices once, behind the last chunk.
+    The compiler cannot split a loop over chunks of positions from all rows; it would bring every row to
+    every device. Gradients for `shared` are summed over the devices once, after the last chunk.
 
     Args:
-        work: ``(rows, whole) -> (sum, each [D, B, ...])``, the sum over all rows.
-        rows: arrays ``[D, B, ...]``.
-        whole: arrays that every row needs.
+        work: ``(rows, shared) -> (sum over all rows, results [D, B, ...])``.
+        rows: Pytree of arrays ``[D, B, ...]``.
+        shared: Pytree of arrays that every row needs.
 
     Returns:
-        What `work` does of all rows. Rows that do not come out even, or that a caller has shared
-        out already, are not shared out.
+        The result of `work` for all rows. If B is not divisible by the devices, or a caller has
+        split the rows already, the rows are not split.
     """
     devices = data_parallel_size()
     if devices == 1 or jax.tree.leaves(rows)[0].shape[1] % devices:
-        return work(rows, whole)
+        return work(rows, shared)
 
-    def own(rows: Any, whole: Any) -> tuple[Array, Array]:
-        whole = jax.tree.map(lambda a: jax.lax.pcast(a, (DATA,), to="varying"), whole)
-        total, each = work(rows, whole)
+    def sum_own_rows(rows: Any, shared: Any) -> tuple[Array, Array]:
+        shared = jax.tree.map(lambda a: jax.lax.pcast(a, (DATA,), to="varying"), shared)
+        total, each = work(rows, shared)
         return jax.lax.psum(total, DATA), each
 
-    split, everywhere = PartitionSpec(None, DATA), PartitionSpec()
-    shared_out = jax.shard_map(
-        own, in_specs=(split, everywhere), out_specs=(everywhere, split), axis_names={DATA}
+    split, same = PartitionSpec(None, DATA), PartitionSpec()
+    return jax.shard_map(sum_own_rows, in_specs=(split, same), out_specs=(same, split), axis_names={DATA})(
+        rows, shared
     )
-    return shared_out(rows, whole)
 
 
 def align_varying(tree: T) -> T:
-    """Arrays that all differ between the same devices, as what a loop carries has to: it begins as it ends.
+    """Mark all arrays of a pytree as varying over the same mesh axes, as the carry of a loop has to be.
 
-    The gradient of what was the same on all devices is summed over them, once. Nothing is
-    done outside `jax.shard_map`.
-
-    Args:
-        tree: of arrays, which are computed with one another.
+    The gradient of an array that was the same on all devices is summed over them once. Outside
+    `jax.shard_map` the arrays are returned unchanged.
 
     Example:
         >>> align_varying((jax.numpy.ones(2), None))
         (Array([1., 1.], dtype=float32), None)
     """
-    axes: frozenset[str] = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+    axes: frozenset[str] = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
 
-    def cast(a: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _varying(a)))
+    def add_axes(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying_axes(a)))
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(add_axes, tree)
 
 
-def _varying(a: jax.Array) -> frozenset[str]:
-    """The mesh's axes along which an array differs; none where JAX does not keep account of that."""
+def _varying_axes(a: jax.Array) -> frozenset[str]:
+    """Return the mesh axes over which an array varies; none if JAX does not track them here."""
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
+
+
+def is_multiprocess() -> bool:
+    """Return whether this run has more than one process."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that prints and writes files."""
+    # Checked in this order, a single process does not start a device.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def max_over_processes(value: int) -> int:
+    """Return the largest value of all processes; every process must call this."""
+    if not is_multiprocess():
+        return value
+    from jax.experimental import multihost_utils  # takes half a second to import
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def check_same_on_all_processes(text: str) -> None:
+    """Check that every process calls this with the same text.
+
+    Raises:
+        InputError: in every process, if one text differs.
+    """
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+    if max_over_processes(number) + max_over_processes(-number):
+        raise InputError("the processes of this run differ in settings or texts; start all with the same")
+
+
+def run_on_all(work: Callable[[], T]) -> T:
+    """Call a function that every process calls; if it fails in one process, raise in all of them.
+
+    Raises:
+        InputError: it failed in another process. An error in this process is raised unchanged.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    failed = max_over_processes(int(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise InputError("another process of this run failed; see its message")
+    return cast(T, result)
+
+
+def run_on_first(work: Callable[[], T]) -> T | None:
+    """Call a function in the first process while the others wait.
+
+    Returns:
+        The result of `work` in the first process, None in the others.
+
+    Raises:
+        InputError: in every process, if the work failed.
+
+    Example:
+        >>> run_on_first(lambda: 5)
+        5
+    """
+    return run_on_all(lambda: work() if is_first_process() else None)
+
+
+START_TIMEOUT = 300.0  # seconds to wait for all processes
+_MESSAGE_BYTES = 64  # upper bound
+
+
+def start_distributed(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Start `jax.distributed` once all processes have answered.
+
+    Args:
+        coordinator: HOST:PORT of the first process; "auto" under Slurm, Open MPI, Kubernetes or on
+            TPUs; None for a run in one process, which starts nothing.
+        processes: Number of processes; only with HOST:PORT.
+        process: Number of this process, from 0; only with HOST:PORT.
+
+    Raises:
+        InputError: an argument is wrong or missing, or a process does not answer within `START_TIMEOUT`.
+    """
+    address = None if coordinator == "auto" else coordinator
+    if address is None and (processes, process) != (None, None):
+        raise InputError("processes and process need a coordinator HOST:PORT; give all three or none")
+    if coordinator is None:
+        return
+    if address is not None:
+        if not re.fullmatch(r".+:\d{1,5}", address) or int(address.rpartition(":")[2]) >= 2**16:
+            raise InputError(f"coordinator must be HOST:PORT or auto, not {address}")
+        if processes is None or process is None:
+            raise InputError("a coordinator HOST:PORT needs processes and process; give all three")
+        if process >= processes:
+            raise InputError(f"process must be below the {processes} processes, not {process}")
+        try:
+            _wait_for_all(address, processes, process)
+        except OSError as error:
+            raise InputError(
+                f"coordinator {address} cannot be used ({error.strerror or error}); "
+                "give a host and a free port of the first process"
+            ) from None
+    try:
+        jax.distributed.initialize(address, processes, process)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"coordinator {coordinator}: the processes could not connect ({reason})") from None
+
+
+def _wait_for_all(address: str, count: int, process: int) -> None:
+    """Wait until every process has started; JAX would abort the others if one were missing."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + START_TIMEOUT
+    if process:
+        _report_to_first((host.strip("[]"), int(port)), count, process, deadline)
+        return
+    missing = set(range(1, count))
+    with _listen(int(port)) as server, contextlib.ExitStack() as connections:
+        clients = []
+        while missing:
+            client, numbers = _accept(server, deadline)
+            if client is None:
+                absent = f"process {', '.join(map(str, sorted(missing)))}"
+                raise InputError(
+                    f"{absent} did not start within {START_TIMEOUT:.0f} s; start all {count} processes"
+                )
+            clients.append(connections.enter_context(client))
+            if numbers and (numbers[0] != count or numbers[1] not in missing):
+                raise InputError(
+                    f"process {numbers[1]} of {numbers[0]} started twice, or expects other than {count} "
+                    "processes; give each its own number, and all the same number of processes"
+                )
+            missing -= set(numbers[1:])
+        for client in clients:
+            client.sendall(b"go")
+
+
+def _accept(server: socket.socket, deadline: float) -> tuple[socket.socket | None, tuple[int, ...]]:
+    """Return the next connection with the counts it sent, (processes, process); () for another program."""
+    server.settimeout(max(deadline - time.monotonic(), 1e-3))
+    try:
+        client = server.accept()[0]
+    except TimeoutError:
+        return None, ()
+    client.settimeout(1)
+    with contextlib.suppress(OSError):
+        numbers = re.fullmatch(rb"elmo_jax (\d+) (\d+)", client.recv(_MESSAGE_BYTES))
+        return client, tuple(map(int, numbers.groups())) if numbers else ()
+    return client, ()
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _report_to_first(address: tuple[str, int], count: int, process: int, deadline: float) -> None:
+    """Tell the first process that this one has started, and wait until all have."""
+    while True:
+        try:
+            with socket.create_connection(address, timeout=1) as first:
+                first.sendall(b"elmo_jax %d %d" % (count, process))
+                first.settimeout(max(deadline - time.monotonic(), 1e-3))
+                if first.recv(_MESSAGE_BYTES) == b"go":
+                    return
+            raise InputError("the first process ended before all had started; see its message")
+        except (ConnectionError, TimeoutError) as error:  # the first process may start later
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"coordinator {':'.join(map(str, address))}: no answer within {START_TIMEOUT:.0f} s "
+                    f"({error}); start process 0 there"
+                ) from None
+            time.sleep(0.2)

@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream, Documents
 from elmo_jax.data.text import Vocabulary, tokenize
 from elmo_jax.elmo import Elmo
@@ -26,7 +27,7 @@ from elmo_jax.parallel import Plan
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_training, init_params
-from elmo_jax.training.step import OptimizerConfig, TrainState
+from elmo_jax.training.step import TrainState
 
 _BLOCK = 1024  # texts whose layers are in memory at once
 

@@ -12,16 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, BatchStream, Documents
 from elmo_jax.models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
 from elmo_jax.models.combiners import READS, CombinerConfig
 from elmo_jax.models.lstm import LSTM, Kernel
-from elmo_jax.ops.metrics import classification
-from elmo_jax.parallel import Plan, make_mesh, run_on_first, together
+from elmo_jax.parallel import Plan, make_mesh, run_on_all, run_on_first
 from elmo_jax.storage.files import tree_digest
 from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.evaluate import classification, evaluate, predict
 from elmo_jax.training.loop import fit
-from elmo_jax.training.step import OptimizerConfig, TrainState, evaluate, make_optimizer, predict
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState
 from experiments.common import cli, report
 from experiments.common.cli import without_effect
 from experiments.common.distributed import HostsConfig, join
@@ -96,7 +98,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     join(config.hosts)
     LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # before there is a folder
     mesh = make_mesh(config.batch_size)
-    source = together(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))
+    source = run_on_all(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     run = cli.create_run(

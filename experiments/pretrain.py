@@ -17,28 +17,20 @@ import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream, StepChunk, Stream
 from elmo_jax.data.csv_dataset import DataConfig
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, BiLMConfig, lstm_layer, zero_state
 from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.models.lstm import Kernel
-from elmo_jax.ops.metrics import perplexities
-from elmo_jax.parallel import Plan, feed, find_mesh, make_mesh, run_on_first, together
+from elmo_jax.parallel import Plan, feed, find_mesh, make_mesh, run_on_all, run_on_first
 from elmo_jax.training.checkpoint import VOCABULARY
+from elmo_jax.training.evaluate import evaluate, perplexities
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_sums, bilm_tables, bilm_training, init_params
-from elmo_jax.training.step import (
-    LossFn,
-    Optimizer,
-    OptimizerConfig,
-    TrainState,
-    compile_steps,
-    evaluate,
-    runs_all_steps,
-    shape_key,
-    train_step,
-)
+from elmo_jax.training.optimizers import Optimizer
+from elmo_jax.training.step import LossFn, TrainState, compile_steps, runs_all_steps, shape_key, train_step
 from experiments.common import cli, report
 from experiments.common.cli import without_effect
 from experiments.common.distributed import HostsConfig, join
@@ -285,7 +277,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     kernel = lstm_layer(config.model, config.kernel).choose()  # before all that takes long
     portion = _portion(config) if config.dry_run else None
     with_characters = config.model.input == "characters"
-    data = together(lambda: load_texts(config.data, config.corpus, with_characters, portion))
+    data = run_on_all(lambda: load_texts(config.data, config.corpus, with_characters, portion))
     model = BiLM(config.model, len(data.vocabulary), config.kernel)
     train = data.stream(config.corpus, config.batch_size, config.seed, config.steps_per_call)
     bounds = train.bounds if isinstance(train, BatchStream) else None

@@ -22,7 +22,7 @@ from elmo_jax.models.embedders import CharCNN, WordEmbedder
 from elmo_jax.models.lstm import LSTM, Kernel, join_directions, stack_directions, token_mask
 from elmo_jax.ops.lstm import Clips, State
 from elmo_jax.ops.softmax import Negatives, full_nll, sampled_nll
-from elmo_jax.parallel import by_rows
+from elmo_jax.parallel import sum_over_shards
 
 
 def lstm_layer(config: BiLMConfig, kernel: Kernel) -> LSTM:
@@ -203,7 +203,7 @@ class BiLM(nn.Module):
     def _sums(self, h: Array, targets: Array, weight: Array, negatives: Negatives | None) -> dict[str, Array]:
         table, bias = self._softmax()
         whole = table, bias, negatives
-        total, each = by_rows(_nll, (h.astype(self.config.dtype), targets, weight), whole)
+        total, each = sum_over_shards(_nll, (h.astype(self.config.dtype), targets, weight), whole)
         forward, backward = jnp.sum(each * weight, axis=(1, 2))
         tokens = jnp.sum(weight[0])
         return {"loss": total, "nll_forward": forward, "nll_backward": backward, "tokens": tokens}

@@ -18,7 +18,6 @@ from elmo_jax.data.batching import Batch
 from elmo_jax.data.characters import character_ids
 from elmo_jax.data.text import SPECIAL, UNK
 from elmo_jax.models.lstm import LSTM, Kernel, join_directions, stack_directions, token_mask
-from elmo_jax.ops.metrics import confusion_matrix
 
 # (params, batch, key or None without dropout) -> [L, B, T, F]
 Features = Callable[[Any, Batch, Array | None], Array]
@@ -138,3 +137,15 @@ def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):
         return total / jnp.maximum(rows, 1), {"nll": total, "documents": rows, "confusion": confusion}
 
     return loss
+
+
+def confusion_matrix(labels: Array, predicted: Array, weight: Array, classes: int) -> Array:
+    """Return weighted counts ``[C, C]`` float32, a row for each true class, a column for each predicted one.
+
+    Args:
+        labels, predicted: Classes ``[B]`` int32.
+        weight: ``[B]``, 0 for filler rows.
+        classes: Number of classes C, static.
+    """
+    rows = jax.nn.one_hot(labels, classes) * weight[:, None]
+    return rows.T @ jax.nn.one_hot(predicted, classes)

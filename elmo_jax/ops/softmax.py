@@ -94,7 +94,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
     The logits are made a chunk of positions at a time and their gradient in the same pass,
     so ``[N, V]`` never exists and nothing is computed twice. The weights must not depend on
     what is trained. Programs of your own for a CPU are a tenth faster if they are compiled with
-    `dispatch.compiler_options(large=True)`, as tasks are that `train.MatmulBound` marks.
+    `compiler_options(matmul_bound=True)`, as loss functions are that `MatmulBound` marks.
 
     Args:
         hidden: ``[N, P]``; its dtype is that of the products, sums are float32.

@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import first, max_over_processes, run_on_first, together
+from elmo_jax.parallel import is_first_process, max_over_processes, run_on_all, run_on_first
 from elmo_jax.storage.files import (
     CONFIG,
     binding,
@@ -146,7 +146,7 @@ class StepStore:
     def _finish(self, step: int, saver: ocp.AsyncCheckpointer, figures: dict[int, float]) -> None:
         """Give a step its manifest and then its name, and only then remove what is not kept."""
         saver.wait_until_finished()
-        if not first():
+        if not is_first_process():
             return
         part = self.path / f"{step}{_PART}"
         write_manifest(part)
@@ -186,7 +186,7 @@ class StepStore:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            together(lambda: self._written(*saving))
+            run_on_all(lambda: self._written(*saving))
 
     def _written(self, step: int, saving: Future[None]) -> None:
         with self._reported(step):

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from elmo_jax.data.batching import Stream
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import Plan, feed, find_mesh, first, is_multiprocess, max_over_processes
+from elmo_jax.parallel import Plan, feed, find_mesh, is_first_process, is_multiprocess, max_over_processes
 from elmo_jax.training.checkpoint import Position, Run
-from elmo_jax.training.step import LossFn, Optimizer, Params, TrainState, compile_steps
+from elmo_jax.training.optimizers import Optimizer
+from elmo_jax.training.step import LossFn, Params, TrainState, compile_steps
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class ProgressBar:
             initial=done,
             unit=unit,
             unit_scale=scale,
-            disable=not (first() and sys.stderr.isatty()),
+            disable=not (is_first_process() and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
         self.began = self.spoke = time.perf_counter()
@@ -85,7 +86,7 @@ class ProgressBar:
         self.done = done
         if not self.bar.disable:
             self.bar.update(done - self.bar.n)
-        elif first() and done > self.begun and time.perf_counter() - self.spoke > self.INTERVAL:
+        elif is_first_process() and done > self.begun and time.perf_counter() - self.spoke > self.INTERVAL:
             self.spoke = time.perf_counter()
             left = (self.total - done) * (self.spoke - self.began) / (done - self.begun)
             print(f"{line}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
@@ -204,7 +205,7 @@ def fit(
             end = (position.step // per_epoch + 1) * per_epoch
             saved = position.step
             began = time.perf_counter() - position.seconds
-            coming = feed(stream, position.step, end, mesh, ahead=True)
+            coming = feed(stream, position.step, end, mesh, prefetch=True)
             following = next(coming, None)
             while following is not None:
                 state, sums = run_steps(state, following.batches, following.count, key)

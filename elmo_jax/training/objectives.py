@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import DIRECTIONS, Batch, Window
 from elmo_jax.data.characters import CHARACTERS
 from elmo_jax.data.text import EOS
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
 from elmo_jax.ops.softmax import Negatives, log_uniform_negatives
-from elmo_jax.parallel import gathered
-from elmo_jax.training.optimizers import RowSparse
-from elmo_jax.training.step import LossFn, MatmulBound, Optimizer, OptimizerConfig, make_optimizer
+from elmo_jax.parallel import all_gather
+from elmo_jax.training.optimizers import Optimizer, RowSparse, make_optimizer
+from elmo_jax.training.step import LossFn, MatmulBound
 
 FEW = 32  # Adam goes by rows on a CPU where no more than one of so many classes is drawn
 
@@ -140,7 +141,7 @@ def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
 
 def _used(model: BiLM, batch: Batch | Window, draw: Negatives) -> Array:
     """The words of a batch and of a draw, ``[R]``, each once."""
-    words = jnp.concatenate([jnp.ravel(gathered(batch.words)), draw.classes])
+    words = jnp.concatenate([jnp.ravel(all_gather(batch.words)), draw.classes])
     ordered = jnp.sort(words)  # by hand, for jnp.unique takes four times as long on a CPU
     place = jnp.cumsum(jnp.diff(ordered, prepend=ordered[:1]) != 0)
     left = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)

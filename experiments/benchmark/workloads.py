@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, Documents, StepChunk, Window
 from elmo_jax.data.characters import unique_words
 from elmo_jax.models.bilm import zero_state
@@ -34,14 +35,7 @@ from elmo_jax.ops.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.parallel import Plan
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_loss, bilm_training, bilm_window_loss, init_params
-from elmo_jax.training.step import (
-    LossFn,
-    OptimizerConfig,
-    TrainState,
-    compile_steps,
-    compiler_options,
-    runs_all_steps,
-)
+from elmo_jax.training.step import LossFn, TrainState, compile_steps, compiler_options, runs_all_steps
 from experiments.benchmark.cases import Case
 from experiments.benchmark.inputs import model_of, stream_of, weights_of
 from experiments.benchmark.runner import B1, RATE, Arrays, Built, pair_loss, sentences_of
@@ -252,7 +246,7 @@ def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
         return jnp.sum(x.astype(jnp.float32) * cotangent)
 
     arrays = {**arrays, "x": _time_last(arrays["x"])}
-    built = lstm_gradients(loss, case, arrays, compiler_options(large=False))
+    built = lstm_gradients(loss, case, arrays, compiler_options(matmul_bound=False))
 
     def check() -> dict[str, np.ndarray]:
         found = built.check()
@@ -278,7 +272,7 @@ def _softmax(case: Case, arrays: Arrays) -> Built:
             return full_nll(hidden, table, bias, targets, weight)[0]
         return sampled_nll(hidden, table, bias, targets, weight, draw)[0]
 
-    return softmax_gradients(loss, arrays, compiler_options(large=draw is None))
+    return softmax_gradients(loss, arrays, compiler_options(matmul_bound=draw is None))
 
 
 def _settings(case: Case) -> OptimizerConfig:

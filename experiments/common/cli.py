@@ -36,7 +36,7 @@ from elmo_jax.data.characters import CHARACTERS
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Dtype, Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import alike, first, run_on_first
+from elmo_jax.parallel import check_same_on_all_processes, is_first_process, run_on_first
 from elmo_jax.storage.files import CONFIG, write_atomically
 from elmo_jax.training.checkpoint import EVENTS, RESULTS, Run
 from elmo_jax.training.loop import Interrupted
@@ -353,7 +353,7 @@ def begun() -> None:
 
 def say(line: str) -> None:
     """Print a line at once, also into a pipe, and clear of a progress bar; the first process alone does."""
-    if first():
+    if is_first_process():
         tqdm.write(line)
         sys.stdout.flush()
 
@@ -379,7 +379,7 @@ def create_run(
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite are two different things; give one")
     settings = settings_of(config) | {"output": output, **more}
-    alike(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
+    check_same_on_all_processes(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     nothing = config.resume and not (Path(output) / CONFIG).exists()
     run = Run.create(Path(output), settings, monitor, *started, files=files)
@@ -447,7 +447,7 @@ def count(params: Any) -> int:
 @contextlib.contextmanager
 def tensorboard(run: Run, enabled: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """What to call with an epoch's record; it does nothing if not wanted, or not the first process."""
-    if not (enabled and first()):
+    if not (enabled and is_first_process()):
         yield lambda record: None
         return
     from tensorboardX import SummaryWriter  # a second to import, for those who ask for it

@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 
 from elmo_jax.errors import InputError
-from elmo_jax.ops.metrics import classification, mcnemar, paired_bootstrap
 from elmo_jax.storage.files import read_arrays
 from elmo_jax.training.checkpoint import METRICS, RESULTS
+from elmo_jax.training.evaluate import classification
 from experiments.common import report
 from experiments.common.report import Page
 from experiments.compare.stages import Stage
@@ -461,3 +461,63 @@ def _times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) ->
         rows.append([stage.name, f"{training:,.0f}", f"{rate:,.0f}", whole])
     page.add_text("Training alone, and the whole stage with loading, compiling and evaluation.")
     page.add_table(["stage", "training (s)", "tokens/s", "whole stage (s)"], rows)
+
+
+def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """Exact McNemar test of two classifiers on the same documents.
+
+    Where one is right and the other wrong, either should be right half the time if they
+    are equally good (McNemar 1947); the rest says nothing of their difference.
+
+    Args:
+        labels: ``[N]`` true classes.
+        a, b: ``[N]`` predicted classes.
+
+    Returns:
+        The documents that a alone has right, those that b alone has right, and the
+        two-sided p-value.
+
+    Example:
+        >>> labels = np.zeros(12, int)
+        >>> mcnemar(labels, labels, np.repeat([1, 0], [6, 6]))
+        (6, 0, 0.03125)
+    """
+    from scipy.stats import binomtest  # 60 MB, for this alone
+
+    only_a, only_b = (int(np.sum((x == labels) & (y != labels))) for x, y in ((a, b), (b, a)))
+    p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return only_a, only_b, p
+
+
+def paired_bootstrap(
+    labels: np.ndarray, a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Whether two classifiers' mean accuracies over seeds differ, on other documents of the kind.
+
+    Documents are drawn anew with replacement, each with what all runs made of it
+    (Efron and Tibshirani 1993). Seeds are not drawn anew.
+
+    Args:
+        labels: ``[N]`` true classes.
+        a, b: ``[S, N]`` predicted classes, a row a seed; each its own S.
+        draws: how often.
+        seed: of the draws.
+
+    Returns:
+        The mean accuracy of a less that of b, and the two-sided p-value: twice the share of
+        draws in which the difference is none or turned round.
+
+    Example:
+        >>> labels = np.zeros(100, int)
+        >>> better, worse = (np.repeat([[0, 1]], [n, 100 - n], axis=1) for n in (90, 60))
+        >>> difference, p = paired_bootstrap(labels, better, worse)
+        >>> difference, p < 0.001
+        (0.3, True)
+    """
+    right_a, right_b = ((x == labels).sum(0) for x in (a, b))  # [N]
+    # In whole numbers, so that equals are equal; documents of the same gain are drawn as one kind.
+    gains, counts = np.unique(right_a * len(b) - right_b * len(a), return_counts=True)
+    n = len(labels)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ gains  # [draws]
+    tail = min(int(np.sum(drawn <= 0)), int(np.sum(drawn >= 0)))
+    return float(gains @ counts / (n * len(a) * len(b))), min(1.0, 2 * (tail + 1) / (draws + 1))

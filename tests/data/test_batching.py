@@ -97,7 +97,7 @@ def test_batches_are_made_at_once_as_one_by_one(documents, rng, with_characters)
 @pytest.mark.parametrize(("ahead", "kind"), [(True, jax.Array), (False, np.ndarray)])
 def test_batches_are_sent_ahead_for_training_and_stay_on_the_host_for_all_else(documents, ahead, kind):
     stream = BatchStream(documents, 8, seed=0, steps_per_call=2)
-    fed = list(feed(stream, 1, 5, None, ahead=ahead))
+    fed = list(feed(stream, 1, 5, None, prefetch=ahead))
     assert all(isinstance(leaf, kind) for made in fed for leaf in jax.tree.leaves(made.batches))
     for made, want in zip(fed, stream.chunks(1, 5), strict=True):
         assert made.count == want.count

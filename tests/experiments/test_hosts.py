@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from processes import PROCESSES, finish, outcome, steps, wait_for
 
+from elmo_jax import parallel
 from elmo_jax.errors import InputError
 from experiments import pretrain
-from experiments.common import distributed as hosts
 
 TINY = """--embedding 4 --cells 4 --layers 1 --batch-size 8 --min-count 1 --negatives 6 --optimizer lazy_adam
 --schedule constant --warmup 0 --save-every 8"""
@@ -100,15 +100,15 @@ def test_processes_that_differ_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--processes", "2"], "--processes and --process need --coordinator"),
-        (["--coordinator", "auto", "--process", "0"], "--processes and --process need --coordinator"),
-        (["--coordinator", "here"], "--coordinator must be HOST:PORT or auto, not here"),
-        (["--coordinator", "here:99999"], "--coordinator must be HOST:PORT or auto, not here:99999"),
-        (["--coordinator", "here:1"], "needs --processes and --process"),
-        (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "--process must be below"),
+        (["--processes", "2"], "need a coordinator HOST:PORT; give all three or none"),
+        (["--coordinator", "auto", "--process", "0"], "need a coordinator HOST:PORT; give all three or none"),
+        (["--coordinator", "here"], "must be HOST:PORT or auto, not here"),
+        (["--coordinator", "here:99999"], "must be HOST:PORT or auto, not here:99999"),
+        (["--coordinator", "here:1"], "coordinator HOST:PORT needs"),
+        (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "must be below the 2 processes"),
         (["--coordinator", "no.invalid:1", "--processes", "2", "--process", "1"], "cannot be used"),
         (["--process", "-1"], "--process must be at least 0"),
-        (["--model-parallel", "1000"], "--model-parallel 1000 does not divide"),
+        (["--model-parallel", "1000"], "1000 does not divide 1 devices"),
     ],
 )
 def test_flags_that_name_no_hosts(refused, flags, said):
@@ -117,26 +117,26 @@ def test_flags_that_name_no_hosts(refused, flags, said):
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_who_does_not_come_is_named(refused, monkeypatch, taken):
-    monkeypatch.setattr(hosts, "_PATIENCE", 0.3)
+    monkeypatch.setattr(parallel, "START_TIMEOUT", 0.3)
     port = free_port()
     flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "3", "--process"]
     if taken:
         with socket.create_server(("127.0.0.1", port)):
             refused(pretrain.main, [*flags, "0"], "cannot be used (Address already in use")
-            refused(pretrain.main, [*flags, "1"], "no answer in 0 s (timed out); start --process 0 there")
+            refused(pretrain.main, [*flags, "1"], "no answer within 0 s (timed out); start process 0 there")
         return
-    refused(pretrain.main, [*flags, "0"], "--process 1, 2 did not come in 0 s")
-    refused(pretrain.main, [*flags, "1"], "no answer in 0 s")
+    refused(pretrain.main, [*flags, "0"], "process 1, 2 did not start within 0 s; start all 3 processes")
+    refused(pretrain.main, [*flags, "1"], "no answer within 0 s")
 
 
 @pytest.mark.parametrize("guests", [[(3, 1), (3, 2)], [(3, 1), (3, 1)], [(2, 1)]], ids=str)
 def test_a_number_is_taken_once(monkeypatch, guests):
-    monkeypatch.setattr(hosts, "_PATIENCE", 5.0)
+    monkeypatch.setattr(parallel, "START_TIMEOUT", 5.0)
     port, said = free_port(), []
 
     def come(count, process):
         try:
-            said.append(hosts._meet(f"127.0.0.1:{port}", count, process))
+            said.append(parallel._wait_for_all(f"127.0.0.1:{port}", count, process))
         except InputError as error:
             said.append(str(error))
 
@@ -144,10 +144,13 @@ def test_a_number_is_taken_once(monkeypatch, guests):
     for other in others:
         other.start()
     if guests == [(3, 1), (3, 2)]:
-        hosts._meet(f"127.0.0.1:{port}", 3, 0)
+        parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0)
     else:
-        with pytest.raises(InputError, match=re.escape("came, twice or to 3; give each its own number")):
-            hosts._meet(f"127.0.0.1:{port}", 3, 0)
+        with pytest.raises(
+            InputError,
+            match=re.escape("started twice, or expects other than 3 processes; give each its own number"),
+        ):
+            parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0)
     for other in others:
         other.join()
     assert [word is None for word in said] == [guests == [(3, 1), (3, 2)]] * len(guests)

@@ -16,7 +16,7 @@ from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.models.lstm import LSTM
 from elmo_jax.pretrained.bilm_format import slots
 from elmo_jax.training.objectives import bilm_loss, bilm_window_loss
-from elmo_jax.training.step import make_optimizer
+from elmo_jax.training.optimizers import make_optimizer
 from experiments import pretrain
 from experiments.pretrain import matmul_flops
 

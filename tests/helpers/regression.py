@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream
 from elmo_jax.parallel import Plan
 from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.evaluate import evaluate
 from elmo_jax.training.loop import fit
-from elmo_jax.training.step import OptimizerConfig, TrainState, evaluate, make_optimizer
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState
 
 EPOCHS = 2
 

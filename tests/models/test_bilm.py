@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from reference import bilm as oracle
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data import characters
 from elmo_jax.data.batching import Batch, BatchStream, ContiguousStream
 from elmo_jax.models import embedders
 from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.models.embedders import CharCNN, CharCNNConfig, WordEmbedder
 from elmo_jax.training.objectives import bilm_loss, bilm_sums, bilm_window_loss, init_params
-from elmo_jax.training.step import OptimizerConfig, TrainState, compiler_options, make_optimizer, train_step
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState, compiler_options, train_step
 
 V = 12
 DOCS = [[4, 5, 6, 7, 8], [9], [10, 11, 4]]

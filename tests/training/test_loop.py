@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 from regression import EPOCHS, begin, lines, loss_fn, run_fit, same, without_times
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream
 from elmo_jax.parallel import Plan
 from elmo_jax.training import checkpoint as steps, loop
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import Interrupted, fit
-from elmo_jax.training.step import (
-    OptimizerConfig,
-    TrainState,
-    compile_steps,
-    evaluate,
-    make_optimizer,
-    predict,
-)
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState, compile_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -206,17 +201,3 @@ def test_the_best_epoch_is_kept_beyond_the_newest(documents, tmp_path):
     np.testing.assert_array_equal(run.restore_best(("params",))["params"]["table"], seen[1])
     assert len(run.steps.saved()) == 3
     run.close()
-
-
-def test_measuring_takes_every_step_of_a_dispatch(documents):
-    error = jax.jit(lambda params, batch: loss_fn(params, batch, jax.random.key(0))[1])
-    params = {"table": jnp.arange(50.0), "scale": jnp.ones(())}
-    want, *others = (
-        (evaluate(error, params, stream), predict(lambda _, batch: batch.labels, params, stream))
-        for k in (1, 3, 100)
-        for stream in [BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=k)]
-    )
-    assert want[0]["documents"] == len(documents)
-    np.testing.assert_array_equal(want[1], documents.labels)
-    for got in others:
-        same(got, want)

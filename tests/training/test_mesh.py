@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from processes import PROCESSES, finish
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data import characters
 from elmo_jax.data.batching import Batch, BatchStream, ContiguousStream, Documents
 from elmo_jax.data.characters import CHARACTERS
@@ -28,9 +29,10 @@ from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.ops import softmax
 from elmo_jax.ops.lstm import Clips, fast_recurrence
 from elmo_jax.ops.lstm_pallas import run_persistent
-from elmo_jax.parallel import DATA, MODEL, Plan, everywhere, feed, make_mesh, on
+from elmo_jax.parallel import DATA, MODEL, Plan, feed, make_mesh, replicated, use_mesh
 from elmo_jax.training import objectives as tasks
 from elmo_jax.training.checkpoint import Run
+from elmo_jax.training.evaluate import evaluate, predict
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import (
     bilm_features,
@@ -40,14 +42,8 @@ from elmo_jax.training.objectives import (
     bilm_training,
     init_params,
 )
-from elmo_jax.training.step import (
-    OptimizerConfig,
-    TrainState,
-    evaluate,
-    make_optimizer,
-    predict,
-    train_step as take_step,
-)
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState, train_step as take_step
 
 ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives
 CHUNK = 20  # positions that the full softmax takes at a time
@@ -122,14 +118,14 @@ def walk(name, mesh):
     begin, task, optimizer, stream, _ = begun(name, mesh)
     state = begin()
     first = state.params
-    places = mesh and (jax.tree.map(lambda a: a.sharding, state), everywhere(mesh))
+    places = mesh and (jax.tree.map(lambda a: a.sharding, state), replicated(mesh))
     step = partial(take_step, key=jax.random.key(3), loss_fn=task, optimizer=optimizer)
     step, losses = jax.jit(step, out_shardings=places), []
     for batches, count in feed(stream, 0, 4, mesh):
         for i in range(count):
             batch = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), batches)
             if mesh and not losses:  # on one device shapes vary with the words that differ
-                with on(mesh):
+                with use_mesh(mesh):
                     step = step.lower(state, batch).compile()
             state, sums = step(state, batch)
             losses.append(float(sums["loss"]))
@@ -185,7 +181,7 @@ def uneven_rows():
     params, task = init_params(model, jax.random.key(0)), bilm_loss(model)
     step = jax.value_and_grad(lambda params: task(params, batch, jax.random.key(1))[0])
     want = jax.jit(step)(params)
-    with on(make_mesh(ROWS)):
+    with use_mesh(make_mesh(ROWS)):
         return furthest(want, jax.jit(step)(params))
 
 
@@ -210,7 +206,7 @@ def kernel_by_rows():
             states, back = jax.vjp(run, *arguments)
             return states, back(shown)
 
-        with on(mesh):
+        with use_mesh(mesh):
             got = jax.jit(both, static_argnums=0)(run)
         apart[name] = furthest(both(partial(fast_recurrence, clips=Clips())), got)
     return apart
@@ -320,8 +316,8 @@ def test_rows_that_do_not_come_out_even_stay_together(found):
 
 def test_what_does_not_come_out_even_is_refused_by_its_flag(found):
     assert found["refused"] == [
-        "--batch-size 12 cannot be shared out evenly to 8 devices; give a multiple",
-        "--model-parallel 3 does not divide 8 devices; give a divisor",
+        "batch_size 12 is not a multiple of 8 devices; give a multiple",
+        "model_parallel 3 does not divide 8 devices; give a divisor",
     ]
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from regression import EPOCHS, lines, loss_fn, run_fit, same
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream
 from elmo_jax.errors import InputError
 from elmo_jax.training import loop
 from elmo_jax.training.checkpoint import Run
-from elmo_jax.training.step import OptimizerConfig, TrainState, make_optimizer, train_step
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

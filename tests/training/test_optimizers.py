@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from elmo_jax.training.step import OptimizerConfig, _clip_by_global_norm, make_optimizer
+from elmo_jax.config import OptimizerConfig
+from elmo_jax.training.optimizers import clip_by_global_norm, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -42,7 +43,7 @@ def test_gradients_are_clipped_as_optax_clips_them(most, scale):
     gradients = {"a": scale * jnp.array([3.0, 0.5]), "b": scale * jnp.array([-4.0], jnp.bfloat16)}
     got, want = (
         clip.update(gradients, clip.init(gradients))[0]
-        for clip in (_clip_by_global_norm(most), optax.clip_by_global_norm(most))
+        for clip in (clip_by_global_norm(most), optax.clip_by_global_norm(most))
     )
     for name, g in gradients.items():
         assert got[name].dtype == g.dtype
@@ -52,5 +53,5 @@ def test_gradients_are_clipped_as_optax_clips_them(most, scale):
 
 
 def test_a_gradient_that_is_not_finite_is_not_made_so_by_clipping():
-    clip = _clip_by_global_norm(1.0)
+    clip = clip_by_global_norm(1.0)
     assert not np.isfinite(clip.update({"a": jnp.array([1.0, np.inf])}, clip.init({}))[0]["a"]).all()

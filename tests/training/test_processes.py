@@ -15,7 +15,15 @@ from processes import PROCESSES, finish, outcome, wait_for
 
 from elmo_jax.data.batching import BatchStream, Documents
 from elmo_jax.errors import InputError
-from elmo_jax.parallel import DATA, MODEL, Plan, first, max_over_processes, run_on_first, together
+from elmo_jax.parallel import (
+    DATA,
+    MODEL,
+    Plan,
+    is_first_process,
+    max_over_processes,
+    run_on_all,
+    run_on_first,
+)
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import Interrupted, fit
 from elmo_jax.training.step import TrainState
@@ -94,10 +102,10 @@ def fail(path, index, port):
         if index:
             raise InputError("no")
 
-    said = [first(), max_over_processes(3 * index), run_on_first(lambda: index)]
+    said = [is_first_process(), max_over_processes(3 * index), run_on_first(lambda: index)]
     for work in (
         lambda: run_on_first(lambda: Path(path / "none" / "x").write_text("")),
-        lambda: together(refuse),
+        lambda: run_on_all(refuse),
     ):
         try:
             work()

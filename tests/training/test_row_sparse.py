@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, ContiguousStream, Window
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
@@ -22,8 +23,8 @@ from elmo_jax.training.objectives import (
     bilm_window_loss,
     init_params,
 )
-from elmo_jax.training.optimizers import RowSparse
-from elmo_jax.training.step import OptimizerConfig, TrainState, make_optimizer, train_step
+from elmo_jax.training.optimizers import RowSparse, make_optimizer
+from elmo_jax.training.step import TrainState, train_step
 
 V, S = 60, 7
 BATCH = Batch.of([[5, 9, 9], [30, 5]])
@@ -116,7 +117,7 @@ def test_a_task_and_its_optimiser_fit(monkeypatch, windows):
         params = params | {"state": zero_state(model.config, 1)}
     task, steps = bilm_training(model, OptimizerConfig(), 10, S, windows)
     want = (bilm_window_loss if windows else bilm_loss)(model, S)
-    given = steps.given(params, steps.rows(batch, KEY))
+    given = steps.select(params, steps.rows(batch, KEY))
     assert given["embedder"]["table"].shape != params["embedder"]["table"].shape
     got = (jax.jit(loss)(p, batch, KEY)[0] for loss, p in ((task, given), (want, params)))
     np.testing.assert_allclose(*got, rtol=1e-6)
@@ -218,4 +219,4 @@ def test_optimisers_of_parts_of_the_parameters_move_them_as_optax_does(name, sta
 def test_a_table_that_is_not_there_is_an_error():
     optimizer = RowSparse(optax.sgd(0.1), lambda batch, key: {"u": jnp.array([1])})
     with pytest.raises(ValueError, match="no parameter is called u"):
-        optimizer.given({"t": jnp.zeros((2, 2))}, optimizer.rows(None, KEY))
+        optimizer.select({"t": jnp.zeros((2, 2))}, optimizer.rows(None, KEY))

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 from regression import loss_fn
 
+from elmo_jax.config import OptimizerConfig
 from elmo_jax.data import characters
 from elmo_jax.data.batching import BatchStream, ContiguousStream
 from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.training import step as dispatch
 from elmo_jax.training.objectives import bilm_loss, bilm_window_loss, init_params
-from elmo_jax.training.step import (
-    MatmulBound,
-    OptimizerConfig,
-    TrainState,
-    compile_steps,
-    compiler_options,
-    make_optimizer,
-    train_step,
-)
+from elmo_jax.training.optimizers import make_optimizer
+from elmo_jax.training.step import MatmulBound, TrainState, compile_steps, compiler_options, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(0)
@@ -60,7 +54,7 @@ def test_on_an_accelerator_a_part_filled_dispatch_takes_its_steps_and_no_more(do
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_call=8)
     assert stream.steps_per_epoch % 8
     expected = walked(compile_steps(loss_fn, OPTIMIZER), stream)
-    monkeypatch.setattr(dispatch, "compiler_options", lambda large: {})
+    monkeypatch.setattr(dispatch, "compiler_options", lambda matmul_bound: {})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ends, loop = [], jax.lax.fori_loop
     monkeypatch.setattr(jax.lax, "fori_loop", lambda *args: (ends.append(args[1]), loop(*args))[1])
@@ -79,9 +73,7 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
     every = {shapes(d.batches) for d in with_characters.chunks(0, with_characters.steps_per_epoch)}
     assert {shapes(batches) for batches in with_characters.shapes()} == every and len(every) > 2
     expected = walked(compile_steps(loss_fn, OPTIMIZER), stream)
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "_in_background", None)  # a CPU waits
-        run = compile_steps(loss_fn, OPTIMIZER, begin(), stream.shapes())
+    run = compile_steps(loss_fn, OPTIMIZER, begin(), stream.shapes())
 
     def traced_again(*_, **__):
         raise AssertionError("a step is traced when its batch comes")
@@ -110,7 +102,11 @@ def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(do
     model = BiLM(BiLMConfig(embedding=8, cells=6, layers=1, dropout=0.0), 50)
     stream = BatchStream(documents, 4, seed=1, bounds=(32,), steps_per_call=3)
     task, asked, options = bilm_loss(model), [], dispatch.compiler_options
-    monkeypatch.setattr(dispatch, "compiler_options", lambda large: (asked.append(large), options(large))[1])
+    monkeypatch.setattr(
+        dispatch,
+        "compiler_options",
+        lambda matmul_bound: (asked.append(matmul_bound), options(matmul_bound))[1],
+    )
     batches, count = next(stream.chunks(0, 3))[:2]
     done = []
     for loss in task, task.loss_fn:
@@ -162,12 +158,12 @@ def test_the_tasks_of_large_products_are_those_of_the_full_softmax():
 
 def test_a_compiler_is_told_what_it_knows(monkeypatch):
     assert len(compiler_options(True)) == 1 + len(compiler_options(False)) == 3
-    assert not dispatch._knows("xla_cpu_no_such_option", True)
+    assert not dispatch._is_accepted("xla_cpu_no_such_option", True)
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
         assert compiler_options(False).keys() == {"xla_cpu_copy_insertion_use_region_analysis"}
     small = compiler_options(False)
-    monkeypatch.setattr(dispatch, "_knows", lambda name, value: "fusion" not in name)
+    monkeypatch.setattr(dispatch, "_is_accepted", lambda name, value: "fusion" not in name)
     assert compiler_options(True) == compiler_options(False) == small
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options(True) == compiler_options(False) == {}
