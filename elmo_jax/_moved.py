@@ -21,7 +21,6 @@ MOVED: dict[str, str | tuple[str, ...]] = {  # several where the names of a modu
     "combiners": "elmo_jax.models.combiners",
     "contiguous": "elmo_jax.data.batching",
     "corpus": "elmo_jax.data.corpus",
-    "cudnn": "elmo_jax.ops.cudnn",
     "datasets": "elmo_jax.data.csv_dataset",
     "dispatch": "elmo_jax.training.step",
     "dump": "elmo_jax.embed_file",

@@ -187,7 +187,7 @@ class PretrainConfig:
     """Steps run by one call of the device; no more than 8 where a document is a row."""
     kernel: Kernel = "auto"
     """What runs the LSTM layers: on CUDA one kernel for all steps where it can, else the fast scan; or
-    one of them, cuDNN, or the plain scan. It is no part of the run: --resume may name another."""
+    one of them, or the plain scan. It is no part of the run: --resume may name another."""
     dry_run: bool = False
     """Say what the run would cost, and write nothing but a download; a corpus is read in part."""
     tensorboard: bool = False

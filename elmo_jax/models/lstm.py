@@ -5,6 +5,7 @@ path: a caller stacks a batch and its `reverse_valid`, and both are read left to
 Axes: B batch, T time, D direction, I input, H cells, P projection (P = H without one).
 """
 
+import warnings
 from typing import Any
 
 import jax
@@ -15,9 +16,8 @@ from jax import Array
 
 from elmo_jax.config import Kernel
 from elmo_jax.errors import InputError
-from elmo_jax.ops.cudnn import run_cudnn, unsupported_reason as cudnn_unsupported_reason
 from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_scan_vjp, lstm_step
-from elmo_jax.ops.lstm_pallas import run_persistent, unsupported_reason as pallas_unsupported_reason
+from elmo_jax.ops.lstm_pallas import run_persistent, unsupported_reason
 from elmo_jax.parallel import align_varying
 
 # Glorot's fans, with the direction axis left out of them.
@@ -98,22 +98,24 @@ class LSTM(nn.Module):
         """The kernel that runs here.
 
         "fast" is `lstm_scan_vjp`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
-        `run_persistent`, "cudnn" is `run_cudnn`. "auto" is "persistent" where it can
-        run the layer, else "fast". Second gradients are "fast"'s and "plain"'s alone, and
+        `run_persistent`. "auto" is "persistent" where it can run the layer, else "fast";
+        "cudnn" is deprecated and means "auto". Second gradients are "fast"'s and "plain"'s alone, and
         `jax.jvp` is "plain"'s.
 
         Raises:
             InputError: the kernel that is asked for cannot run the layer.
         """
-        against = {
-            "persistent": pallas_unsupported_reason(self.cells, self.projection, self.dtype),
-            "cudnn": cudnn_unsupported_reason(self.projection, self.clips, self.dtype),
-        }
-        if self.kernel == "auto":
-            return "fast" if against["persistent"] else "persistent"
-        if reason := against.get(self.kernel):
-            raise InputError(f"--kernel {self.kernel}: {reason}; give --kernel auto")
-        return self.kernel
+        kernel = self.kernel
+        if kernel == "cudnn":
+            message = 'kernel "cudnn" was removed and runs as "auto"; its name ends with the next release'
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            kernel = "auto"
+        reason = unsupported_reason(self.cells, self.projection, self.dtype)
+        if kernel == "auto":
+            return "fast" if reason else "persistent"
+        if kernel == "persistent" and reason:
+            raise InputError(f'kernel "persistent" cannot run this layer: {reason}; use "auto"')
+        return kernel
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array, state: State | None = None) -> tuple[Array, State]:
@@ -148,9 +150,6 @@ class LSTM(nn.Module):
         x, lengths, state, w_x, w = align_varying((x, lengths, state, w_x, w))
         if 0 in (b, steps):
             return jnp.zeros((d, b, steps, out), state.h.dtype), state
-        if kernel == "cudnn":
-            return run_cudnn(x, lengths, state, w_x, w)
-
         w_x = w_x.astype(self.dtype)
         if kernel == "persistent":
             states: Any = run_persistent(state, batched_product(x, w_x), w, self.clips)

@@ -30,10 +30,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
-from elmo_jax.ops.cudnn import ROUGH, on_cuda
 from elmo_jax.ops.lstm import FORGET_BIAS, GATES, Clips, Layout, State, Weights, fast_recurrence
 from elmo_jax.parallel import DATA, data_parallel_size
 
@@ -221,6 +221,17 @@ _MOST = 256  # cells of a layer; beyond, a group's weights do not fit into a pro
 _PIECE = 8192  # numbers of a factor of a product that a program reads at once
 
 
+# Values of jax_default_matmul_precision under which TF32 products are exact enough.
+_TF32_PRECISIONS = (None, "default", "fastest", "bfloat16", "bfloat16_3x", "tensorfloat32", "high")
+
+
+def on_cuda() -> bool:
+    """Return whether JAX compiles for CUDA by default."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    backend = device.client if isinstance(device, jax.Device) else get_backend(device)
+    return "cuda" in backend.platform_version
+
+
 def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> str | None:
     """What keeps this kernel from a layer, or None.
 
@@ -231,21 +242,21 @@ def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> 
 
     Example:
         >>> unsupported_reason(4096, 512, "bfloat16")
-        'the persistent kernel projects no cells, and these are projected'
+        'it has a projection'
     """
     if projection is not None:
-        return "the persistent kernel projects no cells, and these are projected"
+        return "it has a projection"
     if cells > _MOST:
-        return f"the persistent kernel runs up to {_MOST} cells, and these are {cells}"
+        return f"it has {cells} cells, more than {_MOST}"
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    if jnp.dtype(dtype) != jnp.bfloat16 and (jnp.dtype(dtype) != jnp.float32 or asked not in ROUGH):
-        return "the persistent kernel multiplies in TF32 or bfloat16, and more exact products are asked for"
+    if jnp.dtype(dtype) != jnp.bfloat16 and (jnp.dtype(dtype) != jnp.float32 or asked not in _TF32_PRECISIONS):
+        return "the kernel multiplies in TF32 or bfloat16, and higher matmul precision is set"
     if not on_cuda():
         return "there is no CUDA device here"
     if not _there_is_triton():
         return "this JAX has no Pallas for Triton"
     if _held(cells, dtype) > _memory():
-        return f"this GPU's processors hold too little for {cells} cells in {jnp.dtype(dtype)}"
+        return f"{cells} cells in {jnp.dtype(dtype)} exceed this GPU's shared memory"
     return None
 
 

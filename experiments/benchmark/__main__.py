@@ -28,7 +28,7 @@ from matplotlib.ticker import PercentFormatter
 
 from elmo_jax.data.csv_dataset import find_parts
 from elmo_jax.errors import InputError
-from elmo_jax.ops.cudnn import on_cuda
+from elmo_jax.ops.lstm_pallas import on_cuda
 from elmo_jax.storage.files import write_atomically
 from elmo_jax.training.checkpoint import METRICS, RESULTS
 from elmo_jax.training.loop import ProgressBar

@@ -3,7 +3,7 @@
 Axes: B batch, T time, D direction, H cells, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.models.lstm import reverse_valid
-from elmo_jax.ops.cudnn import pack_weights
 from experiments.benchmark.cases import DIRECTIONS, Case
 from experiments.benchmark.inputs import weights_of
 from experiments.benchmark.runner import RATE, Arrays, Built
@@ -104,6 +103,35 @@ def cudnn_stack(case: Case) -> Stack:
         return out[0].swapaxes(0, 1)
 
     return run
+
+
+def pack_weights(layers: Sequence[tuple[Array, Array, Array]]) -> Array:
+    """Return one direction's layers as cuDNN's weight vector: all matrices, then all biases.
+
+    cuDNN adds two biases: the first is this library's plus 1 at the forget gate, the second is 0.
+
+    Args:
+        layers: for each layer, its input kernel ``[I, 4H]``, recurrent kernel ``[H, 4H]`` and bias ``[4H]``.
+
+    Returns:
+        ``[sum of 4H (I + H + 2)]``.
+
+    Example:
+        >>> pack_weights([(jnp.ones((3, 8)), jnp.ones((2, 8)), jnp.zeros(8))]).shape
+        (56,)
+    """
+    matrices, biases = [], []
+    for *kernels, bias in layers:
+        forget = jnp.repeat(jnp.array([0, 0, 1, 0], bias.dtype), len(bias) // 4)
+        matrices += [_reorder(kernel).T.reshape(-1) for kernel in kernels]
+        biases += [_reorder(bias + forget), jnp.zeros_like(bias)]
+    return jnp.concatenate(matrices + biases)
+
+
+def _reorder(w: Array) -> Array:
+    """Reorder the gates on the last axis from i, j, f, o to cuDNN's i, f, g, o (its g is j)."""
+    i, j, f, o = jnp.split(w, 4, axis=-1)
+    return jnp.concatenate([i, f, j, o], axis=-1)
 
 
 def _step(case: Case, arrays: Arrays, stack: Stack) -> Built:

@@ -12,6 +12,7 @@ the C handler writes.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -294,7 +295,9 @@ def run(
         The exit code.
     """
     tame_malloc()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.filterwarnings("always", ".* ends with the next release", DeprecationWarning)
+    show_once = functools.cache(lambda line: print(line, file=sys.stderr))
+    warnings.showwarning = lambda message, *_, **__: show_once(f"warning: {message}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no λ must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -1,61 +1,52 @@
-"""--kernel: who may ask for what, and that a model and a run know nothing of it."""
+"""The --kernel flag and the `kernel` argument: refusals, and independence of saved models and runs from it."""
 
 import json
 import pickle
-import sys
 
-import cuda as pretended
+import cuda
 import numpy as np
 import pytest
+import tiny
 
 from elmo_jax.elmo import Elmo
+from elmo_jax.models.lstm import LSTM
 from experiments import downstream, pretrain
 
 SENTENCES = [["the", "bank"], ["river", ".", "the"]]
 
 
 @pytest.mark.parametrize(
-    ("cuda", "flags", "said"),
+    ("is_there", "flags", "reason"),
     [
         (False, [], "there is no CUDA device here"),
-        (True, ["--cells", "5", "--embedding", "4"], "cuDNN projects no cells, and these are projected"),
-        (True, ["--cell-clip", "3"], "cuDNN clips no cells here, and these are clipped"),
-        (True, ["--dtype", "bfloat16"], "cuDNN here computes in float32 or TF32, not in bfloat16"),
+        (True, ["--cells", "5", "--embedding", "4"], "it has a projection"),
     ],
 )
-def test_cudnn_is_refused_where_it_cannot_be(cuda, flags, said, tmp_path, monkeypatch, refused):
-    pretended.pretend(monkeypatch, cuda)
-    args = ["--kernel", "cudnn", "--output", tmp_path / "run", *flags]
-    refused(pretrain.main, args, f"--kernel cudnn: {said}; give --kernel auto")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("cuda", "flags", "said"),
-    [
-        (False, [], "there is no CUDA device here"),
-        (True, ["--cells", "5", "--embedding", "4"], "the persistent kernel projects no cells"),
-        (True, ["--cells", "300", "--embedding", "300"], "the persistent kernel runs up to 256 cells"),
-    ],
-)
-def test_the_persistent_kernel_is_refused_where_it_cannot_be(
-    cuda, flags, said, tmp_path, monkeypatch, refused
+def test_persistent_kernel_is_refused_before_the_run_begins(
+    is_there, flags, reason, tmp_path, monkeypatch, refused
 ):
-    pretended.pretend(monkeypatch, cuda)
+    cuda.pretend(monkeypatch, is_there)
     args = ["--kernel", "persistent", "--output", tmp_path / "run", *flags]
-    refused(pretrain.main, args, f"--kernel persistent: {said}")
-
-
-@pytest.mark.parametrize(("cuda", "said"), [(False, "there is no CUDA"), (True, "cuDNN projects no cells")])
-def test_the_language_model_under_a_classifier_counts_too(cuda, said, elmo, tmp_path, monkeypatch, refused):
-    elmo.save_pretrained(tmp_path / "model")
-    pretended.pretend(monkeypatch, cuda)
-    args = ["--pretrained", tmp_path / "model", "--kernel", "cudnn", "--output", tmp_path / "run"]
-    refused(downstream.main, args, f"--kernel cudnn: {said}")
+    refused(pretrain.main, args, f'kernel "persistent" cannot run this layer: {reason}')
     assert not (tmp_path / "run").exists()
 
 
-def test_a_saved_model_runs_with_any_kernel(elmo, tmp_path):
+def test_persistent_kernel_is_refused_for_a_pretrained_model(elmo, tmp_path, monkeypatch, refused):
+    elmo.save_pretrained(tmp_path / "model")
+    cuda.pretend(monkeypatch)
+    args = ["--pretrained", tmp_path / "model", "--kernel", "persistent", "--output", tmp_path / "run"]
+    refused(downstream.main, args, "it has a projection")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cudnn_kernel_warns_and_runs_as_auto(monkeypatch):
+    for is_there, expected in ((False, "fast"), (True, "persistent")):
+        cuda.pretend(monkeypatch, is_there)
+        with pytest.warns(DeprecationWarning, match='kernel "cudnn" was removed and runs as "auto"'):
+            assert LSTM(4, kernel="cudnn").choose() == expected
+
+
+def test_saved_model_runs_with_any_kernel(elmo, tmp_path):
     plain = Elmo(elmo.model.clone(kernel="plain"), elmo.params, elmo.vocabulary)
     plain.save_pretrained(tmp_path / "model")
     assert "kernel" not in (tmp_path / "model" / "config.json").read_text()
@@ -67,13 +58,9 @@ def test_a_saved_model_runs_with_any_kernel(elmo, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_goes_on_with_another_kernel(tmp_path, monkeypatch, standard_promotion):
-    for part in ("train", "test"):
-        rows = [f"{i % 2 + 1},the bank raised rates {i % 7}" for i in range(20)]
-        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
-    sizes = ["--cells", "4", "--embedding", "4", "--layers", "1", "--min-count", "1", "--batch-size", "8"]
-    args = ["prog", "--dataset", str(tmp_path), "--output", str(tmp_path / "run"), *sizes]
-    for more in (["--epochs", "1", "--kernel", "plain"], ["--epochs", "2", "--kernel", "fast", "--resume"]):
-        monkeypatch.setattr(sys, "argv", [*args, *more])
-        assert pretrain.main() == 0
-    assert "kernel" not in json.loads((tmp_path / "run" / "config.json").read_text())
+def test_run_resumes_with_another_kernel(pretrained, corpus, monkeypatch, capsys, standard_promotion):
+    flags = [*tiny.TINY, "--dataset", corpus, "--output", pretrained, "--resume"]
+    flags += ["--epochs", "3", "--kernel", "cudnn"]
+    assert tiny.call(pretrain.main, monkeypatch, *flags) == 0
+    assert capsys.readouterr().err.count('warning: kernel "cudnn" was removed') == 1
+    assert "kernel" not in json.loads((pretrained / "config.json").read_text())

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import rnn
 
-from elmo_jax.ops import cudnn, lstm_pallas as persistent
+from elmo_jax.ops import lstm_pallas
 
 
 def pretend(monkeypatch, there=True):
     """Whether there is CUDA, as far as the choice of a kernel goes."""
-    for module in (cudnn, persistent):
-        monkeypatch.setattr(module, "on_cuda", lambda: there)
+    monkeypatch.setattr(lstm_pallas, "on_cuda", lambda: there)
 
 
 class Forward:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from elmo_jax.models.lstm import LSTM
-from elmo_jax.ops import cudnn
 from elmo_jax.ops.lstm import State, Weights
+from elmo_jax.ops.lstm_pallas import on_cuda
 
 D, B, T, I, H = 2, 3, 5, 4, 6  # noqa: E741
 
@@ -17,7 +17,7 @@ D, B, T, I, H = 2, 3, 5, 4, 6  # noqa: E741
 LENGTHS = jnp.array([5, 2, 0], jnp.int32)
 
 
-needs_cuda = pytest.mark.skipif(not cudnn.on_cuda(), reason="there is no CUDA device here")
+needs_cuda = pytest.mark.skipif(not on_cuda(), reason="there is no CUDA device here")
 
 
 @cache

@@ -143,7 +143,7 @@ def test_a_processor_must_hold_what_a_program_needs(monkeypatch, capability, cel
     device = type("Device", (), {"compute_capability": capability})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
     reason = persistent.unsupported_reason(cells, None, dtype)
-    assert reason is None if fits else "processors hold too little" in str(reason)
+    assert reason is None if fits else "exceed this GPU's shared memory" in str(reason)
 
 
 @needs_cuda
