@@ -249,7 +249,9 @@ def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> 
     if cells > _MOST:
         return f"it has {cells} cells, more than {_MOST}"
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    if jnp.dtype(dtype) != jnp.bfloat16 and (jnp.dtype(dtype) != jnp.float32 or asked not in _TF32_PRECISIONS):
+    if jnp.dtype(dtype) != jnp.bfloat16 and (
+        jnp.dtype(dtype) != jnp.float32 or asked not in _TF32_PRECISIONS
+    ):
         return "the kernel multiplies in TF32 or bfloat16, and higher matmul precision is set"
     if not on_cuda():
         return "there is no CUDA device here"

@@ -1,4 +1,4 @@
-"""The --kernel flag and the `kernel` argument: refusals, and independence of saved models and runs from it."""
+"""The --kernel flag and the `kernel` argument: refusals; saved models and runs do not depend on them."""
 
 import json
 import pickle
