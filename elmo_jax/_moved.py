@@ -1,4 +1,4 @@
-"""Old module paths, each with a warning, until the next release."""
+"""Deprecated module paths, names and arguments, which warn until the next release."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MOVED: dict[str, str | tuple[str, ...]] = {  # several where the names of a module were divided
+MOVED: dict[str, str | tuple[str, ...]] = {  # several new modules where the old one was split
     "bilm": "elmo_jax.models.bilm",
     "buckets": "elmo_jax.data.batching",
     "characters": "elmo_jax.data.characters",
@@ -29,6 +29,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {  # several where the names of a modu
     "exported": "elmo_jax.pretrained.folder",
     "fast": "elmo_jax.ops.lstm",
     "hdf5": "elmo_jax.storage.hdf5",
+    "inference": "elmo_jax.elmo",
     "integrity": "elmo_jax.storage.files",
     "layout": "elmo_jax.ops.lstm",
     "lines": "elmo_jax.data.text",
@@ -63,8 +64,8 @@ MOVED: dict[str, str | tuple[str, ...]] = {  # several where the names of a modu
 }
 
 
-class _OldPaths(MetaPathFinder, Loader):
-    """Imports the new module in place of an old one."""
+class _MovedModules(MetaPathFinder, Loader):
+    """Importer that replaces an old module by the new one."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
@@ -101,8 +102,8 @@ def renamed_arguments(**new_names: str) -> Callable[[F], F]:
     return decorate
 
 
-def old_names(package: str, module: str, names: frozenset[str]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for a package that was a module and still gives that module's names."""
+def old_names(package: str, module: str, names: set[str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a package that was a module and still provides its names."""
 
     def get(name: str) -> Any:
         if name not in names:
@@ -113,4 +114,4 @@ def old_names(package: str, module: str, names: frozenset[str]) -> Callable[[str
     return get
 
 
-sys.meta_path.append(_OldPaths())
+sys.meta_path.append(_MovedModules())

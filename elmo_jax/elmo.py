@@ -1,221 +1,401 @@
-"""ELMo for its users: a trained language model that turns sentences into layers of vectors.
+"""Pretrained ELMo: load and save a bidirectional language model, embed sentences, score tokens.
 
-Axes: L layers, F features.
+Sentences of any number and length are read in windows of a few static shapes. Each direction reads a
+sentence from its own end and carries its LSTM state from window to window. Deep contextualized word
+representations, Peters et al. 2018, https://arxiv.org/abs/1802.05365.
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
-from elmo_jax.config import Dtype
-from elmo_jax.data.text import Vocabulary
+from elmo_jax.config import Dtype, Kernel
+from elmo_jax.data.batching import DIRECTIONS
+from elmo_jax.data.characters import character_ids
+from elmo_jax.data.text import BOS, EOS, SPECIAL, Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.inference import BATCH_TOKENS, Reader
 from elmo_jax.models.bilm import BiLM, lstm_layer, zero_state
-from elmo_jax.models.lstm import Kernel
 from elmo_jax.ops.lstm import State
 from elmo_jax.pretrained.bilm_format import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.pretrained.folder import load_folder, save_folder
+
+# Window widths and batch sizes are rounded up to these, so that few shapes are compiled.
+_WINDOWS = (16, 24, 32, 48, 64, 96, 128)
+_ROWS = (1, 4, 16, 64)
+_BATCH_TOKENS = 2048
+_CNN_WORDS = 256  # words in one call of the character CNN
+_MAX_WORDS = 1 << 15  # cached word vectors
 
 
 class Elmo:
     """A bidirectional language model with its parameters and vocabulary.
 
     Args:
-        model: the language model.
-        params: its parameters.
-        vocabulary: its numbering of tokens; None for a model that reads characters and has
-            no softmax.
+        model: Language model.
+        params: Parameters of the model.
+        vocabulary: Token ids; None for a model that reads characters and has no softmax.
 
     Example:
-        >>> from elmo_jax.models.bilm import BiLMConfig
+        >>> from elmo_jax.config import BiLMConfig
         >>> from elmo_jax.data.batching import Batch
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), len(vocabulary))
         >>> params = model.init(jax.random.key(0), Batch.of([[4, 5]]))["params"]
-        >>> layers = Elmo(model, params, vocabulary).embed([["the", "bank"], ["bank"]])
-        >>> [a.shape for a in layers]
+        >>> elmo = Elmo(model, params, vocabulary)
+        >>> [layers.shape for layers in elmo.embed([["the", "bank"], ["bank"]])]
         [(3, 2, 8), (3, 1, 8)]
+        >>> [nll.shape for nll in elmo.surprisal([["the", "bank"]])]
+        [(2, 3)]
     """
 
     def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
         self.model, self.params, self.vocabulary = model, params, vocabulary
-        self._reader = Reader(model, params, vocabulary)
-        self._carried: tuple[State, ...] | None = None
+        self._words = _WordTable(model, params, vocabulary)
+        self._window = _WINDOWS[-1]
+        self._state: tuple[State, ...] | None = None  # after the last stateful call
+
+        def contextualize(params: Any, x: Array, lengths: Array, state: Any) -> tuple[Array, Any]:
+            x = x.astype(model.config.dtype)
+            out: Any = model.apply({"params": params}, x, lengths, state, method="contextualize")
+            return jnp.stack([h.astype(jnp.float32) for h in out[0]]), out[1]
+
+        def nll(params: Any, h: Array, targets: Array) -> Any:
+            return model.apply({"params": params}, h, targets, method="surprisal")
+
+        # The word table changes its size; looked up apart, it does not recompile the LSTM.
+        self._look_up = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0))
+        self._contextualize = _jit_precise(contextualize, donate_argnums=3)
+        self._nll = _jit_precise(nll)
 
     def __reduce__(self):
-        """Pickled as what it is made of: scikit-learn pipelines are."""
-        params = jax.tree.map(np.asarray, self.params)
-        return type(self), (self.model, params, self.vocabulary)
+        """Pickle the model without its compiled functions, as scikit-learn pipelines need."""
+        return type(self), (self.model, jax.tree.map(np.asarray, self.params), self.vocabulary)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto") -> "Elmo":
-        """Load a run of ``experiments.pretrain`` (its best epoch), or what `save_pretrained` wrote.
+        """Load the best epoch of a pre-training run, or a folder that `save_pretrained` wrote.
 
         Args:
-            path: the folder.
-            dtype: of the products, "float32" or "bfloat16"; None is what it was trained with.
-            kernel: of the LSTM layers, see `LSTM.choose`.
+            path: Folder.
+            dtype: Matmul dtype, "float32" or "bfloat16"; None keeps the dtype of the training.
+            kernel: LSTM kernel, see `LSTM.choose`.
 
         Raises:
-            InputError: it is neither, or its files do not fit each other.
+            InputError: The folder holds no language model, or its files are damaged or inconsistent.
         """
         model, params, vocabulary = load_folder(Path(path), kernel)
-        return cls(_computing(model, dtype), params, vocabulary)
+        return cls(_with_dtype(model, dtype), params, vocabulary)
 
     @classmethod
     def from_bilm(
-        cls,
-        options: str | Path,
-        weights: str | Path,
-        dtype: Dtype | None = None,
-        kernel: Kernel = "auto",
+        cls, options: str | Path, weights: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto"
     ) -> "Elmo":
         """Load a model in the official format of bilm-tf and AllenNLP.
 
-        If `save_bilm` left the softmax and the vocabulary beside the weights, which the
-        format has no place for, they are read too.
+        The format has no softmax and no vocabulary; both are loaded if `save_bilm` wrote them beside the
+        weights.
 
         Args:
-            options: the JSON file, perhaps ``.gz``.
-            weights: the HDF5 file, perhaps ``.gz``.
-            dtype: of the products, "float32", which is the default, or "bfloat16".
-            kernel: of the LSTM layers, see `LSTM.choose`.
+            options: JSON file, may end in ``.gz``.
+            weights: HDF5 file, may end in ``.gz``.
+            dtype: Matmul dtype, "float32" (default) or "bfloat16".
+            kernel: LSTM kernel, see `LSTM.choose`.
 
         Raises:
-            InputError: a file is missing or damaged, the two are not of one model, or the
-                kernel does not run such layers.
+            InputError: A file is missing or damaged, the two are of different models, or the kernel does
+                not support the layers.
         """
         config, flat = read_bilm(options, weights)
         vocabulary = None
-        beside = _softmax_path(weights)
-        if beside.exists():
-            vocabulary, softmax = read_softmax(beside, config.embedding)
+        softmax_path = _softmax_path(weights)
+        if softmax_path.exists():
+            vocabulary, softmax = read_softmax(softmax_path, config.embedding)
             flat |= softmax
-        model = _computing(BiLM(config, len(vocabulary or ()), kernel), dtype)
+        model = _with_dtype(BiLM(config, len(vocabulary or ()), kernel), dtype)
         lstm_layer(model.config, kernel).choose()
         return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:
-        """Write the official format: ``options.json`` and ``weights.hdf5``.
+        """Write the official format, such as ``options.json`` and ``weights.hdf5``.
 
-        A softmax is written beside the weights, as ``NAME.softmax.hdf5``, with its
-        vocabulary: bilm-tf and AllenNLP neither need nor see it.
+        The softmax and the vocabulary go into a third file, ``weights.softmax.hdf5``, which bilm-tf and
+        AllenNLP ignore.
 
         Raises:
-            InputError: the model reads words, for which the format has no place, or a file
-                cannot be written.
+            InputError: The model reads words, which the format cannot hold, or a file cannot be written.
         """
-        flat: dict[str, Any] = flatten_dict(self.params, sep="/")
+        flat = flatten_dict(self.params, sep="/")
         write_bilm(self.model.config, flat, options, weights)
         if self.vocabulary is not None:
             write_softmax(_softmax_path(weights), self.vocabulary, flat)
-        else:  # or another model's would be taken for this one's
+        else:  # an older model's softmax must not be loaded with these weights
             _softmax_path(weights).unlink(missing_ok=True)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder."""
-        save_folder(Path(path), self.model, self.params, self.vocabulary)
-
-    def embed(
-        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = BATCH_TOKENS
-    ) -> list[np.ndarray]:
-        """The layer states of every token.
-
-        A sentence's vectors depend on its own tokens alone, not on its neighbours in the
-        call or on earlier calls. ``<S>`` and ``</S>`` are read, and their rows left out.
-
-        Args:
-            sentences: tokens, as the vocabulary writes them (`tokenize` for raw text).
-            stateful: begin sentence k with the LSTM state that sentence k of the last
-                stateful call ended with, in both directions, as bilm-tf and AllenNLP do;
-                `reset_state` forgets it. All sentences then run at once.
-            batch_tokens: sentences times steps run at once, about.
-
-        Returns:
-            For each sentence float32 ``[L, tokens, F]``: layer 0 the token vectors, then
-            each LSTM layer; the first half of F read forward, the second backward.
+        """Write ``config.json``, ``model.safetensors`` and ``vocab.txt`` into a folder.
 
         Raises:
-            InputError: a sentence is no list of strings.
+            InputError: The folder holds a run, or cannot be written.
+        """
+        save_folder(Path(path), self.model, self.params, self.vocabulary)
+
+    def shape(self, tokens: int) -> tuple[int, int, int]:
+        """Return ``(L, tokens, F)``, the shape of the layers of a sentence."""
+        return self.model.config.layers + 1, tokens, 2 * self.model.config.embedding
+
+    def embed(
+        self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = _BATCH_TOKENS
+    ) -> list[np.ndarray]:
+        """Return every layer's vector of every token.
+
+        The vectors of a sentence depend on its own tokens alone, not on the other sentences nor on
+        earlier calls. The model reads ``<S>`` and ``</S>`` too; their vectors are left out.
+
+        Args:
+            sentences: Tokens of each sentence; `tokenize` makes them from raw text.
+            stateful: Start sentence k from the LSTM state after sentence k of the last stateful call, in
+                both directions, as bilm-tf and AllenNLP do. All sentences then form one batch.
+            batch_tokens: Approximate number of sentences times tokens in a batch.
+
+        Returns:
+            float32 ``[L, tokens, F]`` for each sentence. Layer 0 is the token vector, the others are the
+            LSTM layers. The first half of F is the forward direction, the second the backward one.
+
+        Raises:
+            InputError: A sentence is not a list of strings.
         """
         _check_sentences(sentences)
         if batch_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
         layers, _, width = self.shape(0)
         out = [np.empty((layers, len(s), width), np.float32) for s in sentences]
-        with jax.default_matmul_precision("highest"):
-            if stateful and len(sentences):
-                self._carried = self._reader.read(sentences, out, self._state(len(sentences)))
-                return out
-            for rows in self._reader.groups([len(s) for s in sentences], batch_tokens):
-                chosen, into = [sentences[i] for i in rows], [out[i] for i in rows]
-                self._reader.read(chosen, into, batch_tokens=batch_tokens)
+        if stateful and len(sentences):
+            state = self._first_state(len(sentences))
+            self._state = self._embed_batch(sentences, out, batch_tokens, state)
+            return out
+        for group in self._group_by_length(sentences, batch_tokens):
+            self._embed_batch([sentences[i] for i in group], [out[i] for i in group], batch_tokens)
         return out
 
     def embed_into(self, sentence: Sequence[str], out: Any) -> None:
-        """`embed` one sentence of any length, a window at a time, into what need not fit in memory.
+        """Embed one long sentence window by window into an array that need not fit in memory.
 
         Args:
-            sentence: its tokens.
-            out: takes ``out[:, tokens, features] = values`` for `shape` ``[L, tokens, F]``;
-                an HDF5 dataset, for one.
-        """
-        _check_sentences([sentence])
-        with jax.default_matmul_precision("highest"):
-            self._reader.read([sentence], [out])
-
-    def shape(self, tokens: int) -> tuple[int, int, int]:
-        """``(L, tokens, F)``, the shape of a sentence's layers."""
-        return self.model.config.layers + 1, tokens, 2 * self.model.config.embedding
-
-    def surprisal(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """How unexpected each token is to each direction: -log p in nats, with the full softmax.
-
-        Args:
-            sentences: tokens.
-
-        Returns:
-            For each sentence float32 ``[2, tokens + 1]``: forward, every token given those
-            before it and then ``</S>``; backward, ``<S>`` and then every token, given those
-            behind it. The mean of a row is the log of its perplexity.
+            sentence: Tokens.
+            out: Array-like of shape ``[L, tokens, F]`` that supports ``out[:, i:j, k:l] = values``, such
+                as an HDF5 dataset.
 
         Raises:
-            InputError: the model has no softmax, or a sentence is no list of strings.
+            InputError: The sentence is not a list of strings.
+        """
+        _check_sentences([sentence])
+        self._embed_batch([sentence], [out], _BATCH_TOKENS)
+
+    def surprisal(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Return -log p of every token in nats, by direction, with the full softmax.
+
+        Args:
+            sentences: Tokens of each sentence.
+
+        Returns:
+            float32 ``[2, tokens + 1]`` for each sentence. Row 0 (forward) holds every token and then
+            ``</S>``, each given the tokens before it. Row 1 (backward) holds ``<S>`` and then every
+            token, each given the tokens behind it. The mean of a row is the log of its perplexity.
+
+        Raises:
+            InputError: The model has no softmax, or a sentence is not a list of strings.
         """
         _check_sentences(sentences)
         if self.vocabulary is None:
-            raise InputError("the model was loaded without a softmax, and cannot tell how likely a token is")
-        out: dict[int, np.ndarray] = {}
-        with jax.default_matmul_precision("highest"):
-            for rows in self._reader.groups([len(s) for s in sentences]):
-                parts = self._reader.surprisal([sentences[i] for i in rows])
-                out |= dict(zip(rows, parts, strict=True))
-        return [out[i] for i in range(len(sentences))]
+            raise InputError("the model has no softmax for surprisal; load a model that has one")
+        out: list[Any] = [None] * len(sentences)
+        for group in self._group_by_length(sentences, _BATCH_TOKENS):
+            for i, nll in zip(group, self._batch_surprisal([sentences[i] for i in group]), strict=True):
+                out[i] = nll
+        return out
 
     def reset_state(self) -> None:
-        """Forget what stateful calls carried."""
-        self._carried = None
+        """Forget the LSTM state of stateful calls."""
+        self._state = None
 
-    def _state(self, rows: int) -> tuple[State, ...]:
-        """The carried state, with zeros for sentences beyond those of earlier calls."""
-        fresh = zero_state(self.model.config, rows)
-        if self._carried is None:
-            return fresh
-        have = len(self._carried[0].c[0])
-        if have >= rows:
-            return self._carried
-        return jax.tree.map(lambda new, old: new.at[:, :have].set(old), fresh, self._carried)
+    def _first_state(self, rows: int) -> tuple[State, ...]:
+        """Return the state of the last stateful call, with zeros for sentences that it did not have."""
+        if self._state is None:
+            return zero_state(self.model.config, rows)
+        missing = max(0, rows - self._state[0].c.shape[1])
+        return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, missing), (0, 0))), self._state)
+
+    def _embed_batch(
+        self, sentences: Sequence[Sequence[str]], out: Sequence[Any], batch_tokens: int, state: Any = None
+    ) -> Any:
+        """Write the layers ``[L, tokens, F]`` of each sentence; return the final state."""
+        for start, layers, after in self._read_windows(sentences, batch_tokens, state):
+            _store_layers(np.asarray(layers), start, sentences, out)
+            state = after
+        return state
+
+    def _batch_surprisal(self, sentences: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        assert self.vocabulary is not None
+        ids = [np.r_[BOS, self.vocabulary.ids(s), EOS].astype(np.int32) for s in sentences]
+        out = [np.empty((DIRECTIONS, len(s) + 1), np.float32) for s in sentences]
+        in_reading_order = [(nll[0], nll[1, ::-1]) for nll in out]
+        for start, layers, _ in self._read_windows(sentences, _BATCH_TOKENS):
+            _, _, rows, width, _ = layers.shape
+            targets = np.zeros((DIRECTIONS, rows, width), np.int32)
+            for b, row in enumerate(ids):
+                for d, reading in enumerate((row, row[::-1])):
+                    part = reading[start + 1 : start + 1 + width]
+                    targets[d, b, : len(part)] = part
+            nll = np.asarray(self._nll(self.params, layers[-1], targets))
+            for b, readings in enumerate(in_reading_order):
+                for d, reading in enumerate(readings):
+                    part = reading[start : start + width]
+                    part[:] = nll[d, b, : len(part)]
+        return out
+
+    def _read_windows(
+        self, sentences: Sequence[Sequence[str]], batch_tokens: int, state: Any = None
+    ) -> Iterator[tuple[int, Array, Any]]:
+        """Yield each window's first position, its layers ``[L, D, B, W, P]`` and the state after it.
+
+        Rows beyond the number of sentences are filler. A given state must have a row for each sentence.
+        """
+        longest = max(map(len, sentences)) + 2
+        if state is None:
+            most = max(len(sentences), self._max_rows(longest, batch_tokens))
+            state = zero_state(self.model.config, min(most, _round_up(len(sentences), _ROWS)))
+        rows = state[0].c.shape[1]
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
+        forward = [[SPECIAL[BOS], *s, SPECIAL[EOS]] for s in sentences]
+        readings = [reading for tokens in forward for reading in (tokens, tokens[::-1])]
+        # A copy: the state is donated, and an interrupted call must leave the caller's intact.
+        state = jax.tree.map(jnp.copy, state)
+        width = self._window_width(longest)
+        for start in range(0, longest, width):
+            remaining = np.clip(lengths - start, 0, width)
+            indices = np.zeros((rows, DIRECTIONS, width), np.int32)
+            valid = np.broadcast_to(np.arange(width) < remaining[:, None, None], indices.shape)
+            tokens = [token for reading in readings for token in reading[start : start + width]]
+            indices[valid] = self._words.indices(tokens)
+            x = self._look_up(self._words.vectors, indices.swapaxes(0, 1))
+            layers, state = self._contextualize(self.params, x, remaining, state)
+            yield start, layers, state
+
+    def _group_by_length(self, sentences: Sequence[Sequence[str]], batch_tokens: int) -> Iterator[list[int]]:
+        """Yield the indices of sentences that form a batch, longest sentences first."""
+        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
+        start = 0
+        while start < len(order):
+            rows = self._max_rows(len(sentences[order[start]]) + 2, batch_tokens)
+            yield order[start : start + rows]
+            start += rows
+
+    def _max_rows(self, longest: int, batch_tokens: int) -> int:
+        return max(1, batch_tokens // self._window_width(longest))
+
+    def _window_width(self, longest: int) -> int:
+        return min(self._window, _round_up(longest, _WINDOWS))
 
 
-def _computing(model: BiLM, dtype: Dtype | None) -> BiLM:
-    """The model with its products in that dtype."""
+class _WordTable:
+    """Word vectors on the device, one row a word.
+
+    For a model that reads words it is the embedding table. For one that reads characters it is a cache,
+    filled as words occur and emptied when full, which changes no vector.
+    """
+
+    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
+        self._params, self._vocabulary, self._capacity = params, vocabulary, _MAX_WORDS
+        self._reads_words = model.config.input == "words"
+        self._rows: dict[str, int] = {}
+        # Padding as wide as the widest filter stays; see `character_ids`.
+        self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
+        empty = jnp.zeros((0, model.config.embedding), jnp.float32)
+        self.vectors: Array = params["embedder"]["table"] if self._reads_words else empty
+
+        def compute(params: Any, ids: Array) -> Array:
+            vectors: Any = model.apply({"params": params}, ids, method="token_vectors")
+            return vectors.astype(jnp.float32)
+
+        def put(table: Array, vectors: Array, start: Array) -> Array:
+            return jax.lax.dynamic_update_slice(table, vectors, (start, jnp.zeros_like(start)))
+
+        self._compute, self._put = _jit_precise(compute), jax.jit(put, donate_argnums=0)
+
+    def clear(self) -> None:
+        """Empty the cache; has no effect for a model that reads words."""
+        self._rows = {}
+
+    def indices(self, tokens: Sequence[str]) -> np.ndarray:
+        """Return the row of each token in `vectors`, int32 ``[tokens]``; compute the vectors of new words."""
+        if self._reads_words:
+            assert self._vocabulary is not None
+            return self._vocabulary.ids(tokens)
+        self._add_words(dict.fromkeys((SPECIAL[BOS], SPECIAL[EOS], *tokens)))
+        return np.fromiter((self._rows[token] for token in tokens), np.int32, len(tokens))
+
+    def _add_words(self, words: dict[str, None]) -> None:
+        new = [word for word in words if word not in self._rows]
+        if len(self._rows) + len(new) > self._capacity:
+            self.clear()
+            new = list(words)
+        new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # similar lengths share a shape
+        self._grow(len(self._rows) + len(new) + _CNN_WORDS)
+        for i in range(0, len(new), _CNN_WORDS):
+            part = new[i : i + _CNN_WORDS]
+            # The last part is padded with its last word; later words overwrite these rows.
+            ids = character_ids(part + part[-1:] * (_CNN_WORDS - len(part)), multiple=self._multiple)
+            vectors = self._compute(self._params, ids)
+            self.vectors = self._put(self.vectors, vectors, np.int32(len(self._rows)))
+            self._rows |= {word: len(self._rows) + k for k, word in enumerate(part)}
+
+    def _grow(self, rows: int) -> None:
+        if rows > len(self.vectors):
+            size = 1 << (rows - 1).bit_length()
+            table = jnp.zeros((size, self.vectors.shape[1]), jnp.float32)
+            self.vectors = table.at[: len(self.vectors)].set(self.vectors)
+
+
+def _jit_precise(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function whose float32 matmuls keep full precision on every device."""
+
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
+    return jax.jit(precise, **options)
+
+
+def _store_layers(
+    layers: np.ndarray, start: int, sentences: Sequence[Sequence[str]], out: Sequence[Any]
+) -> None:
+    """Copy a window ``[L, D, B, W, P]`` into the arrays of its sentences, both halves in text order."""
+    _, _, _, width, features = layers.shape
+    for b, (sentence, array) in enumerate(zip(sentences, out, strict=True)):
+        n = len(sentence)
+        low, high = max(start, 1), min(start + width, n + 1)  # reading positions without BOS and EOS
+        if low < high:
+            part = layers[:, :, b, low - start : high - start]
+            array[:, low - 1 : high - 1, :features] = part[:, 0]
+            array[:, n + 1 - high : n + 1 - low, features:] = part[:, 1, ::-1]
+
+
+def _round_up(n: int, sizes: Sequence[int]) -> int:
+    """Return the least size that holds n, or a multiple of the last one."""
+    return next((size for size in sizes if size >= n), -(-n // sizes[-1]) * sizes[-1])
+
+
+def _with_dtype(model: BiLM, dtype: Dtype | None) -> BiLM:
+    """Return the model with another matmul dtype."""
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     return model if dtype is None else replace(model, config=replace(model.config, dtype=dtype))
@@ -223,17 +403,14 @@ def _computing(model: BiLM, dtype: Dtype | None) -> BiLM:
 
 def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
     if isinstance(sentences, str) or not isinstance(sentences, Sequence | np.ndarray):
-        raise InputError("sentences must be a list of lists of tokens (see tokenize)")
+        raise InputError("sentences must be a list of lists of tokens; use tokenize for raw text")
     for i, sentence in enumerate(sentences):
         if isinstance(sentence, str):
-            raise InputError(f"sentence {i} is a string; give a list of its tokens (see tokenize)")
+            raise InputError(f"sentence {i} is a string; give a list of its tokens, as tokenize returns")
         if not isinstance(sentence, Sequence | np.ndarray):
             raise InputError(f"sentence {i} is a {type(sentence).__name__}; give a list of its tokens")
-        for token in sentence:
-            if not isinstance(token, str):
-                raise InputError(
-                    f"sentence {i} holds {reprlib.repr(token)}, which is not a string; give tokens"
-                )
+        for token in (token for token in sentence if not isinstance(token, str)):
+            raise InputError(f"sentence {i} holds {reprlib.repr(token)}, which is not a string; give tokens")
 
 
 def _softmax_path(weights: str | Path) -> Path:

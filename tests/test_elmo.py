@@ -33,12 +33,14 @@ def test_neighbours_order_and_repetition_change_nothing(elmo):
         np.testing.assert_array_equal(a, again)
 
 
-def test_batch_tokens_are_of_one_call_alone(elmo, monkeypatch):
-    rows = []
-    real = elmo._reader._run
-    monkeypatch.setattr(
-        elmo._reader, "_run", lambda p, x, *rest: (rows.append(x.shape[1]), real(p, x, *rest))[1]
-    )
+def test_batch_tokens_bound_the_rows_of_a_batch(elmo, monkeypatch):
+    rows, contextualize = [], elmo._contextualize
+
+    def count(params, x, *rest):
+        rows.append(x.shape[1])
+        return contextualize(params, x, *rest)
+
+    monkeypatch.setattr(elmo, "_contextualize", count)
     elmo.embed(SENTENCES, batch_tokens=1)
     assert set(rows) == {1}
     rows.clear()
@@ -48,7 +50,7 @@ def test_batch_tokens_are_of_one_call_alone(elmo, monkeypatch):
 
 def test_surprisal_is_the_training_loss_token_by_token(elmo):
     windows = Elmo(elmo.model, elmo.params, elmo.vocabulary)
-    windows._reader.window = 5
+    windows._window = 5
     sums = jax.jit(bilm_sums(elmo.model))
     for sentence, each, again in zip(
         SENTENCES, elmo.surprisal(SENTENCES), windows.surprisal(SENTENCES), strict=True

@@ -1,7 +1,7 @@
-"""Old module paths still import, with a warning; the README names what exists."""
+"""Old module paths still import, with a warning; the documentation names what exists."""
 
 import importlib
-import operator
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_an_old_module_path_imports_the_new_module_with_a_warning(old):
     assert module is importlib.import_module(MOVED[old])
 
 
-def test_an_old_module_that_was_divided_still_gives_its_names():
+def test_an_old_module_that_was_split_still_provides_its_names():
     sys.modules.pop("elmo_jax.train", None)
     with pytest.warns(DeprecationWarning, match="elmo_jax.train has moved to elmo_jax.training.step and"):
         train = importlib.import_module("elmo_jax.train")
@@ -32,7 +32,7 @@ def test_an_old_module_that_was_divided_still_gives_its_names():
 
 
 @pytest.mark.parametrize("name", ["Batch", "BatchStream", "Documents"])
-def test_a_module_that_became_a_package_still_gives_its_names(name):
+def test_a_module_that_became_a_package_still_provides_its_names(name):
     from elmo_jax import data
 
     with pytest.warns(DeprecationWarning, match=rf"elmo_jax.data.{name} has moved"):
@@ -41,14 +41,13 @@ def test_a_module_that_became_a_package_still_gives_its_names(name):
         _ = data.nothing
 
 
-def test_importing_the_new_paths_warns_of_nothing():
+def test_public_names_import_without_warnings():
     names = f"import elmo_jax; [getattr(elmo_jax, name) for name in {elmo_jax.__all__!r}]"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:elmo_jax", "-c", names], check=True)
 
 
-def test_the_names_in_the_readme_exist():
-    names = re.findall(r"\belmo_jax((?:\.\w+)+)", (ROOT / "README.md").read_text())
-    assert len(names) > 5
+def test_names_in_the_readme_exist():
+    names = re.findall(r"\belmo_jax(?:\.\w+)+", (ROOT / "README.md").read_text())
+    assert names
     for name in names:
-        if not name.endswith(".py"):
-            operator.attrgetter(name[1:])(elmo_jax)
+        pkgutil.resolve_name(name)

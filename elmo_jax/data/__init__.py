@@ -5,5 +5,5 @@ from elmo_jax._moved import old_names
 __getattr__ = old_names(
     __name__,
     "elmo_jax.data.batching",
-    frozenset({"ALL", "DIRECTIONS", "Batch", "BatchStream", "StepChunk", "Documents", "Stream"}),
+    {"ALL", "DIRECTIONS", "Batch", "BatchStream", "StepChunk", "Documents", "Stream"},
 )

@@ -1,9 +1,9 @@
-"""Model formats: the official bilm HDF5 format and exported folders."""
+"""Model formats: the official bilm HDF5 format and folders that `Elmo.save_pretrained` writes."""
 
 from elmo_jax._moved import old_names
 
 __getattr__ = old_names(
     __name__,
     "elmo_jax.pretrained.bilm_format",
-    frozenset({"Slot", "read_bilm", "read_softmax", "slots", "write_bilm", "write_softmax"}),
+    {"Slot", "read_bilm", "read_softmax", "slots", "write_bilm", "write_softmax"},
 )

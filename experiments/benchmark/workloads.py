@@ -396,7 +396,7 @@ def _embed(case: Case, arrays: Arrays) -> Built:
     def run(n: int) -> list[np.ndarray]:
         out = []
         for _ in range(n):
-            elmo._reader.words.forget()  # else a second pass would find every word's vector
+            elmo._words.clear()  # else a second pass would find every word's vector
             out = list(elmo.embed(text))
         return out
 

@@ -67,7 +67,7 @@ def test_windows_of_any_size_are_one_reading(tmp_path):
     elmo = make(tmp_path)
     whole = elmo.embed(SENTENCES)
     for window in (1, 2, 5):
-        elmo._reader.window = window
+        elmo._window = window
         for a, b in zip(whole, elmo.embed(SENTENCES), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -76,7 +76,7 @@ def test_words_met_in_any_order_and_forgotten_are_the_same(tmp_path):
     elmo = make(tmp_path)
     whole = elmo.embed(SENTENCES)
     small = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
-    small._reader.words._capacity = 3
+    small._words._capacity = 3
     for i in (3, 0, 1, 3):
         np.testing.assert_allclose(small.embed([SENTENCES[i]])[0], whole[i], atol=1e-6)
 
