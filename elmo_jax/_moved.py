@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 import sys
 import warnings
 from collections.abc import Callable
@@ -87,9 +88,15 @@ def _warn(old: str, new: str) -> None:
 
 
 def renamed_arguments(**new_names: str) -> Callable[[F], F]:
-    """Return a decorator that accepts old argument names, with a warning, until the next release."""
+    """Return a decorator that accepts old argument names, with a warning, until the next release.
 
-    def decorate(function: F) -> F:
+    Instances of a decorated class keep attributes of the old names.
+    """
+
+    def decorate(decorated: F) -> F:
+        cls: Any = decorated if isinstance(decorated, type) else None
+        function = decorated if cls is None else cls.__init__
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old in new_names.keys() & kwargs.keys():
@@ -97,9 +104,24 @@ def renamed_arguments(**new_names: str) -> Callable[[F], F]:
                 kwargs[new_names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 
-        return cast(F, call)
+        if cls is None:
+            return cast(F, call)
+        cls.__init__ = call
+        for old, new in new_names.items():
+            setattr(cls, old, property(operator.attrgetter(new)))
+        return cls
 
     return decorate
+
+
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """Return a method that warns and calls the one that replaced it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, 2)
+        return getattr(self, new)(*args, **kwargs)
+
+    return call
 
 
 def old_names(package: str, module: str, names: set[str]) -> Callable[[str], Any]:

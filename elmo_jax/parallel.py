@@ -130,8 +130,8 @@ class Chunked(Protocol):
 
     batch_size: int
 
-    def chunks(self, first: int, last: int, part: slice = ...) -> Iterator[Any]:
-        """Iterate over named tuples ``(batches, count)`` with the rows `part` of every batch."""
+    def chunks(self, first: int, last: int, rows: slice = ...) -> Iterator[Any]:
+        """Iterate over named tuples ``(batches, count)`` with these rows of every batch."""
         ...
 
 
@@ -154,7 +154,7 @@ def feed(stream: Chunked, first: int, last: int, mesh: Mesh | None, prefetch: bo
     parts = [index[0].indices(size) for index in own if index is not None]
     part = slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
     for chunk in stream.chunks(first, last, part):
-        axis = 1 + chunk.batches.ROWS
+        axis = 1 + chunk.batches.BATCH_AXIS
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
         def make_global(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:

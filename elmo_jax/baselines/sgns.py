@@ -42,7 +42,7 @@ class Spans:
     left: Any
     right: Any
     negatives: Any
-    ROWS: ClassVar[int] = 0  # the axis of G
+    BATCH_AXIS: ClassVar[int] = 0  # the axis of G
 
 
 class SpanStream:
@@ -116,11 +116,11 @@ class SpanStream:
         """None: there is one alone."""
         return []
 
-    def rows(self, step: int) -> np.ndarray:
+    def document_indices(self, step: int) -> np.ndarray:
         """None: a span goes from one document into the next."""
         return np.zeros(0, np.int64)
 
-    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
+    def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
         """See `elmo_jax.data.batching.Stream.chunks`."""
         step, k = first, self.steps_per_call
         while step < last:
@@ -129,9 +129,9 @@ class SpanStream:
             spans = self._epoch(epoch)
             for begin in range(start, end, k):
                 # The last dispatch of an epoch is filled up with steps that are never run.
-                rows = np.minimum(np.arange(begin, begin + k), end - 1)
+                steps = np.minimum(np.arange(begin, begin + k), end - 1)
                 count = min(k, end - begin)
-                yield StepChunk(jax.tree.map(lambda a, rows=rows: a[rows, part], spans), count)
+                yield StepChunk(jax.tree.map(lambda a, steps=steps: a[steps, rows], spans), count)
             step += end - start
 
 

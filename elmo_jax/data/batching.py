@@ -1,17 +1,7 @@
-"""Batches of static shape from documents of any length, in an order that seed and step give.
+"""Fixed-shape batches of documents, in an order that depends on seed and step alone.
 
-Nouns: *documents* are token ids laid end to end; a *bucket* holds documents padded to one
-length, its *bound*; a *dispatch* is up to K batches of one bucket, run by one call of the
-device; a *stream* turns documents into dispatches.
-Axes: B batch, T time, K steps a dispatch.
-
-Where to cut documents into buckets by length.
-
-Running text as windows whose LSTM state is carried from batch to batch, as bilm-tf trains.
-
-Nouns: a *stream* is all sentences of an epoch end to end, in an order drawn anew; each batch
-row reads a stretch of it of its own, and a *window* is the next U + 1 tokens of every row.
-Axes: B batch, U steps a window, D direction, C characters, K steps a dispatch.
+`BatchStream` pads documents of similar length to one length per batch. `ContiguousStream` cuts
+running text into windows, so that the LSTM state can be carried from batch to batch as in bilm-tf.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,87 +12,29 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from flax import struct
 
-from elmo_jax.data.characters import UniqueWords, unique_words
+from elmo_jax._moved import renamed_arguments, renamed_method
+from elmo_jax.data.characters import GROUP_SIZE, UniqueWords, find_unique_words
 from elmo_jax.data.text import BOS, EOS, PAD, UNK
-
-ROUND = 4  # bounds are multiples of it, the longest too
-_PRICE = 20_000  # steps an epoch that another bucket must save to be worth its compilation
-
-
-def filled_batches(documents: np.ndarray, batch_size: int) -> np.ndarray:
-    """How many batches the documents up to each bucket fill, if what is left joins the next bucket.
-
-    Args:
-        documents: rising, how many there are up to each bucket.
-        batch_size: rows a batch.
-
-    Returns:
-        Batches up to each bucket; with the last document one more, if it is to be part-filled.
-
-    Example:
-        >>> filled_batches(np.array([3, 6, 9, 9]), batch_size=4)
-        array([0, 1, 3, 3])
-    """
-    return np.where(documents < documents[-1], documents, documents[-1] + batch_size - 1) // batch_size
-
-
-def bucket_bounds(lengths: np.ndarray, batch_size: int = 1, most: int = 12) -> tuple[int, ...]:
-    """Where to cut documents into buckets so that steps are fewest, and compilations few.
-
-    Steps are those of all rows of an epoch, as `filled_batches` has them. Each bucket is a shape to
-    compile, which counts as much as 20,000 steps. The bounds are the best there are of their
-    number, by dynamic programming.
-
-    Args:
-        lengths: ``[N]`` steps a document, at least one.
-        batch_size: rows a batch.
-        most: how many bounds at the most.
-
-    Returns:
-        Bounds, rising multiples of 4; the last holds the longest document.
-
-    Example:
-        >>> bucket_bounds(np.repeat([3, 4, 20], [9000, 9000, 9000]))
-        (4, 20)
-    """
-    counts = np.bincount(-(-lengths // ROUND))
-    bound = np.flatnonzero(counts)  # candidates, in units of ROUND
-    below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each
-    # span[j, i]: steps of one bucket from candidate i up to j; costs[k][j]: fewest steps of the
-    # documents up to candidate j in k + 1 buckets, the last of which begins at cuts[k][j].
-    filled = filled_batches(below, batch_size)
-    span = (filled[1:, None] - filled[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
-    span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
-    costs, cuts = [span[:, 0]], [np.zeros(len(bound), int)]
-    for _ in range(1, min(most, len(bound))):
-        total = np.concatenate([[np.inf], costs[-1][:-1]])[None] + span
-        costs.append(total.min(1))
-        cuts.append(total.argmin(1))
-    buckets = int(np.argmin([cost[-1] + _PRICE * k for k, cost in enumerate(costs)]))
-    chosen, j = [], len(bound) - 1
-    for k in range(buckets, -1, -1):
-        chosen.append(int(bound[j]) * ROUND)
-        j = int(cuts[k][j]) - 1
-    return tuple(reversed(chosen))
-
+from elmo_jax.errors import InputError
 
 DIRECTIONS = 2  # forward, then backward
-ALL = slice(None)  # rows of a batch
-_LOOKED = 512  # steps, for the shapes that spelled words have
-_GROUP = 8  # batches of one shape in a row, so that a dispatch can hold several
+ALL = slice(None)  # all rows of a batch
+ROUND = 4  # bucket bounds are multiples of it
+_RUN = 8  # consecutive batches of one shape, so that one call can run several
+_SAMPLED_STEPS = 512  # steps that `BatchStream.shapes` looks at if shapes depend on unique words
 
 
 @struct.dataclass
 class Batch:
-    """Documents side by side, ``<S>`` before and ``</S>`` behind each; a JAX pytree.
+    """Padded documents, each between ``<S>`` and ``</S>``; a JAX pytree.
 
     Attributes:
-        words: ``[B, T]`` int32 ids, 0 beyond the length.
-        lengths: ``[B]`` int32, real tokens a row with ``<S>`` and ``</S>``; 0 on filler rows.
-        labels: ``[B]`` int32 classes, or None.
-        weight: ``[B]`` float32, 1, and 0 on the filler rows that keep shapes static.
-        chars: ``[B, T, C]`` int32 character ids, 0 beyond the length, or None.
-        distinct: a `UniqueWords` of just these words, so that each is spelled once; or None.
+        words: int32 ids ``[B, T]``, 0 beyond the length.
+        lengths: int32 ``[B]``, tokens per row including ``<S>`` and ``</S>``; 0 in filler rows.
+        labels: int32 classes ``[B]``, or None.
+        weight: float32 ``[B]``, 1 for documents and 0 for the filler rows that keep shapes fixed.
+        chars: int32 character ids ``[B, T, C]``, 0 beyond the length, or None.
+        unique_words: `UniqueWords` of exactly these words, or None.
 
     Example:
         >>> batch = Batch.of([[7, 8], [9]])
@@ -110,13 +42,13 @@ class Batch:
         ([[1, 7, 8, 2], [1, 9, 2, 0]], [4, 3])
     """
 
-    words: Any  # of NumPy on the host, of JAX on the device
+    words: Any  # NumPy arrays on the host, JAX arrays on the device
     lengths: Any
     labels: Any
     weight: Any
     chars: Any = None
     unique_words: Any = None
-    ROWS: ClassVar[int] = 0  # the axis of B
+    BATCH_AXIS: ClassVar[int] = 0
 
     @classmethod
     def of(
@@ -125,147 +57,169 @@ class Batch:
         labels: Sequence[int] | np.ndarray | None = None,
         shape: tuple[int, int] | None = None,
     ) -> "Batch":
-        """A batch of these ids, padded to `shape` [B, T], or to the longest row if None."""
+        """Return a batch of these token ids, padded to `shape` [B, T], or to the longest row if None."""
         rows, steps = shape or (len(sentences), 2 + max(map(len, sentences), default=0))
         words = np.full((rows, steps), PAD, np.int32)
         lengths, classes = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        weight = np.zeros(rows, np.float32)
         for i, ids in enumerate(sentences):
-            n = len(ids) + 2
-            words[i, 0], words[i, 1 : n - 1], words[i, n - 1] = BOS, ids, EOS
-            lengths[i], weight[i] = n, 1
+            lengths[i] = len(ids) + 2
+            words[i, : lengths[i]] = BOS, *ids, EOS
         if labels is not None:
             classes[: len(sentences)] = labels
-        return cls(words, lengths, None if labels is None else classes, weight)
+        return cls(words, lengths, None if labels is None else classes, (lengths > 0).astype(np.float32))
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Token ids laid end to end, and a class for each document.
+@struct.dataclass
+class Window:
+    """The next U + 1 tokens of running text in every row; a JAX pytree.
 
     Attributes:
-        ids: ``[tokens]`` int32.
-        offsets: ``[N + 1]`` int64; document n is ``ids[offsets[n]:offsets[n + 1]]``.
-        labels: ``[N]`` int32 classes.
-        spellings: for models that read characters, the character ids of every token id
-            ``[types, C]``; else None. There may be more types than classes.
-        classes: V. Token ids from here on are spelled, but as a class they are unknown.
-        longest: what is longer counts as cut to this many tokens; None cuts nothing.
+        words: int32 ids ``[D, B, U + 1]``. A sentence is ``<S> w1 ... wn </S>`` forward and
+            ``</S> wn ... w1 <S>`` backward, both at the same positions.
+        weight: float32 ``[D, B, U]``, 0 for the last token of a sentence, which predicts nothing, else 1.
+        chars: int32 character ids ``[D, B, U, C]`` of all but the last token, or None.
+        unique_words: `UniqueWords` of exactly these words, or None.
+    """
+
+    words: Any
+    weight: Any
+    chars: Any = None
+    unique_words: Any = None
+    BATCH_AXIS: ClassVar[int] = 1
+
+
+@renamed_arguments(spellings="character_ids", classes="vocabulary_size", longest="max_length")
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of all documents, end to end, and a class for each document.
+
+    Attributes:
+        ids: int32 ``[tokens]``.
+        offsets: int64 ``[N + 1]``; document n is ``ids[offsets[n]:offsets[n + 1]]``.
+        labels: int32 classes ``[N]``.
+        character_ids: Character ids ``[ids, C]`` of every token id, or None for models of words.
+        vocabulary_size: V. Ids from V on have characters, but are ``<UNK>`` in `Batch.words`.
+        max_length: Longer documents are truncated to this number of tokens; None truncates none.
+        group_size: Group size of `UniqueWords`; accelerators prefer larger groups than CPUs.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
-    spellings: np.ndarray | None = None
-    classes: int | None = None
-    longest: int | None = None
+    character_ids: np.ndarray | None = None
+    vocabulary_size: int | None = None
+    max_length: int | None = None
+    group_size: int = GROUP_SIZE
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """``[N]`` int64, tokens a document without ``<S>`` and ``</S>``."""
+        """int64 ``[N]``, tokens per document without ``<S>`` and ``</S>``."""
         lengths = np.diff(self.offsets)
-        return lengths if self.longest is None else np.minimum(lengths, self.longest)
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
-    def take(self, rows: np.ndarray) -> "Documents":
-        """These documents, in this order."""
-        lengths = self.lengths[rows]
+    def take(self, indices: np.ndarray) -> "Documents":
+        """Return the documents at these indices, in this order."""
+        lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return replace(self, ids=self.ids[index], offsets=offsets, labels=self.labels[rows])
+        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
+        return replace(self, ids=self.ids[positions], offsets=offsets, labels=self.labels[indices])
 
-    def share(self, share: float, seed: int) -> "Documents":
-        """A seeded draw of that share of every class, at least one document of each, in their order."""
+    def subset(self, fraction: float, seed: int) -> "Documents":
+        """Return a random fraction of every class, at least one document each, in the original order."""
         rng = np.random.default_rng(seed)
-        of_class = [rng.permutation(np.flatnonzero(self.labels == c)) for c in np.unique(self.labels)]
-        drawn = [rows[: max(1, round(share * len(rows)))] for rows in of_class]
-        return self.take(np.sort(np.concatenate(drawn)))
+        classes = [rng.permutation(np.flatnonzero(self.labels == c)) for c in np.unique(self.labels)]
+        sampled = [indices[: max(1, round(fraction * len(indices)))] for indices in classes]
+        return self.take(np.sort(np.concatenate(sampled)))
 
-    def batch(self, rows: np.ndarray, steps: int, once: bool = False) -> Batch:
-        """Documents as a batch of leaves ``[..., B, T]``.
+    share = renamed_method("share", "subset")
+
+    def batch(self, indices: np.ndarray, steps: int, unique: bool = False) -> Batch:
+        """Return a batch of documents, with leaves ``[..., B, T]``.
 
         Args:
-            rows: their numbers ``[..., B]``, -1 for filler rows.
+            indices: Document numbers ``[..., B]``, -1 for filler rows.
             steps: T.
-            once: whether to find the words that differ, for a step of all B rows to spell once.
+            unique: Find the `UniqueWords` of every step.
         """
-        real = rows >= 0
-        lengths = np.where(real, self.lengths[rows] + 2, 0).astype(np.int32)  # [..., B]
+        real = indices >= 0
+        lengths = np.where(real, self.lengths[indices] + 2, 0).astype(np.int32)  # [..., B]
         t, n = np.arange(steps), lengths[..., None]
         inner = (t > 0) & (t < n - 1)  # [..., B, T]
         ids = np.full(inner.shape, PAD, np.int32)
-        ids[inner] = self.ids[(self.offsets[rows][..., None] + t - 1)[inner]]
+        ids[inner] = self.ids[(self.offsets[indices][..., None] + t - 1)[inner]]
         ids[..., 0] = np.where(real, BOS, PAD)
         ids[(t == n - 1) & (n > 0)] = EOS
-        labels = np.where(real, self.labels[rows], 0).astype(np.int32)
-        with_characters = self.spell(ids, 2 if once else None)
-        return Batch(self.as_classes(ids), lengths, labels, real.astype(np.float32), *with_characters)
+        labels = np.where(real, self.labels[indices], 0).astype(np.int32)
+        characters = self.characters(ids, 2 if unique else None)
+        return Batch(self.known_words(ids), lengths, labels, real.astype(np.float32), *characters)
 
-    def as_classes(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids as classes, int32."""
-        return ids if self.classes is None else np.where(ids < self.classes, ids, UNK).astype(np.int32)
+    def known_words(self, ids: np.ndarray) -> np.ndarray:
+        """Return int32 token ids with ``<UNK>`` in place of ids beyond the vocabulary."""
+        if self.vocabulary_size is None:
+            return ids
+        return np.where(ids < self.vocabulary_size, ids, UNK).astype(np.int32)
 
-    def spell(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, UniqueWords | None]:
-        """Token ids as characters ``[..., C]`` or None; and which words of a step of so many axes differ."""
-        if self.spellings is None:
+    def characters(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, UniqueWords | None]:
+        """Return character ids ``[..., C]``, and the unique words of steps with this number of axes."""
+        if self.character_ids is None:
             return None, None
-        return self.spellings[ids], None if axes is None else unique_words(ids, axes)
+        unique = None if axes is None else find_unique_words(ids, axes, self.group_size)
+        return self.character_ids[ids], unique
 
 
 class StepChunk(NamedTuple):
-    """Up to K batches of one shape: leaves ``[K, ...]``, of which the first `count` are to run."""
+    """Up to K batches of one shape, run by one multi-step call.
 
-    batches: Any  # a Batch, or what else a task reads
+    Attributes:
+        batches: A `Batch` or another pytree with leaves ``[K, ...]``.
+        count: Number of batches to run; those from `count` on are padding.
+    """
+
+    batches: Any
     count: int
 
 
 class Stream(Protocol):
-    """What the loop needs of a stream."""
+    """Batches that the training loop can read from any step on."""
 
     batch_size: int
     steps_per_epoch: int
 
-    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
-        """The batches of steps `first` up to but not including `last`, counted from the first epoch.
-
-        Of their rows those of `part` alone, without reading others.
-        """
+    def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
+        """Yield these `rows` of the batches of steps `first` to `last` - 1, counted over all epochs."""
         ...
 
-    def rows(self, step: int) -> np.ndarray:
-        """The documents of a step, to name them when it fails."""
+    def document_indices(self, step: int) -> np.ndarray:
+        """Return the documents of a step, for messages about it."""
         ...
 
     def shapes(self) -> list[Any]:
-        """A dispatch's batches for every shape that is known to come, to compile for it ahead.
-
-        None where there is no choice of them. Steps of spelled words vary in how many differ, and
-        so in shape: not all are known.
-        """
+        """Return a chunk's batches of every shape known in advance, or none if there is only one shape."""
         ...
 
 
+@renamed_arguments(steps_per_dispatch="steps_per_call")
 class BatchStream:
-    """Documents as batches; the batch of a step is a function of (seed, step) alone.
+    """Batches of padded documents; the batch of a step depends on (seed, step) alone.
 
-    An epoch holds every document once. Documents of like length share a batch, but for those
-    that do not fill one, which join the next longer; batches of one shape follow each other by
-    up to eight, and the order of everything else is drawn anew each epoch.
+    An epoch contains every document once. Documents of similar length share a batch; those that do
+    not fill one join the next longer ones. Up to eight batches of one shape follow each other; all
+    else is shuffled every epoch.
 
     Args:
-        documents: at least one.
+        documents: At least one document.
         batch_size: B.
-        seed: of the order; None keeps the documents by length, for evaluation.
-        bounds: of the buckets; by `bucket_bounds` if None. Documents longer than the last
-            get one more bucket.
-        steps_per_call: K, of which no more than eight are taken; it does not change the order.
+        seed: Random seed of the order; None sorts documents by length, for evaluation.
+        bounds: Padded lengths; None uses `bucket_bounds`. Longer documents get one more bound.
+        steps_per_call: K, at most 8; does not change the order.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))
         >>> stream = BatchStream(docs, batch_size=2)
-        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.chunks(0, 1)]
+        >>> stream.steps_per_epoch, [chunk.batches.words.shape for chunk in stream.chunks(0, 1)]
         (1, [(1, 2, 12)])
     """
 
@@ -282,115 +236,139 @@ class BatchStream:
         if steps.max() > bounds[-1]:
             bounds = (*bounds, -(-int(steps.max()) // ROUND) * ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed
-        self.bounds, self.steps_per_call = bounds, min(steps_per_call, _GROUP)
-        bucket = np.searchsorted(np.array(bounds), steps)
+        self.bounds, self.steps_per_call = bounds, min(steps_per_call, _RUN)
         by_length = np.argsort(steps, kind="stable")
-        self._buckets = [by_length[bucket[by_length] == i] for i in range(len(bounds))]
-        filled = filled_batches(np.cumsum([len(rows) for rows in self._buckets]), batch_size)
-        self._batches = np.diff(filled, prepend=0).tolist()  # of each bucket
+        ends = np.searchsorted(steps[by_length], bounds, "right")
+        self._buckets = np.split(by_length, ends[:-1])
+        self._batches = np.diff(_count_batches(ends, batch_size), prepend=0).tolist()  # per bucket
         self.steps_per_epoch = sum(self._batches)
         self.tokens_per_epoch = int(documents.lengths.sum())
 
     @property
     def padding(self) -> float:
-        """The share of steps, filler rows among them, that hold no token."""
+        """Fraction of all positions, filler rows included, that hold no token."""
         pairs = zip(self._batches, self.bounds, strict=True)
-        steps = sum(batches * self.batch_size * bound for batches, bound in pairs)
-        return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / steps
+        positions = sum(batches * self.batch_size * bound for batches, bound in pairs)
+        return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / positions
+
+    def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
+        """See `Stream.chunks`."""
+        epoch, skip = divmod(first, self.steps_per_epoch)
+        while first < last:
+            for bound, batches in self._epoch(epoch):
+                batches, skip = batches[skip:][: last - first], max(0, skip - len(batches))
+                for i in range(0, len(batches), self.steps_per_call):
+                    yield self._stack(batches[i : i + self.steps_per_call], bound, rows)
+                first += len(batches)
+            epoch += 1
+
+    dispatches = renamed_method("dispatches", "chunks")
+
+    def document_indices(self, step: int) -> np.ndarray:
+        """See `Stream.document_indices`."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return [indices for _, batches in self._epoch(epoch) for indices in batches][i]
 
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
-        if self.documents.spellings is not None:
-            looked = self.chunks(0, min(_LOOKED, self.steps_per_epoch))
-            shaped = {(b.words.shape, b.unique_words and b.unique_words.first.shape): b for b, _ in looked}
-            return list(shaped.values())
+        if self.documents.character_ids is not None:
+            chunks = self.chunks(0, min(_SAMPLED_STEPS, self.steps_per_epoch))
+            found = {(b.words.shape, b.unique_words and b.unique_words.first.shape): b for b, _ in chunks}
+            return list(found.values())
         buckets = zip(self.bounds, self._buckets, self._batches, strict=True)
-        return [self._stack([rows[: self.batch_size]], bound, ALL).batches for bound, rows, n in buckets if n]
+        return [
+            self._stack([indices[: self.batch_size]], bound, ALL).batches
+            for bound, indices, n in buckets
+            if n
+        ]
 
     def order(self) -> np.ndarray:
-        """The documents' numbers ``[N]`` in the order of the first epoch's rows, fillers left out."""
-        return np.concatenate([rows for _, batches in self._epoch(0) for rows in batches])
+        """Return the document numbers ``[N]`` in the order of the first epoch."""
+        return np.concatenate([indices for _, batches in self._epoch(0) for indices in batches])
 
     def _epoch(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
-        """An epoch's groups in order, each a bound and its batches' documents."""
+        """Return runs of batches with one bound: the bound, and the document numbers of each batch."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
-        groups, left = [], np.array([], int)
-        for bound, rows, count in zip(self.bounds, self._buckets, self._batches, strict=True):
-            rows = np.concatenate([left, rows])
-            rows = rows if rng is None else rng.permutation(rows)
-            batches = [rows[i * self.batch_size :][: self.batch_size] for i in range(count)]
-            left = rows[count * self.batch_size :]
-            if rng is not None:  # the part-filled batch must not always be the bucket's last
+        runs, leftover = [], np.array([], int)
+        for bound, bucket, count in zip(self.bounds, self._buckets, self._batches, strict=True):
+            indices = np.concatenate([leftover, bucket])
+            indices = indices if rng is None else rng.permutation(indices)
+            batches = [indices[i * self.batch_size :][: self.batch_size] for i in range(count)]
+            leftover = indices[count * self.batch_size :]
+            if rng is not None:  # the partly filled batch must not always be the bucket's last
                 batches = [batches[i] for i in rng.permutation(len(batches))]
-            groups += [(bound, batches[i : i + _GROUP]) for i in range(0, len(batches), _GROUP)]
-        return groups if rng is None else [groups[i] for i in rng.permutation(len(groups))]
+            runs += [(bound, batches[i : i + _RUN]) for i in range(0, len(batches), _RUN)]
+        return runs if rng is None else [runs[i] for i in rng.permutation(len(runs))]
 
-    def rows(self, step: int) -> np.ndarray:
-        """``[N]`` which documents the batch of a step holds, counted from the first epoch."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return [rows for _, batches in self._epoch(epoch) for rows in batches][place]
-
-    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
-        """See `Stream.chunks`."""
-        step = first
-        while step < last:
-            epoch, start = divmod(step, self.steps_per_epoch)
-            position = epoch * self.steps_per_epoch
-            for bound, batches in self._epoch(epoch):
-                skip, position = step - position, position + len(batches)
-                if position <= step:
-                    continue
-                enabled = batches[skip : skip + last - step]
-                for i in range(0, len(enabled), self.steps_per_call):
-                    yield self._stack(enabled[i : i + self.steps_per_call], bound, part)
-                step += len(enabled)
-                if step >= last:
-                    return
-
-    def _stack(self, batches: list[np.ndarray], bound: int, part: slice) -> StepChunk:
-        rows = np.full((self.steps_per_call, self.batch_size), -1)  # [K, B]
+    def _stack(self, batches: list[np.ndarray], bound: int, rows: slice) -> StepChunk:
+        indices = np.full((self.steps_per_call, self.batch_size), -1)  # [K, B]
         for k, batch in enumerate(batches):
-            rows[k, : len(batch)] = batch
-        rows[len(batches) :] = rows[0]  # never run, see Dispatch
-        return StepChunk(self.documents.batch(rows[:, part], bound, once=part == ALL), len(batches))
+            indices[k, : len(batch)] = batch
+        indices[len(batches) :] = indices[0]
+        return StepChunk(self.documents.batch(indices[:, rows], bound, unique=rows == ALL), len(batches))
 
 
-@struct.dataclass
-class Window:
-    """The next tokens of every row, in reading order; a JAX pytree.
+def _count_batches(documents: np.ndarray, batch_size: int) -> np.ndarray:
+    """Turn cumulative document counts of buckets into batch counts; leftovers join the next bucket."""
+    return np.where(documents < documents[-1], documents, documents[-1] + batch_size - 1) // batch_size
 
-    Attributes:
-        words: ``[D, B, U + 1]`` int32 ids. Forward a sentence is ``<S> w1 ... wn </S>``,
-            backward ``</S> wn ... w1 <S>``, both at the same places.
-        weight: ``[D, B, U]`` float32: 1 where the next token is to be predicted, 0 from a
-            sentence's last mark to the next one's first.
-        chars: ``[D, B, U, C]`` int32 of all but the last token, or None.
-        distinct: a `UniqueWords` of just these words, so that each is spelled once; or None.
+
+def bucket_bounds(
+    lengths: np.ndarray, batch_size: int = 1, max_buckets: int = 12, bucket_cost: int = 20_000
+) -> tuple[int, ...]:
+    """Return the padded lengths with the fewest positions per epoch, by dynamic programming.
+
+    Args:
+        lengths: Steps per document ``[N]``, at least one.
+        batch_size: B.
+        max_buckets: Maximum number of bounds.
+        bucket_cost: Positions per epoch that another bucket must save to be worth its compilation.
+
+    Example:
+        >>> bucket_bounds(np.repeat([3, 4, 20], [9000, 9000, 9000]))
+        (4, 20)
     """
-
-    words: Any
-    weight: Any
-    chars: Any = None
-    unique_words: Any = None
-    ROWS: ClassVar[int] = 1  # the axis of B
+    counts = np.bincount(-(-lengths // ROUND))
+    bound = np.flatnonzero(counts)  # candidates, in units of ROUND
+    below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each candidate
+    # span[j, i]: positions of one bucket over candidates i to j. costs[k][j]: fewest positions of all
+    # documents up to candidate j in k + 1 buckets, of which the last starts at candidate starts[k][j].
+    batches = _count_batches(below, batch_size)
+    span = (batches[1:, None] - batches[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
+    span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
+    costs, starts = [span[:, 0]], [np.zeros(len(bound), int)]
+    for _ in range(1, min(max_buckets, len(bound))):
+        total = np.concatenate([[np.inf], costs[-1][:-1]])[None] + span
+        costs.append(total.min(1))
+        starts.append(total.argmin(1))
+    buckets = int(np.argmin([cost[-1] + bucket_cost * k for k, cost in enumerate(costs)]))
+    bounds, j = [], len(bound) - 1
+    for k in range(buckets, -1, -1):
+        bounds.append(int(bound[j]) * ROUND)
+        j = int(starts[k][j]) - 1
+    return tuple(reversed(bounds))
 
 
 class ContiguousStream:
-    """Documents as windows; the window of a step is a function of (seed, step) alone.
+    """Windows of running text; the window of a step depends on (seed, step) alone.
 
-    What is left of an epoch's stream after the last whole window is not read.
+    The sentences of an epoch, end to end in random order, are cut into B equal rows. A window
+    continues the previous one in every row. Tokens after the last complete window are unused.
 
     Args:
-        documents: at least B (U + 1) tokens, marks among them.
+        documents: Sentences, with at least B (U + 1) tokens including ``<S>`` and ``</S>``.
         batch_size: B.
         unroll: U.
-        seed: of the order of sentences.
+        seed: Random seed of the order of sentences.
         steps_per_call: K.
+
+    Raises:
+        InputError: There are too few tokens for one window.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
         >>> stream = ContiguousStream(docs, batch_size=2, unroll=3, seed=0)
-        >>> stream.steps_per_epoch, [d.batches.words.shape for d in stream.chunks(0, 2)]
+        >>> stream.steps_per_epoch, [chunk.batches.words.shape for chunk in stream.chunks(0, 2)]
         (2, [(1, 2, 2, 4), (1, 2, 2, 4)])
     """
 
@@ -400,67 +378,65 @@ class ContiguousStream:
         self.documents, self.batch_size, self.unroll = documents, batch_size, unroll
         self.seed, self.steps_per_call = seed, steps_per_call
         total = int(documents.offsets[-1]) + 2 * len(documents)
-        self.stretch = total // batch_size  # tokens a row
-        self.steps_per_epoch = (self.stretch - 1) // unroll
+        self.tokens_per_row = total // batch_size
+        self.steps_per_epoch = (self.tokens_per_row - 1) // unroll
         if self.steps_per_epoch < 1:
-            raise ValueError(f"{total} tokens are too few for {batch_size} rows of {unroll + 1}")
+            problem = f"{total} tokens are too few for {batch_size} rows of {unroll + 1}"
+            raise InputError(f"{problem}; lower `batch_size` or `unroll`, or give more text")
         self.tokens_per_epoch = self.steps_per_epoch * unroll * batch_size
-        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._cached_order: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def chunks(self, first: int, last: int, part: slice = ALL) -> Iterator[StepChunk]:
-        """See `elmo_jax.data.batching.Stream.chunks`."""
-        step = first
-        while step < last:
-            left = self.steps_per_epoch - step % self.steps_per_epoch
-            count = min(self.steps_per_call, left, last - step)
-            made = [self._ids(step + i, part) for i in range(count)]
-            made += [made[0]] * (self.steps_per_call - count)  # never run, see Dispatch
-            yield StepChunk(self._read(part, *map(np.stack, zip(*made, strict=True))), count)
-            step += count
+    def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
+        """See `Stream.chunks`."""
+        k = np.arange(self.steps_per_call)
+        while first < last:
+            epoch, i = divmod(first, self.steps_per_epoch)
+            count = min(self.steps_per_call, self.steps_per_epoch - i, last - first)
+            yield StepChunk(self._read(epoch, i + np.where(k < count, k, 0), rows), count)
+            first += count
+
+    def window(self, step: int, rows: slice = ALL) -> Window:
+        """Return the window of a step, or some rows of it."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self._read(epoch, np.array(i), rows)
+
+    def document_indices(self, step: int) -> np.ndarray:
+        """See `Stream.document_indices`."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return np.unique(self._locate(epoch, np.array(i), ALL)[0])
 
     def shapes(self) -> list[Any]:
-        """See `Stream.shapes`; windows have one, but for how many words differ."""
+        """See `Stream.shapes`; all windows have one shape, except for their `UniqueWords`."""
         return []
 
-    def rows(self, step: int) -> np.ndarray:
-        """``[N]`` the documents that a step reads of, counted from the first epoch."""
-        return np.unique(self._places(step, ALL)[0])
+    def _read(self, epoch: int, steps: np.ndarray, rows: slice) -> Window:
+        """Return the windows of these steps of an epoch, with leaves ``[*steps.shape, D, B, ...]``."""
+        document, position = self._locate(epoch, steps, rows)
+        start = np.asarray(self.documents.offsets[document])
+        n = np.asarray(self.documents.offsets[document + 1]) - start
+        inner = (position > 0) & (position <= n)
+        directions = []
+        for index, begin, end in ((position - 1, BOS, EOS), (n - position, EOS, BOS)):
+            words = np.where(position == 0, np.int32(begin), np.int32(end))
+            words[inner] = self.documents.ids[(start + index)[inner]]
+            directions.append(words)
+        ids = np.stack(directions, axis=-3)
+        weight = np.stack([position <= n] * DIRECTIONS, axis=-3)[..., :-1].astype(np.float32)
+        characters = self.documents.characters(ids[..., :-1], 3 if rows == ALL else None)
+        return Window(self.documents.known_words(ids), weight, *characters)
 
-    def _places(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The document and the place in it of every token of a step's window, each ``[B, U + 1]``."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        order, begins = self._order(epoch)
-        rows = np.arange(self.batch_size)[part] * self.stretch + i * self.unroll
-        place = np.arange(self.unroll + 1)[None] + rows[:, None]  # in the stream
-        sentence = np.searchsorted(begins, place, "right") - 1
-        return order[sentence], place - begins[sentence]
-
-    def window(self, step: int, part: slice = ALL) -> Window:
-        """The window of a step, or these rows of it."""
-        return self._read(part, *self._ids(step, part))
-
-    def _read(self, part: slice, ids: np.ndarray, weight: np.ndarray) -> Window:
-        """Windows of token ids ``[..., D, B, U + 1]``, all rows of a step or this part."""
-        with_characters = self.documents.spell(ids[..., :-1], 3 if part == ALL else None)
-        return Window(self.documents.as_classes(ids), weight, *with_characters)
-
-    def _ids(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids ``[D, B, U + 1]`` and weights of a step's window."""
-        document, within = self._places(step, part)
-        begin = np.asarray(self.documents.offsets[document])
-        n = np.asarray(self.documents.offsets[document + 1]) - begin
-        inner = (within > 0) & (within <= n)
-        ids = np.empty((DIRECTIONS, *within.shape), np.int32)
-        for d, (at, marks) in enumerate(((within - 1, (BOS, EOS)), (n - within, (EOS, BOS)))):
-            ids[d] = np.where(within == 0, marks[0], marks[1])
-            ids[d][inner] = self.documents.ids[(begin + at)[inner]]
-        weight = (within <= n)[:, :-1].astype(np.float32)  # the last mark predicts nothing
-        return ids, np.repeat(weight[None], DIRECTIONS, axis=0)
+    def _locate(self, epoch: int, steps: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return every token's document and its position in the document, each ``[..., B, U + 1]``."""
+        order, starts = self._order(epoch)
+        row_starts = np.arange(self.batch_size)[rows, None] * self.tokens_per_row
+        positions = row_starts + steps[..., None, None] * self.unroll + np.arange(self.unroll + 1)
+        sentence = np.searchsorted(starts, positions, "right") - 1
+        return order[sentence], positions - starts[sentence]
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's sentences in order, and where in the stream each begins."""
-        if self._drawn is None or self._drawn[0] != epoch:
+        """Return the epoch's order of sentences, and the position at which each begins."""
+        if self._cached_order is None or self._cached_order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
             lengths = self.documents.lengths[order] + 2
-            self._drawn = epoch, order, np.cumsum(lengths) - lengths
-        return self._drawn[1:]
+            self._cached_order = epoch, order, np.cumsum(lengths) - lengths
+        return self._cached_order[1:]

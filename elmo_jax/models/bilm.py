@@ -110,9 +110,9 @@ class BiLM(nn.Module):
         """Character ids ``[..., C]`` to token vectors ``[..., E]``, words known to differ spelled once."""
         if unique_words is None:
             return self.embedder(chars)
-        if unique_words.place.shape != chars.shape[:-1]:
+        if unique_words.inverse.shape != chars.shape[:-1]:
             raise ValueError("a batch's `unique_words` is of other words; put None in its place")
-        # A group at a time, so that no bit depends on how many groups there are; see `characters.SPELLED`.
+        # A group at a time, so that no bit depends on how many groups there are; see `characters.GROUP_SIZE`.
         spell = nn.scan(
             lambda embedder, carry, words: (carry, embedder(words)),
             variable_broadcast="params",
@@ -122,7 +122,7 @@ class BiLM(nn.Module):
         vectors = vectors.reshape(-1, vectors.shape[-1])
         # The gradients of a frequent word's places are many: no sum for bfloat16.
         sums = np.promote_types(vectors.dtype, np.float32)
-        return vectors.astype(sums)[unique_words.place].astype(vectors.dtype)
+        return vectors.astype(sums)[unique_words.inverse].astype(vectors.dtype)
 
     def contextualize(
         self, x: Array, lengths: Array, state: tuple[State, ...] | None = None, train: bool = False

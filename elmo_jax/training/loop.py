@@ -291,7 +291,7 @@ def _not_finite(told: str, position: Position, state: TrainState, stream: Stream
     """What is known of the steps that were skipped."""
     rates = optax.tree.get(state.opt_state, "hyperparams", {})
     rate = f"learning rate {float(rates['learning_rate']):g}, " if "learning_rate" in rates else ""
-    rows = ", ".join(map(str, stream.rows(position.step - 1)))
+    rows = ", ".join(map(str, stream.document_indices(position.step - 1)))
     read = f"{rate}documents {rows}" if rows else rate.rstrip(", ")
     read = f" ({read})" if read else ""
     return InputError(f"the loss or a gradient was not finite {told}{read}; {run.steps.slower()}")

@@ -27,7 +27,7 @@ from jax import Array
 from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, Documents, StepChunk, Window
-from elmo_jax.data.characters import unique_words
+from elmo_jax.data.characters import find_unique_words
 from elmo_jax.models.bilm import zero_state
 from elmo_jax.models.lstm import LSTM, Kernel
 from elmo_jax.ops.lstm import Clips
@@ -370,7 +370,7 @@ def _official(case: Case, arrays: Arrays) -> Built:
     model = model_of(case)
     task, optimizer = bilm_training(model, _settings(case), 1, case.negatives, windows=True)
     words, weight, chars, types = (_time_last(arrays[name]) for name in ("words", "weight", "chars", "types"))
-    window = Window(words, weight, chars, unique_words(types, axes=3))
+    window = Window(words, weight, chars, find_unique_words(types, axes=3))
 
     def begin(params: Any) -> TrainState:
         carry = {"state": zero_state(model.config, case.batch)}

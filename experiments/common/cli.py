@@ -337,8 +337,8 @@ def _again(config: type, prog: str) -> str:
 def _reason(error: Exception, config: type) -> str:
     """An error that a user can mend in one line; any other is raised again, a defect."""
     again = "go on with --resume" if hasattr(config, "resume") else "run it again"
-    if isinstance(error, InputError):
-        return " ".join(str(error).split())
+    if isinstance(error, InputError):  # the library names arguments, a command its flags
+        return re.sub(r"`(\w+)`", lambda name: flag_of(name[1]), " ".join(str(error).split()))
     if isinstance(error, BrokenPipeError):
         return f"what reads this command's output has gone; {again}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):

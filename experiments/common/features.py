@@ -17,6 +17,7 @@ from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLMConfig
 from elmo_jax.models.classifier import Features, static_features
 from elmo_jax.models.combiners import CombinerConfig, OneLayer, make_combiner
+from elmo_jax.models.embedders import with_device_group_size
 from elmo_jax.models.lstm import Kernel
 from elmo_jax.storage.files import check_files, read_config, structure
 from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
@@ -155,6 +156,8 @@ def _labelled(
             "was made from other texts than its data set holds now; make it anew, or give another --dataset"
         )
         raise InputError(f"{run}: {told}")
+    parts = ("train", "validation", "test")
+    data = replace(data, **{name: with_device_group_size(getattr(data, name)) for name in parts})
     return thinned(data, config.labels, seed)
 
 
@@ -182,5 +185,5 @@ def thinned(data: Dataset, labels: float, seed: int) -> Dataset:
     """
     if labels == 1:
         return data
-    few = {name: getattr(data, name).share(labels, seed) for name in ("train", "validation")}
+    few = {name: getattr(data, name).subset(labels, seed) for name in ("train", "validation")}
     return replace(data, **few)

@@ -12,6 +12,7 @@ from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_co
 from elmo_jax.data.csv_dataset import DataConfig, load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
+from elmo_jax.models.embedders import with_device_group_size
 from elmo_jax.training.loop import ProgressBar
 
 
@@ -48,10 +49,7 @@ class Texts:
         """The training part in batches."""
         if config.batching == "sentences":
             return BatchStream(self.train, batch_size, seed, steps_per_call=k)
-        try:
-            return ContiguousStream(self.train, batch_size, config.unroll, seed, k)
-        except ValueError as error:
-            raise InputError(f"{error}; lower --batch-size or --unroll, or give more text") from None
+        return ContiguousStream(self.train, batch_size, config.unroll, seed, k)
 
 
 def load_texts(
@@ -72,7 +70,8 @@ def load_texts(
         if config.valid_corpus is not None or config.vocab is not None:
             raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
         made = load_dataset(data, with_characters=with_characters, keep=portion is None)
-        return Texts(made.train, made.validation, made.vocabulary, made.digest)
+        parts = with_device_group_size(made.train), with_device_group_size(made.validation)
+        return Texts(*parts, made.vocabulary, made.digest)
     if data.dataset != DataConfig.dataset or data.data_dir is not None:
         raise InputError("--corpus stands in place of --dataset and --data-dir; give one or the other")
     if config.valid_corpus is None:
@@ -81,12 +80,13 @@ def load_texts(
     vocabulary = _vocabulary(data, config, config.corpus, keep=portion is None)
     if portion is not None:
         train, share = read_beginning(config.corpus, vocabulary, with_characters, portion)
-        train = _cut(train, data, config)
+        train = _cut(with_device_group_size(train), data, config)
         return Texts(train, train, vocabulary, "", share)
     parts = []
     for pattern in (config.corpus, config.valid_corpus):
         with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as meter:
-            parts.append(load_corpus(pattern, vocabulary, with_characters, meter.add))
+            part = load_corpus(pattern, vocabulary, with_characters, meter.add)
+            parts.append(with_device_group_size(part))
     train, held_out = _cut(parts[0], data, config), parts[1]
     longest = int(np.max(held_out.lengths))
     if longest > data.max_length:
@@ -120,4 +120,4 @@ def _cut(train: Documents, data: DataConfig, config: CorpusConfig) -> Documents:
             "(--max-length)",
             stacklevel=3,
         )
-    return replace(train, longest=data.max_length)
+    return replace(train, max_length=data.max_length)

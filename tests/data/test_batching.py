@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from elmo_jax.data import batching as buckets
 from elmo_jax.data.batching import Batch, BatchStream, bucket_bounds
 from elmo_jax.parallel import feed
 
@@ -61,18 +60,19 @@ def test_bounds_are_the_best_there_are(lengths, most, price, rows):
         for k in range(min(most, len(candidates)))
         for lower in combinations(candidates[:-1], k)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "_PRICE", price)
-        found = bucket_bounds(array, rows, most)
+    found = bucket_bounds(array, rows, most, price)
     assert cost(found) == min(map(cost, every))
     assert list(found) == sorted(set(found)) and len(found) <= most
 
 
 @pytest.mark.parametrize("with_characters", [False, True])
 def test_batches_are_made_at_once_as_one_by_one(documents, rng, with_characters):
-    spellings = rng.integers(1, 9, (50, 3)).astype(np.int32) if with_characters else None
     documents = replace(
-        documents, spellings=spellings, classes=40, longest=20, labels=documents.labels + np.int32(1)
+        documents,
+        character_ids=rng.integers(1, 9, (50, 3)).astype(np.int32) if with_characters else None,
+        vocabulary_size=40,
+        max_length=20,
+        labels=documents.labels + np.int32(1),
     )
     rows = np.full((3, 5), -1)
     rows[0], rows[1, :2] = rng.integers(0, len(documents), 5), (7, 3)
@@ -85,7 +85,7 @@ def test_batches_are_made_at_once_as_one_by_one(documents, rng, with_characters)
             got = getattr(made, name)[k]
             np.testing.assert_array_equal(got, getattr(want, name))
             assert got.dtype == getattr(want, name).dtype
-        words, (chars, _) = documents.as_classes(want.words), documents.spell(want.words, axes=None)
+        words, (chars, _) = documents.known_words(want.words), documents.characters(want.words, axes=None)
         np.testing.assert_array_equal(made.words[k], words)
         assert made.words.dtype == words.dtype == np.int32
         assert (made.chars is None) == (chars is None)

@@ -45,7 +45,7 @@ def test_a_store_holds_every_sentence_and_spells_unknown_words(shards, vocabular
     from elmo_jax.data.characters import character_ids
 
     flat = [w for line in LINES for w in line.split()]
-    np.testing.assert_array_equal(documents.spellings[documents.ids], character_ids(flat))
+    np.testing.assert_array_equal(documents.character_ids[documents.ids], character_ids(flat))
 
 
 def test_a_stopped_store_goes_on_at_its_shard(shards, vocabulary, tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_stopped_store_goes_on_at_its_shard(shards, vocabulary, tmp_path, monk
         load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
     again = load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
     assert read == ["a.txt", "b.txt.gz", "b.txt.gz"]
-    for name in ("ids", "offsets", "spellings"):
+    for name in ("ids", "offsets", "character_ids"):
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
     load_corpus(shards, vocabulary, folder=tmp_path / "two")
     assert len(read) == 3
@@ -138,11 +138,11 @@ def test_a_portion_is_what_the_store_begins_with(shards, vocabulary, tmp_path, t
     n = part.offsets[-1]
     np.testing.assert_array_equal(part.ids, whole.ids[:n])
     np.testing.assert_array_equal(part.offsets, whole.offsets[: lines + 1])
-    np.testing.assert_array_equal(part.spellings[part.ids], whole.spellings[whole.ids[:n]])
+    np.testing.assert_array_equal(part.character_ids[part.ids], whole.character_ids[whole.ids[:n]])
 
 
 def test_long_sentences_are_cut_in_rows_alone(documents):
-    cut = replace(documents, longest=5)
+    cut = replace(documents, max_length=5)
     assert cut.lengths.tolist() == np.minimum(documents.lengths, 5).tolist()
     rows = np.array([3, 0, 7])
     for a in (cut.batch(rows, 7), cut.take(rows).batch(np.arange(3), 7)):
@@ -165,7 +165,7 @@ def test_windows_are_the_sentences_end_to_end(documents, unroll):
     for place in at:
         predicts[place] = 0.0
     for b in (0, 1):
-        start = b * stream.stretch
+        start = b * stream.tokens_per_row
         for s, window in enumerate(windows):
             here = slice(start + s * unroll, start + (s + 1) * unroll + 1)
             assert window.words[0, b].tolist() == forward[here]

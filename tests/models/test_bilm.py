@@ -186,15 +186,13 @@ def test_characters_in_bfloat16_need_no_promotion_of_dtypes():
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 3e-3)])
 @pytest.mark.parametrize("windows", [False, True])
-def test_words_spelled_once_are_the_words_spelled_each_time(
-    documents, rng, monkeypatch, windows, dtype, near
-):
-    monkeypatch.setattr(characters, "SPELLED", 8)
+def test_words_spelled_once_are_the_words_spelled_each_time(documents, rng, windows, dtype, near):
     cnn = CharCNNConfig(filters=((1, 3), (2, 4)), character_features=3, highway=1)
     config = BiLMConfig(embedding=4, cells=4, layers=1, input="characters", characters=cnn, dtype=dtype)
     model = BiLM(config, 40)
-    spellings = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
-    documents = replace(documents, spellings=spellings, classes=40)  # some words are but spelled apart
+    character_ids = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
+    # Ids from 40 on differ in their characters alone.
+    documents = replace(documents, character_ids=character_ids, vocabulary_size=40, group_size=8)
     if windows:
         stream, task = (
             ContiguousStream(documents, 6, 5, seed=0, steps_per_call=2),
@@ -205,12 +203,12 @@ def test_words_spelled_once_are_the_words_spelled_each_time(
     params = init_params(model, jax.random.key(0))
     params |= {"state": zero_state(model.config, 6)} if windows else {}
     batch = jax.tree.map(lambda a: a[0], next(stream.chunks(0, 2)).batches)
-    assert len(batch.unique_words.first) < batch.unique_words.place.size / 8
+    assert len(batch.unique_words.first) < batch.unique_words.inverse.size / 8
     more = batch.unique_words._replace(first=np.pad(batch.unique_words.first, ((0, 3), (0, 0))))
     loss = jax.jit(jax.value_and_grad(lambda params, batch: task(params, batch, jax.random.key(1))[0]))
-    unread = np.ones(batch.unique_words.place.size, bool)
+    unread = np.ones(batch.unique_words.inverse.size, bool)
     unread[batch.unique_words.first.ravel()] = False
-    spoilt = np.where(unread.reshape(batch.unique_words.place.shape)[..., None], 7, batch.chars)
+    spoilt = np.where(unread.reshape(batch.unique_words.inverse.shape)[..., None], 7, batch.chars)
     once, padded, each = (
         loss(params, replace(batch, unique_words=d)) for d in (batch.unique_words, more, None)
     )
@@ -232,7 +230,7 @@ def test_gradients_of_a_frequent_word_are_summed_in_float32():
     model = BiLM(BiLMConfig(embedding=4, cells=4, input="characters", characters=cnn, dtype="bfloat16"), 9)
     often = 1024  # times 1 is more than bfloat16 counts to
     batch = Batch.of([[4] * often]).replace(chars=np.ones((1, often + 2, 50), np.int32))
-    batch = batch.replace(unique_words=characters.unique_words(np.asarray(batch.words), axes=2))
+    batch = batch.replace(unique_words=characters.find_unique_words(np.asarray(batch.words), axes=2))
     params = init_params(model, jax.random.key(0))
     total = lambda params: jnp.sum(model.apply({"params": params}, batch, method="read")[0].astype(float))  # noqa: E731
     bias = jax.grad(total)(params)["embedder"]["projection_bias"]

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from processes import PROCESSES, finish
 
 from elmo_jax.config import OptimizerConfig
-from elmo_jax.data import characters
 from elmo_jax.data.batching import Batch, BatchStream, ContiguousStream, Documents
 from elmo_jax.data.characters import CHARACTERS
 from elmo_jax.errors import InputError
@@ -63,8 +62,8 @@ def texts() -> Documents:
     lengths = rng.integers(1, BOUND - 1, 56)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(4, WORDS, offsets[-1]).astype(np.int32)
-    spellings = rng.integers(0, 261, (WORDS, CHARACTERS)).astype(np.int32)
-    return Documents(ids, offsets, (np.arange(56) % 3).astype(np.int32), spellings)
+    character_ids = rng.integers(0, 261, (WORDS, CHARACTERS)).astype(np.int32)
+    return Documents(ids, offsets, (np.arange(56) % 3).astype(np.int32), character_ids, group_size=8)
 
 
 def mesh_on(count):
@@ -86,7 +85,7 @@ def language_model(mesh, optimizer, negatives=None, by_rows=True, windows=False,
         carry = {"state": zero_state(model.config, ROWS)} if windows else None
         return TrainState.create(init_params(model, jax.random.key(0)), steps, carry=carry)
 
-    documents = texts() if more.get("input") == "characters" else replace(texts(), spellings=None)
+    documents = texts() if more.get("input") == "characters" else replace(texts(), character_ids=None)
     stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_call=2)
     if windows:
         stream = ContiguousStream(documents, ROWS, UNROLL, seed=1, steps_per_call=2)
@@ -104,7 +103,7 @@ def classifier(mesh, optimizer):
     params = {"combiner": mix["params"], "classifier": weights}
     frozen = {"bilm": init_params(model, jax.random.key(0))}
     begin = Plan(lambda *given: TrainState.create(given[0], steps, given[1]), mesh, (params, frozen))
-    documents = replace(texts(), spellings=None)
+    documents = replace(texts(), character_ids=None)
     stream = BatchStream(documents, ROWS, seed=1, bounds=(BOUND,), steps_per_call=2)
     return begin, task, steps, stream, None
 
@@ -154,7 +153,6 @@ def in_child(path):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     softmax._most_rows, softmax._ROWS = lambda classes: CHUNK, 1
     tasks.FEW = 1  # Adam goes by rows
-    characters.SPELLED = 8  # one device alone spells the words that differ, so many at once
     found = {}
     ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:
@@ -333,7 +331,7 @@ def test_a_part_of_the_rows_is_what_the_whole_batch_has_there():
         whole = list(stream.chunks(0, 4))
         for part in (slice(0, 6), slice(6, 16)):
             for (all_rows, _), (rows, _) in zip(whole, stream.chunks(0, 4, part), strict=True):
-                axis = 1 + rows.ROWS
+                axis = 1 + rows.BATCH_AXIS
                 want = jax.tree.map(
                     lambda a, axis=axis, part=part: np.take(a, np.arange(ROWS)[part], axis), all_rows
                 )

@@ -107,7 +107,7 @@ def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documen
         state, records = run_fit(documents, tmp_path / "run", loss=sick)
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
     steps = range(EPOCHS * stream.steps_per_epoch)
-    hit = [(documents.lengths[stream.rows(step)] == longest).any() for step in steps]
+    hit = [(documents.lengths[stream.document_indices(step)] == longest).any() for step in steps]
     want = np.reshape(hit, (EPOCHS, -1)).sum(1)
     assert [r["skipped"] for r in records] == want.tolist() and want.all() and len(said) == EPOCHS
     assert int(state.step) == len(steps)

@@ -66,9 +66,9 @@ def test_programs_compiled_ahead_are_those_that_would_be_when_they_are_met(docum
     stream = BatchStream(documents, 4, seed=1, bounds=(12, 32), steps_per_call=3)
     met = {d.batches.words.shape for d in stream.chunks(0, stream.steps_per_epoch)}
     assert {batches.words.shape for batches in stream.shapes()} == met and len(met) == 2
-    spellings = np.arange(2500, dtype=np.int32).reshape(50, 50) % 262
-    monkeypatch.setattr(characters, "SPELLED", 4)
-    with_characters = BatchStream(replace(documents, spellings=spellings), 4, seed=1, bounds=(12, 32))
+    character_ids = np.arange(2500, dtype=np.int32).reshape(50, 50) % 262
+    spelled = replace(documents, character_ids=character_ids, group_size=4)
+    with_characters = BatchStream(spelled, 4, seed=1, bounds=(12, 32))
     shapes = lambda batches: (batches.words.shape, batches.unique_words.first.shape)  # noqa: E731
     every = {shapes(d.batches) for d in with_characters.chunks(0, with_characters.steps_per_epoch)}
     assert {shapes(batches) for batches in with_characters.shapes()} == every and len(every) > 2
@@ -120,18 +120,15 @@ def test_a_full_softmax_is_compiled_for_large_products_and_gives_what_it_gave(do
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_steps_of_spelled_words_are_the_same_however_they_are_shared_out(
-    documents, rng, monkeypatch, windows
-):
-    monkeypatch.setattr(characters, "SPELLED", 8)
+def test_steps_of_spelled_words_are_the_same_however_they_are_shared_out(documents, rng, windows):
     cnn = CharCNNConfig(filters=((1, 3), (2, 4)), character_features=3, highway=1)
     # The vectors fill a kilobyte: XLA:CPU compiles a loop over less otherwise, to other last bits.
     sizes = {"embedding": 16, "cells": 4, "layers": 1}
     config = BiLMConfig(**sizes, input="characters", characters=cnn, dtype="bfloat16")
     model = BiLM(config, 50)
     ids = np.where(np.arange(len(documents.ids)) % 300 < 150, documents.ids % 5 + 4, documents.ids)
-    spellings = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
-    documents = replace(documents, ids=ids.astype(np.int32), spellings=spellings)
+    character_ids = rng.integers(1, 262, (50, characters.CHARACTERS)).astype(np.int32)
+    documents = replace(documents, ids=ids.astype(np.int32), character_ids=character_ids, group_size=8)
     if windows:
         stream, task = ContiguousStream(documents, 4, 4, 0, steps_per_call=3), bilm_window_loss(model)
     else:
