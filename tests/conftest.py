@@ -22,12 +22,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a place for what a run's processe
 else:  # each worker its own: what another writes could be read half written
     os.environ["JAX_COMPILATION_CACHE_DIR"] += os.sep + os.environ["PYTEST_XDIST_WORKER"]
 
-import cuda
 import jax
 import numpy as np
 import pytest
 import tiny
-from jax.experimental import rnn
 from lines import LINES
 
 from elmo_jax.data.batching import Documents
@@ -63,17 +61,6 @@ def standard_promotion():
     """Optax mixes dtypes on purpose; so does a test that trains."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture
-def played(monkeypatch):
-    """CUDA, as far as the choice of a kernel goes, and cuDNN's calls played; returns the forward ones."""
-    forward = cuda.Forward()
-    cuda.pretend(monkeypatch)
-    monkeypatch.setattr(rnn, "rnn_fwd_p", forward)
-    monkeypatch.setattr(rnn, "rnn_bwd_p", cuda.Backward())
-    with jax.numpy_rank_promotion("allow"):  # in JAX's reference
-        yield forward.calls
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Time elmo_jax beside other implementations: python -m experiments.benchmark."""
+"""Speed of elmo_jax beside other implementations: python -m experiments.benchmark."""

@@ -1,188 +1,63 @@
-"""What the benchmark measures, and how fast it could be at best; plain numbers, so that any worker reads it.
+"""Benchmark cases: their shapes, their input arrays, and the least work that each one needs.
 
-Nouns: a *case* is one piece of work at one shape, done by several *peers*; its *unit* is what
-is timed; its *floor* is the time that the machine's measured rates leave for the unit's
-products and copies, phase after phase.
-Axes: B batch, T time, H cells, P width of states and token vectors, V vocabulary, S negatives.
-
-What the benchmark's figures are to reach, and whether they do.
-
-Nouns: a *goal* bounds a *figure*, a ratio or a time, of one case.
+Workers of other libraries import this module, and their memory is measured, so JAX and elmo_jax
+are imported inside the functions that need them. Axis letters are those of docs/concepts.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-Part = Literal[
-    "product", "copy", "lstm", "softmax", "step", "recipe", "fit", "official", "embed", "sgns",
-    "pretrain",
-]  # fmt: skip
+import numpy as np
+
+Part = Literal["machine", "lstm", "softmax", "step", "recipe", "fit", "official", "embed", "sgns", "pretrain"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-TIED = ("recipe", "fit")  # parts whose softmax has the token vectors' table
+Arrays = Mapping[str, np.ndarray]
+Inputs = tuple[dict[str, np.ndarray], dict[str, Any]]
+
+OURS, SCAN, REPLAY, CUDNN = "elmo_jax", "scan", "replay", "cudnn"
 DIRECTIONS = 2
-FLOAT = 4  # bytes
-_LETTERS = 50  # of a word, with what marks its ends
-OURS = "elmo_jax"
-CUDNN, SCAN, REPLAY = (
-    "cudnn",
-    "scan",
-    "replay",
-)  # jax.experimental.rnn; ours without it; fit's dispatches bare
-AG_NEWS = "ag-news"
+LEARNING_RATE = 1e-3
+ADAM_B1 = 0.9
+STEPS_PER_CALL = 8  # default of the training commands
+CHARACTERS = 50  # of a word, its begin and end symbols included
+_RESERVED = 4  # ids of padding, BOS, EOS and UNK
 
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work.
-
-    Attributes:
-        name: as ``--only`` takes it.
-        part: what kind of work.
-        peers: who does it, this library first.
-        batch, steps: B and T; of a product and a copy, `steps` is the side of the matrix.
-        cells, width: H and P; the LSTM is projected where they differ.
-        layers: a direction.
-        vocabulary: V.
-        negatives: S; None is the full softmax.
-        precision: of the products.
-        clip: bound of cells and projections.
-        skip: whether layers above the first add their input.
-        filters: width and number of the char-CNN's filters; none reads words.
-        characters: width of a character's vector.
-        sentences: of a text to embed, documents of `fit`, or a text's thousands of words for SGNS.
-    """
+    """One piece of work at one shape, done by several implementations; elmo_jax is the first one."""
 
     name: str
-    part: Part
-    peers: tuple[str, ...] = (OURS, "torch")
-    batch: int = 32
-    steps: int = 40
-    cells: int = 150
-    width: int = 150
-    layers: int = 2
-    vocabulary: int = 30_000
-    negatives: int | None = None
-    precision: Precision = "float32"
-    clip: float | None = None
-    skip: bool = False
-    filters: tuple[tuple[int, int], ...] = ()
-    characters: int = 16
-    sentences: int = 0
+    part: Part  # selects make_PART here and build_PART in the implementations' modules
+    implementations: tuple[str, ...] = (OURS, "torch")
+    batch: int = 32  # B
+    steps: int = 40  # T; the side of the matrix for part "machine"
+    cells: int = 150  # H
+    width: int = 150  # P; cells are projected where it differs from H
+    layers: int = 2  # of each direction
+    vocabulary: int = 30_000  # V
+    negatives: int | None = None  # S; None computes the full softmax
+    precision: Precision = "float32"  # of matmuls
+    clip: float | None = None  # bound of cells and projections
+    skip: bool = False  # layers above the first add their input
+    filters: tuple[tuple[int, int], ...] = ()  # width and number; () looks words up in a table
+    characters: int = 16  # width of a character vector
+    sentences: int = 0  # to embed; documents of "fit"; thousands of words of "sgns"
+
+    @property
+    def tied(self) -> bool:
+        """True where the softmax shares the table of token vectors."""
+        return self.part in ("recipe", "fit")
 
 
-class Phase(NamedTuple):
-    """Work that nothing else of the unit overlaps with."""
-
-    flops: float
-    bytes: float = 0.0
-
-
-class Rates(NamedTuple):
-    """What the machine was measured to do in a second: operations of products, and bytes copied."""
-
-    flops: float
-    bytes: float
-
-
-def lstm_flops(case: Case) -> float:
-    """Of a token's way through all layers in both directions, forward: 2 a weight."""
-    projection = case.cells * case.width if case.cells != case.width else 0
-    weights = 2 * case.width * 4 * case.cells + projection
-    return 2.0 * weights * case.layers * DIRECTIONS
-
-
-def softmax_flops(case: Case) -> float:
-    """Of a token's logits in both directions, forward; sampled ones are S and the target's."""
-    classes = case.vocabulary if case.negatives is None else case.negatives + 1
-    return 2.0 * case.width * classes * DIRECTIONS
-
-
-def spelling_flops(case: Case) -> float:
-    """Of a word's way through the char-CNN, forward."""
-    if not case.filters:
-        return 0.0
-    wide = sum(number for _, number in case.filters)
-    filters = sum(w * case.characters * number * (_LETTERS - w + 1) for w, number in case.filters)
-    return 2.0 * (filters + 2 * wide * wide + wide * case.width)
-
-
-def parameters(case: Case) -> int:
-    """Numbers that a training step updates, the two tables apart."""
-    projection = case.cells * case.width if case.cells != case.width else 0
-    lstm = 4 * case.cells * (2 * case.width + 1) + projection
-    tables = case.vocabulary * (2 * case.width + 1)  # token vectors and softmax
-    if case.part in TIED:
-        tables -= case.vocabulary * case.width  # one table for both
-    if case.filters:
-        wide = sum(number for _, number in case.filters)
-        with_characters = sum(w * case.characters * number + number for w, number in case.filters)
-        with_characters += 261 * case.characters + 2 * (wide + 1) * wide + (wide + 1) * case.width
-        tables += with_characters - case.vocabulary * case.width
-    return DIRECTIONS * case.layers * lstm + tables
-
-
-def phases(case: Case, counts: dict[str, Any]) -> list[Phase]:
-    """The unit's work, as few products and bytes as can be.
-
-    Args:
-        case: the work.
-        counts: of the unit's data: ``positions`` predicted a direction, optimiser ``steps``,
-            distinct ``types`` of words with_characters, and of the softmax ``rows`` a step names if no
-            others need be moved.
-
-    Returns:
-        Phases that follow each other. Training counts a product three times, forward and
-        for two gradients. Adam reads parameter, gradient and two moments and writes three of
-        them, 28 bytes a parameter, or 24 if only some rows have a gradient; Adagrad one moment
-        less, 20 of those rows.
-    """
-    n = float(counts.get("positions", 0))
-    if case.part == "product":
-        return [Phase(2.0 * case.steps**3)]
-    if case.part == "copy":
-        return [Phase(0.0, 2.0 * FLOAT * case.steps**2)]
-    if case.part == "lstm":
-        return [Phase(3 * n * lstm_flops(case))]
-    if case.part == "softmax":
-        return [Phase(3 * n * softmax_flops(case))]
-    if case.part == "embed":
-        return [Phase(counts["types"] * spelling_flops(case)), Phase(n * lstm_flops(case))]
-    if case.part in ("sgns", "pretrain"):
-        return []  # the latency of rows here and there, or of much beside products, of which no rate tells
-    moved = 5.0 if case.part == "official" else 7.0 if case.negatives is None else 6.0
-    left = case.vocabulary - counts.get("rows", case.vocabulary)
-    update = counts.get("steps", 1) * moved * FLOAT * (parameters(case) - left * (case.width + 1))
-    with_characters = counts.get("types", 0) * spelling_flops(case)
-    return [
-        Phase(3 * (n * lstm_flops(case) + with_characters)),
-        Phase(3 * n * softmax_flops(case)),
-        Phase(0.0, update),
-    ]
-
-
-def floor_seconds(work: list[Phase], rates: Rates) -> float:
-    """The least time for phases that follow each other, each bound by products or by bytes."""
-    return sum(max(phase.flops / rates.flops, phase.bytes / rates.bytes) for phase in work)
-
-
-_RELEASED = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
-_PLAIN = (OURS, "flax", "torch")
-_SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _RELEASED}
-
-# How a case's name ends, by precision.
-PRECISIONS: tuple[tuple[str, Precision], ...] = (
-    ("", "float32"),
-    ("-tf32", "tf32"),
-    ("-bfloat16", "bfloat16"),
-)
-
-MACHINE = (Case("product", "product", steps=2048), Case("copy", "copy", steps=8192))
-
+_ALL = (OURS, "flax", "torch")
+_FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+_SMALL: Any = {"cells": 1024, "width": 128, "clip": 3.0, "skip": True, "filters": _FILTERS}
 CASES = (
-    Case("step", "step", _PLAIN),
-    Case("lstm", "lstm", _PLAIN),
-    Case("softmax", "softmax", _PLAIN),
+    Case("step", "step", _ALL),
+    Case("lstm", "lstm", _ALL),
+    Case("softmax", "softmax", _ALL),
     Case("softmax-2048", "softmax", negatives=2048),
     Case("recipe", "recipe", negatives=2048),
     Case("fit", "fit", (OURS, REPLAY), negatives=2048, sentences=4096),
@@ -190,131 +65,258 @@ CASES = (
     Case("embed", "embed", sentences=64, **_SMALL),
     Case("sgns", "sgns", (OURS, "gensim"), width=300, sentences=300),
 )
+AG_NEWS = Case("ag-news", "pretrain", (OURS,), negatives=2048)
+QUICK = {"step": (OURS, "torch"), "lstm": _ALL, "softmax": (OURS, "torch"), "embed": (OURS, "torch")}
+PRECISIONS: dict[Precision, str] = {"float32": "", "tf32": "-tf32", "bfloat16": "-bfloat16"}  # name suffixes
 
-# With the peers that time allows.
-QUICK = {"step": (OURS, "torch"), "lstm": _PLAIN, "softmax": (OURS, "torch"), "embed": (OURS, "torch")}
 
-CUDA_MACHINE = (
-    *(Case(f"product{end}", "product", steps=8192, precision=kind) for end, kind in PRECISIONS),
-    MACHINE[1],
-)
+def machine_cases(cuda: bool) -> tuple[Case, ...]:
+    """Return the cases that measure the machine's own rates."""
+    copy = Case("copy", "machine", steps=8192)
+    if not cuda:
+        return Case("matmul", "machine", steps=2048), copy
+    kinds = PRECISIONS.items()
+    return *(Case(f"matmul{end}", "machine", steps=8192, precision=kind) for kind, end in kinds), copy
 
 
 def cuda_cases(cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """The same on a GPU: training at B 1024, in TF32 and bf16, and beside cuDNN and the scan alone.
-
-    `jax.experimental.rnn` has no bf16.
-    """
-    large = Case("step-b1024", "step", (OURS, "torch"), batch=1024)
-    more: list[Case] = []
-    for case in (*cases, large):
-        if case.part not in ("step", "lstm"):
-            more.append(case)
-            continue
-        for end, precision in PRECISIONS:
-            beside = (SCAN,) if precision == "bfloat16" else (CUDNN, SCAN)
-            beside = () if case is large else beside
-            more.append(
-                replace(case, name=f"{case.name}{end}", precision=precision, peers=(*case.peers, *beside))
-            )
-    return tuple(more)
+    """Return a GPU's cases: steps and LSTMs in every precision, beside cuDNN and the scan, and B = 1024."""
+    out: list[Case] = []
+    for case in (*cases, Case("step-b1024", "step", batch=1024)):
+        for kind, end in PRECISIONS.items() if case.part in ("step", "lstm") else ():
+            scans = (SCAN,) if kind == "bfloat16" else (CUDNN, SCAN)  # cuDNN's call has no bfloat16
+            names = case.implementations + (scans if case.batch < 1024 else ())
+            out.append(replace(case, name=case.name + end, precision=kind, implementations=names))
+        out += [case] if case.part not in ("step", "lstm") else []
+    return tuple(out)
 
 
-def needed(machine: tuple[Case, ...], cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """Those of the machine's rates that the cases are to be measured against."""
-    kinds = {case.precision for case in cases}
-    return tuple(case for case in machine if case.part == "copy" or case.precision in kinds)
-
-
-def rates_of(rates: Mapping[str, float], precision: Precision) -> Rates | None:
-    """The machine's rates in a precision, from those of its cases by name, if they were measured."""
-    product = next(f"product{end}" for end, kind in PRECISIONS if kind == precision)
-    return Rates(rates[product], rates["copy"]) if {product, "copy"} <= rates.keys() else None
-
-
-class Goal(NamedTuple):
-    """What a ratio is to reach.
+class Workload(NamedTuple):
+    """An implementation of a case, ready to run.
 
     Attributes:
-        case: the work in which this library is measured.
-        peer: whom it is compared with, None for the floor.
-        figure: "speed", or "products" (the share of the machine's product rate that useful products
-            reach), at least; "memory", "host" (the share of `fit`'s time outside compiled code) or
-            "seconds", at most.
-        bound: of the ratio.
+        check: runs the work and returns the arrays that all implementations must agree on.
+        timed: functions that do n units of work and wait for the result, each with its weight; a unit
+            takes the weighted sum of their seconds.
     """
 
-    case: str
-    peer: str | None
-    bound: float
-    figure: Literal["speed", "products", "memory", "host", "seconds"] = "speed"
+    check: Callable[[], dict[str, np.ndarray]]
+    timed: list[tuple[Callable[[int], Any], float]]
 
 
-GOALS = (
-    Goal("step", "torch", 2.2),
-    Goal("lstm", "torch", 0.9),
-    Goal("lstm", "flax", 1.5),
-    Goal("softmax", None, 0.5),
-    Goal("recipe", "torch", 8.0),
-    Goal("step", "torch", 0.5, "memory"),
-    Goal("embed", "torch", 3.0),
-    Goal("fit", REPLAY, 0.02, "host"),
-)
+class Rates(NamedTuple):
+    """Measured rates of the machine: floating-point operations of matmuls and bytes copied, per second."""
 
-CUDA_GOALS = (
-    *(Goal(f"step{end}", "torch", 2.0) for end, _ in PRECISIONS),
-    Goal("step-b1024-bfloat16", None, 0.4, "products"),
-    Goal("fit", REPLAY, 0.02, "host"),
-    Goal(AG_NEWS, None, 60.0, "seconds"),
-)
+    flops: float
+    bytes: float
 
 
-def judge(goal: Goal, cases: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What became of a goal, or None where it was not measured."""
-    peers = cases.get(goal.case, {}).get("peers", {})
-    both = peers.get(OURS, {}), peers.get(goal.peer, {})
-    value = _figure(goal, *both)
-    if value is None:
-        return None
-    low = goal.figure in ("memory", "host", "seconds")
-    met = value <= goal.bound if low else value >= goal.bound
-    said = {
-        "speed": f"{value:.0%} of the floor" if goal.peer is None else f"{value:.2f}x as fast as {goal.peer}",
-        "products": f"{value:.0%} of the machine's product rate",
-        "memory": f"peak memory {value:.2f}x {goal.peer}'s",
-        "host": f"{max(0.0, value):.1%} of fit's time outside compiled code",
-        "seconds": f"trained in {value:.0f} s",
-    }[goal.figure]
-    ratio = goal.figure == "memory" or (goal.figure == "speed" and goal.peer is not None)
-    bound = (
-        f"{goal.bound:g}x"
-        if ratio
-        else f"{goal.bound:g} s"
-        if goal.figure == "seconds"
-        else f"{goal.bound:.0%}"
-    )
-    least = "at most" if low else "at least"
-    line = f"{goal.case}: {said}, goal {least} {bound}: {'met' if met else 'missed'}"
-    if _within_noise(goal, value, *both):
-        line += " (within the noise)"
-    return {**goal._asdict(), "value": value, "met": met, "line": line}
+class Phase(NamedTuple):
+    """Work that does not overlap with another phase: floating-point operations and bytes moved."""
+
+    flops: float
+    bytes: float = 0.0
+
+    def seconds(self, rates: Rates) -> float:
+        """Return the least time, bound by the slower of matmuls and copies."""
+        return max(self.flops / rates.flops, self.bytes / rates.bytes)
 
 
-def _figure(goal: Goal, ours: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """The number that a goal bounds, of what was measured of this library and the peer."""
-    if goal.figure == "memory":
-        peaks = [record.get("peak_bytes", 0) for record in (ours, other) if "median" in record]
-        return peaks[0] / peaks[1] if len(peaks) == 2 and all(peaks) else None  # 0 is not known
-    if goal.figure == "host":
-        return 1 - other["times"] if "times" in other else None
-    if goal.peer is not None:
-        return other.get("times")
-    return ours.get({"products": "of_products", "seconds": "median"}.get(goal.figure, "of_floor"))
+def find_rates(rates: Mapping[str, float], precision: Precision) -> Rates | None:
+    """Return the machine's rates in a precision from those of its cases, if both were measured."""
+    matmul = f"matmul{PRECISIONS[precision]}"
+    return Rates(rates[matmul], rates["copy"]) if {matmul, "copy"} <= rates.keys() else None
 
 
-def _within_noise(goal: Goal, value: float, ours: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the bound lies no further from a ratio of times than the two were apart from themselves."""
-    if goal.figure in ("memory", "seconds"):
-        return False
-    times = 1 - value if goal.figure == "host" else value
-    return abs(value - goal.bound) <= times * (ours.get("spread", 0.0) + other.get("spread", 0.0))
+def least_work(case: Case, counts: Mapping[str, Any]) -> list[Phase]:
+    """Return the phases of a unit of work with the fewest operations and bytes; none if neither bounds it.
+
+    Training counts each matmul three times: forward, and for the gradients of both factors. Adam reads
+    a parameter, its gradient and two moments and writes three of them: 28 bytes a parameter, or 24
+    where only some rows have a gradient. Adagrad keeps one moment less: 20 bytes.
+    """
+    n, size = float(counts.get("positions", 0)), 4.0  # bytes of a number
+    weights = 2 * case.width * 4 * case.cells + case.cells * case.width * (case.cells != case.width)
+    lstm = n * 2.0 * weights * case.layers * DIRECTIONS
+    classes = case.vocabulary if case.negatives is None else case.negatives + 1
+    softmax = n * 2.0 * case.width * classes * DIRECTIONS
+    wide = sum(number for _, number in case.filters)
+    word = sum(w * case.characters * number * (CHARACTERS - w + 1) for w, number in case.filters)
+    words = counts.get("types", 0) * 2.0 * (word + 2 * wide * wide + wide * case.width)
+    if case.part == "machine":
+        is_copy = case.name == "copy"
+        return [Phase(0.0, 2 * size * case.steps**2) if is_copy else Phase(2.0 * case.steps**3)]
+    if case.part in ("lstm", "softmax"):
+        return [Phase(3 * (lstm if case.part == "lstm" else softmax))]
+    if case.part == "embed":
+        return [Phase(words), Phase(lstm)]
+    if case.part in ("sgns", "pretrain"):
+        return []
+    moved = 5 if case.part == "official" else 7 if case.negatives is None else 6
+    updated = counts["parameters"]
+    if "rows" in counts:  # of the softmax, its bias included, that a step updates
+        updated -= (case.vocabulary - counts["rows"]) * (case.width + 1)
+    update = Phase(0.0, counts["steps"] * moved * size * updated)
+    return [Phase(3 * (lstm + words)), Phase(3 * softmax), update]
+
+
+def make_inputs(case: Case, seed: int) -> Inputs:
+    """Return the arrays that every implementation of a case reads, and counts of a unit of work.
+
+    The counts are ``tokens`` of the text, each counted once although both directions predict it, and
+    those that `least_work` reads: predicted ``positions`` of a direction, optimizer ``steps``, distinct
+    words (``types``) of the character CNN, ``parameters``, and softmax ``rows`` that a step updates.
+    """
+    rng = np.random.default_rng(seed)
+    weights = {} if case.part in ("machine", "softmax", "sgns") else make_weights(case, rng)
+    arrays, counts = globals()[f"make_{case.part}"](case, rng)
+    return weights | arrays, counts | {"parameters": sum(w.size for w in weights.values())}
+
+
+def make_weights(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make the model's float32 parameters, of a size that keeps states and logits moderate."""
+    from experiments.benchmark.workloads import weight_shapes
+
+    out = {}
+    for name, shape in weight_shapes(case).items():
+        is_kernel = name.endswith("_kernel") or (len(shape) == 3 and name.startswith("embedder/"))
+        scale = shape[-2] ** -0.5 if is_kernel else 0.1
+        out[name] = np.float32(scale) * rng.standard_normal(shape, np.float32)
+    return out
+
+
+def is_weight(name: str) -> bool:
+    """Return True if the input of that name is a parameter of the model."""
+    return name.startswith(("embedder/", "lstm_", "softmax_"))
+
+
+def sample_words(vocabulary: int, rng: np.random.Generator, shape: Any) -> np.ndarray:
+    """Sample int32 word ids as frequent as in a text: log-uniform over the vocabulary."""
+    return (_RESERVED - 1 + np.exp(rng.random(shape) * np.log(vocabulary - _RESERVED))).astype(np.int32)
+
+
+def sample_negatives(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Sample negatives as elmo_jax does, and return them with the log of all expected counts."""
+    import jax
+
+    from elmo_jax.ops.softmax import log_uniform_negatives
+
+    sampled = log_uniform_negatives(jax.random.key(0), case.vocabulary, case.negatives or 1)
+    return np.array(sampled[0]), np.array(sampled[1])
+
+
+def sample_spellings(rng: np.random.Generator, count: int) -> list[str]:
+    """Sample words of 2 to 12 letters; the first ones are short, as frequent words are."""
+    lengths = np.minimum(12, 2 + np.log2(1 + np.arange(count)) / 2 + rng.integers(0, 4, count)).astype(int)
+    return ["".join(map(chr, rng.integers(ord("a"), ord("z") + 1, n))) for n in lengths]
+
+
+def make_machine(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make a square matrix."""
+    return {"x": rng.standard_normal((case.steps, case.steps), np.float32)}, {}
+
+
+def make_lstm(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make inputs and output gradients of both directions."""
+    shape = (case.steps, DIRECTIONS, case.batch, case.width)
+    positions = case.steps * case.batch
+    data = {name: rng.standard_normal(shape, np.float32) for name in ("x", "cotangent")}
+    return data, {"tokens": positions, "positions": positions}
+
+
+def make_softmax(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make hidden states and targets of both directions, a table, and negatives where they are sampled."""
+    positions = case.batch * case.steps
+    n, v = DIRECTIONS * positions, case.vocabulary
+    data = {
+        "hidden": rng.standard_normal((n, case.width), np.float32),
+        "table": np.float32(case.width**-0.5) * rng.standard_normal((v, case.width), np.float32),
+        "bias": np.float32(0.1) * rng.standard_normal(v, np.float32),
+        "targets": sample_words(v, rng, n),
+    }
+    if case.negatives is not None:  # given to all: another program may round to a neighbouring class
+        data["negatives"], data["log_expected"] = sample_negatives(case)
+    return data, {"tokens": positions, "positions": positions}
+
+
+def make_step(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make a full batch."""
+    words = sample_words(case.vocabulary, rng, (case.batch, case.steps + 1))
+    words[:, 0], words[:, -1] = 1, 2  # BOS and EOS
+    counts = {"tokens": case.batch * (case.steps - 1), "positions": case.batch * case.steps, "steps": 1}
+    return {"words": words, "lengths": np.full(case.batch, case.steps + 1, np.int32)}, counts
+
+
+def make_fit(case: Case, rng: np.random.Generator, documents: int = 0) -> Inputs:
+    """Make documents with the lengths of AG News's: log-normal with a median of 44 tokens."""
+    lengths = np.exp(np.log(44) + 0.39 * rng.standard_normal(documents or case.sentences))
+    offsets = np.concatenate([[0], np.cumsum(np.clip(lengths, 4, 309).astype(np.int64))])
+    data = {"ids": sample_words(case.vocabulary, rng, offsets[-1]), "offsets": offsets}
+    stream = stream_documents(case, data)
+    tokens = stream.tokens_per_epoch
+    return data, {"tokens": tokens, "positions": tokens + len(lengths), "steps": stream.steps_per_epoch}
+
+
+def stream_documents(case: Case, arrays: Arrays) -> Any:
+    """Return a `BatchStream` of the documents among the arrays."""
+    from elmo_jax.data.batching import BatchStream, Documents
+
+    labels = np.zeros(len(arrays["offsets"]) - 1, np.int32)
+    documents = Documents(arrays["ids"], arrays["offsets"], labels)
+    return BatchStream(documents, case.batch, seed=0, steps_per_call=STEPS_PER_CALL)
+
+
+def make_recipe(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make one call's batches of each bucket of an epoch as long as AG News's, and the bucket's steps."""
+    documents, counts = make_fit(case, rng, documents=78_000)
+    stream = stream_documents(case, documents)
+    steps = dict.fromkeys(stream.bounds, 0)
+    data: dict[str, np.ndarray] = {}
+    for chunk in stream.chunks(0, stream.steps_per_epoch):
+        bound = chunk.batches.words.shape[2]
+        steps[bound] += chunk.count
+        data |= {f"words:{bound}": chunk.batches.words, f"lengths:{bound}": chunk.batches.lengths}
+    return data | {"bounds": np.array(list(steps)), "steps": np.array(list(steps.values()))}, counts
+
+
+def make_official(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make a window of running text; words beyond 5,000 share character ids, which costs the same."""
+    from elmo_jax.data.characters import character_id_table
+
+    text = sample_words(case.vocabulary, rng, (case.steps + 1, case.batch))
+    words = np.stack([text, text[::-1]], axis=1)  # [T + 1, D, B]
+    table = character_id_table(["<pad>", "<S>", "</S>", "<UNK>", *sample_spellings(rng, 5000)])
+    types = words[:-1] % len(table)
+    data = {"words": words, "weight": np.ones(types.shape, np.float32), "types": types, "chars": table[types]}
+    counts = {"tokens": text[1:].size, "positions": text[1:].size, "steps": 1, "types": len(np.unique(types))}
+    return data, counts | {"rows": len(np.union1d(words, sample_negatives(case)[0]))}
+
+
+def make_embed(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make sentences of 3 to 90 words: log-normal with a median of 22."""
+    lengths = np.clip(np.exp(np.log(22) + 0.5 * rng.standard_normal(case.sentences)), 3, 90).astype(int)
+    words, tokens = sample_spellings(rng, 8000), int(lengths.sum())
+    text = np.array(words)[sample_words(len(words), rng, tokens) - _RESERVED]
+    counts = {"tokens": tokens, "positions": tokens + 2 * case.sentences, "types": len(np.unique(text)) + 2}
+    return {"text": text, "lengths": lengths}, counts
+
+
+def split_sentences(arrays: Arrays) -> list[list[str]]:
+    """Return the text of an "embed" case as sentences of tokens."""
+    return [part.tolist() for part in np.split(arrays["text"], np.cumsum(arrays["lengths"])[:-1])]
+
+
+def make_sgns(case: Case, rng: np.random.Generator) -> Inputs:
+    """Make a text."""
+    ids = sample_words(case.vocabulary, rng, case.sentences * 1000)
+    return {"ids": ids}, {"tokens": len(ids)}
+
+
+def skip_gram_loss(ids: np.ndarray, centre: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Return the loss of 4,000 pairs of neighbouring words against five fixed negatives each."""
+    rng = np.random.default_rng(0)
+    at = rng.integers(0, len(ids) - 1, 4000)
+    u = centre[ids[at]]  # [N, F]
+    noise = context[ids[rng.integers(0, len(ids), (len(at), 5))]]  # [N, S, F]
+    true = np.logaddexp(0, -(u * context[ids[at + 1]]).sum(-1))
+    return np.array((true + np.logaddexp(0, np.einsum("nf,nsf->ns", u, noise)).sum(-1)).mean())

@@ -1,19 +1,9 @@
-"""This library's side of the benchmark: each part as training and embedding run it.
-
-Nouns: a *peer's* side of a case is its `Built`: something to check and something to time.
-Axes: B batch, T time, D direction, K steps a dispatch, P width of states.
-
-What of training's time the host costs: an epoch through `fit`, and the same dispatches bare.
-
-Nouns: a *replay* calls the compiled steps of an epoch one after the other, all batches being
-on the device; what `fit` takes longer is time outside compiled code.
-
-Work that is the same for all that run in JAX: the machine's own rates, gradients, an optimiser's steps.
-"""
+"""elmo_jax's implementations of the benchmark cases, run as training and embedding run them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,70 +11,274 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.config import OptimizerConfig
-from elmo_jax.data.batching import Batch, Documents, StepChunk, Window
+from elmo_jax.data.batching import Batch, Documents, Window
 from elmo_jax.data.characters import find_unique_words
-from elmo_jax.models.bilm import zero_state
+from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
+from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.models.lstm import LSTM, Kernel
 from elmo_jax.ops.lstm import Clips
 from elmo_jax.ops.softmax import Negatives, full_nll, sampled_nll
 from elmo_jax.parallel import Plan
+from elmo_jax.training import step as training
 from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_loss, bilm_training, bilm_window_loss, init_params
-from elmo_jax.training.step import LossFn, TrainState, compile_steps, compiler_options, runs_all_steps
-from experiments.benchmark.cases import Case
-from experiments.benchmark.inputs import model_of, stream_of, weights_of
-from experiments.benchmark.runner import B1, RATE, Arrays, Built, pair_loss, sentences_of
-
-_EPOCHS = 10**6  # more than are ever timed
+from elmo_jax.training.step import TrainState, compile_steps
+from experiments.benchmark import cases
+from experiments.benchmark.cases import STEPS_PER_CALL, Arrays, Case, Workload
 
 
-class _Unsaved:
-    """A run that keeps nothing: the disk is not what is timed."""
+def make_model(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> BiLM:
+    """Return the language model of a case, without a softmax where none is needed."""
+    characters = CharCNNConfig(case.filters, case.characters, highway=1) if case.filters else CharCNNConfig()
+    config = BiLMConfig(
+        input="characters" if case.filters else "words",
+        characters=characters,
+        embedding=case.width,
+        cells=case.cells,
+        layers=case.layers,
+        skip=case.skip,
+        cell_clip=case.clip,
+        projection_clip=case.clip,
+        dropout=dropout,
+        tie=case.tied,
+        dtype="bfloat16" if case.precision == "bfloat16" else "float32",
+    )
+    return BiLM(config, 0 if case.part == "embed" else case.vocabulary, kernel)
+
+
+def weight_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of the case's model by its path."""
+    params: Any = jax.eval_shape(lambda: init_params(make_model(case), jax.random.key(0)))
+    leaves: Any = flatten_dict(params, sep="/")
+    return {name: leaf.shape for name, leaf in leaves.items()}
+
+
+def load_weights(arrays: Arrays) -> dict[str, Any]:
+    """Return the parameters among the arrays as a pytree on the device, in buffers that may be donated."""
+    weights = {n: jax.device_put(arrays[n], may_alias=False) for n in arrays if cases.is_weight(n)}
+    return unflatten_dict(jax.block_until_ready(weights), sep="/")
+
+
+def call_repeatedly(step: Callable[[], Any], n: int) -> Any:
+    """Call `step` n times and wait; a CPU waits after each call, or it would run calls side by side."""
+    out = None
+    for _ in range(n):
+        out = step()
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(out)
+    return jax.block_until_ready(out)
+
+
+def _time_gradients(loss: Any, names: list[str], args: list[Any], options: Any) -> Workload:
+    """Time a loss and its gradients; check the first of these leaves, under their names."""
+    step = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(args)))), compiler_options=options)
+
+    def check() -> dict[str, np.ndarray]:
+        return dict(zip(names, map(np.asarray, jax.tree.leaves(step(*args))), strict=False))
+
+    return Workload(check, [(lambda n: call_repeatedly(lambda: step(*args), n), 1.0)])
+
+
+def time_lstm_gradients(loss: Any, case: Case, arrays: Arrays, x: Array, options: Any = None) -> Workload:
+    """Time ``loss(weights, x)`` of an LSTM and its gradients, of which those of the weights are checked."""
+    kinds = ("bias", "input_kernel", "recurrent_kernel")
+    names = [f"d:lstm_{i}/{kind}" for i in range(case.layers) for kind in kinds]
+    return _time_gradients(loss, ["loss", *names], [load_weights(arrays), x], options)
+
+
+def time_softmax_gradients(loss: Any, arrays: Arrays, options: Any = None) -> Workload:
+    """Time ``loss(hidden, table, bias)`` of a softmax and its gradients."""
+    args = [jnp.asarray(arrays[name]) for name in ("hidden", "table", "bias")]
+    return _time_gradients(loss, ["loss", "d:hidden", "d:table", "d:bias"], args, options)
+
+
+def build_machine(case: Case, arrays: Arrays) -> Workload:
+    """Time a square matmul, or a copy that is too large for caches and donates its buffer."""
+    is_copy = case.name == "copy"
+    held = [jnp.array(arrays["x"], "bfloat16" if case.precision == "bfloat16" else "float32")]
+    compiled = jax.jit(lambda x: -x if is_copy else x @ x, donate_argnums=(0,) if is_copy else ())
+
+    def step() -> Array:
+        out = compiled(held[0])
+        if is_copy:
+            held[0] = out
+        return out
+
+    check = lambda: {"rows": np.asarray(step()[:8].astype(jnp.float32))}  # noqa: E731
+    return Workload(check, [(lambda n: call_repeatedly(step, n), 1.0)])
+
+
+def build_lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Workload:
+    """Time forward and backward passes of the LSTM layers."""
+    projection = case.width if case.width != case.cells else None
+    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
+    layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype, kernel)
+    lengths = jnp.full(case.batch, case.steps, jnp.int32)
+    x, cotangent = (jnp.asarray(_to_batch_major(arrays[name])) for name in ("x", "cotangent"))
+
+    def loss(weights: Any, x: Array) -> Array:
+        for i in range(case.layers):
+            x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
+        return jnp.sum(x.astype(jnp.float32) * cotangent)
+
+    return time_lstm_gradients(loss, case, arrays, x, training.compiler_options(matmul_bound=False))
+
+
+def _to_batch_major(a: np.ndarray) -> np.ndarray:
+    """Turn ``[T, D, B, ...]`` of the inputs into elmo_jax's ``[D, B, T, ...]``."""
+    return np.ascontiguousarray(np.moveaxis(a, 0, 2))
+
+
+def build_softmax(case: Case, arrays: Arrays) -> Workload:
+    """Time the loss and the gradients of a full or sampled softmax."""
+    targets = jnp.asarray(arrays["targets"])
+    weight = jnp.ones(len(targets), jnp.float32)
+    negatives = None
+    if case.negatives is not None:
+        negatives = Negatives(jnp.asarray(arrays["negatives"]), jnp.asarray(arrays["log_expected"]))
+
+    def loss(hidden: Array, table: Array, bias: Array) -> Array:
+        if negatives is None:
+            return full_nll(hidden, table, bias, targets, weight)[0]
+        return sampled_nll(hidden, table, bias, targets, weight, negatives)[0]
+
+    return time_softmax_gradients(loss, arrays, training.compiler_options(matmul_bound=negatives is None))
+
+
+def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
+    """Return the gradients of Adam's only step so far: those of the LSTM and of the softmax bias.
+
+    They are read from the first moments, so that nothing is compiled or stored for the check alone.
+    """
+    moments: Any = flatten_dict(optax.tree.get(opt_state, "mu"), sep="/")
+    checked = {n: m for n, m in moments.items() if n.startswith("lstm") or n == "softmax_bias"}
+    return {f"d:{name}": np.array(moment) / (1 - cases.ADAM_B1) for name, moment in checked.items()}
+
+
+def _make_objective(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> tuple[BiLM, Any, Any]:
+    """Return the model, its loss function and the optimizer."""
+    model, windows = make_model(case, dropout, kernel), case.part == "official"
+    name = "adagrad" if windows else "adam"
+    settings = OptimizerConfig(optimizer=name, learning_rate=cases.LEARNING_RATE, schedule="constant")
+    return model, *bilm_training(model, settings, 1, case.negatives, windows=windows)
+
+
+def _make_batch(arrays: Arrays, end: str = "") -> Batch:
+    lengths = arrays[f"lengths{end}"]
+    return Batch(arrays[f"words{end}"], lengths, None, (lengths > 0).astype(np.float32))
+
+
+def _time_steps(
+    case: Case, arrays: Arrays, batch: Any, kernel: Kernel = "auto", carry: Any = None
+) -> tuple[Workload, list[TrainState]]:
+    """Time training steps on one batch, compiled before there is a state, as `fit` compiles them.
+
+    Returns the workload, which checks the first losses and gradients, and a list that holds the state.
+    """
+    model, loss_fn, optimizer = _make_objective(case, kernel=kernel)
+    key = jax.random.key(0)
+    batches = jax.device_put(jax.tree.map(lambda a: np.stack([np.asarray(a)] * STEPS_PER_CALL), batch))
+    create = lambda params: TrainState.create(params, optimizer, carry=carry)  # noqa: E731
+    like = jax.eval_shape(lambda: create(init_params(model, key)))
+    call = compile_steps(loss_fn, optimizer, like, [batches])
+    held = [create(load_weights(arrays))]
+
+    def run(n: int) -> dict[str, Array]:
+        metrics: dict[str, Array] = {}
+        for start in range(0, n, STEPS_PER_CALL):
+            held[0], metrics = call(held[0], batches, min(STEPS_PER_CALL, n - start), key)
+        return jax.block_until_ready((held[0], metrics))[1]
+
+    def check() -> dict[str, np.ndarray]:
+        first = run(1)["loss"][:1]
+        gradients = first_gradients(held[0].opt_state)
+        return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
+
+    steps = STEPS_PER_CALL if training.runs_all_steps() else 1  # an accelerator runs all steps of every call
+    return Workload(check, [(lambda n: run(n * steps), 1 / steps)]), held
+
+
+def build_step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Workload:
+    """Time training steps with the full softmax and Adam."""
+    return _time_steps(case, arrays, _make_batch(arrays), kernel)[0]
+
+
+build_lstm_scan = partial(build_lstm, kernel="fast")
+build_step_scan = partial(build_step, kernel="fast")
+
+
+def build_official(case: Case, arrays: Arrays) -> Workload:
+    """Time bilm-tf's recipe without dropout; check the full softmax of the window's first two rows."""
+    words, weight, chars, types = (
+        _to_batch_major(arrays[name]) for name in ("words", "weight", "chars", "types")
+    )
+    window = Window(words, weight, chars, find_unique_words(types, axes=3))
+    model = make_model(case)
+    zero = lambda rows: {"state": zero_state(model.config, rows)}  # noqa: E731
+    workload, held = _time_steps(case, arrays, window, carry=zero(case.batch))
+
+    def check() -> dict[str, np.ndarray]:
+        rows = jax.tree.map(lambda a: a[:, :2], replace(window, unique_words=None))
+        params = {**held[0].params, **zero(2)}
+        return {"loss": np.array(jax.jit(bilm_window_loss(model))(params, rows, jax.random.key(0))[0])}
+
+    return workload._replace(check=check)
+
+
+def build_recipe(case: Case, arrays: Arrays) -> Workload:
+    """Time the default recipe in full calls; check the full softmax without dropout."""
+    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
+    call, key = compile_steps(loss_fn, optimizer), jax.random.key(0)
+    held = [TrainState.create(load_weights(arrays), optimizer)]
+    batches = [jax.device_put(_make_batch(arrays, f":{bound}")) for bound in arrays["bounds"].tolist()]
+
+    def run(batch: Batch, n: int) -> None:
+        for _ in range(n):
+            held[0], _ = call(held[0], batch, STEPS_PER_CALL, key)
+        jax.block_until_ready(held)
+
+    def check() -> dict[str, np.ndarray]:
+        first = jax.tree.map(lambda a: a[0], batches[0])
+        return {"loss": np.array(jax.jit(bilm_loss(make_model(case)))(held[0].params, first, key)[0])}
+
+    calls = arrays["steps"] / STEPS_PER_CALL
+    return Workload(check, [(partial(run, b), float(n)) for b, n in zip(batches, calls, strict=True)])
+
+
+class _NoRun:
+    """A run that saves nothing, so that the disk is not timed."""
 
     monitor = "figure"
 
-    def restore(self, template: Any) -> None:
-        del template
-
-    def save(self, state: Any, position: Any) -> None:
-        del state, position
-
-    def log(self, records: list[Any]) -> None:
-        del records
-
-    def wait(self) -> None:
-        pass
+    def restore(self, template: Any) -> None: ...
+    def save(self, state: Any, position: Any) -> None: ...
+    def log(self, records: list[Any]) -> None: ...
+    def wait(self) -> None: ...
 
 
-def _training(case: Case, arrays: Arrays) -> tuple[Plan[TrainState], Any, Any]:
-    """The state before the first step, the task of the default recipe, and the optimiser."""
-    settings = OptimizerConfig(learning_rate=RATE, schedule="constant")
-    task, optimizer = bilm_training(model_of(case, dropout=0.1), settings, 1, case.negatives)
-    return Plan(lambda: TrainState.create(weights_of(arrays), optimizer)), task, optimizer
-
-
-def build_fit(case: Case, arrays: Arrays) -> Built:
-    """Epochs of `fit`, which waits in a thread of its own until the next is asked for."""
-    begin, task, optimizer = _training(case, arrays)
-    stream = stream_of(case, arrays)
+def build_fit(case: Case, arrays: Arrays) -> Workload:
+    """Time epochs of `fit`, which runs in a thread and waits after each epoch until the next is asked for."""
+    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
+    begin = Plan(lambda: TrainState.create(load_weights(arrays), optimizer))
+    stream = cases.stream_documents(case, arrays)
     asked: SimpleQueue[None] = SimpleQueue()
     ended: SimpleQueue[Any] = SimpleQueue()
 
-    def on_epoch(_: TrainState, sums: Any) -> dict[str, Any]:
-        ended.put(sums["loss"] / sums["steps"])
+    def on_epoch(_: TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        ended.put(metrics["loss"] / metrics["steps"])
         asked.get()
         return {"figure": 0.0}
 
     def train() -> None:
         asked.get()
-        run: Any = _Unsaved()
+        no_run: Any = _NoRun()
         try:
-            fit(begin, task, optimizer, stream, run, epochs=_EPOCHS, seed=0, on_epoch=on_epoch)
+            fit(begin, loss_fn, optimizer, stream, no_run, epochs=10**6, seed=0, on_epoch=on_epoch)
         except Exception as error:
             ended.put(error)
 
@@ -99,330 +293,69 @@ def build_fit(case: Case, arrays: Arrays) -> Built:
                 raise loss
         return loss
 
-    return Built(lambda: {"loss": np.array(run(1))}, [(run, 1.0)])
+    return Workload(lambda: {"loss": np.array(run(1))}, [(run, 1.0)])
 
 
-def build_replay(case: Case, arrays: Arrays) -> Built:
-    """The first epoch's dispatches again and again."""
-    begin, task, optimizer = _training(case, arrays)
-    stream = stream_of(case, arrays)
-    dispatch, key = compile_steps(task, optimizer), jax.random.key(0)
-    placed = [StepChunk(jax.device_put(d.batches), d.count) for d in stream.chunks(0, stream.steps_per_epoch)]
-    held = [begin()]
+def build_replay(case: Case, arrays: Arrays) -> Workload:
+    """Time the compiled calls of the first epoch of `fit` again and again, all batches on the device."""
+    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
+    call, key = compile_steps(loss_fn, optimizer), jax.random.key(0)
+    stream = cases.stream_documents(case, arrays)
+    steps = stream.steps_per_epoch
+    chunks = [(jax.device_put(chunk.batches), chunk.count) for chunk in stream.chunks(0, steps)]
+    held = [TrainState.create(load_weights(arrays), optimizer)]
 
     def run(n: int) -> float:
         loss = 0.0
         for _ in range(n):
             losses = []
-            for batches, count in placed:
-                held[0], sums = dispatch(held[0], batches, count, key)
-                losses.append((sums["loss"], count))
+            for batches, count in chunks:
+                held[0], metrics = call(held[0], batches, count, key)
+                losses.append((metrics["loss"], count))
             jax.block_until_ready(held)
-            loss = sum(float(np.sum(each[:count])) for each, count in losses) / stream.steps_per_epoch
+            loss = sum(float(np.sum(each[:count])) for each, count in losses) / steps
         return loss
 
-    return Built(lambda: {"loss": np.array(run(1))}, [(run, 1.0)])
+    return Workload(lambda: {"loss": np.array(run(1))}, [(run, 1.0)])
 
 
-def repeat(step: Any, *args: Any) -> Any:
-    """What runs a compiled function n times, one after the other, and waits for all that it returns."""
-    apart = jax.default_backend() == "cpu"  # which would run them side by side; others keep their order
+def build_embed(case: Case, arrays: Arrays) -> Workload:
+    """Time `Elmo.embed` on a text whose words are new to it."""
+    from elmo_jax.elmo import Elmo  # imports HDF5 and Orbax, which a step's memory must not include
 
-    def run(n: int) -> None:
-        out = None
-        for _ in range(n):
-            out = step(*args)
-            if apart:
-                jax.block_until_ready(out)
-        jax.block_until_ready(out)
-
-    return run
-
-
-def compiled_once(step: Any, names: tuple[str, ...], *args: Any) -> Built:
-    """A function without state: its outputs are checked by name, and it is timed."""
-
-    def check() -> dict[str, np.ndarray]:
-        leaves = jax.tree.leaves(jax.block_until_ready(step(*args)))
-        return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
-
-    return Built(check, [(repeat(step, *args), 1.0)])
-
-
-def lstm_gradients(loss: Any, case: Case, arrays: Arrays, options: dict[str, Any] | None = None) -> Built:
-    """Loss and gradients of an LSTM ``(weights, x) -> loss``, named alike for all peers."""
-    weights = weights_of(arrays)
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options)
-    # Leaves come in the order of their names.
-    kinds = ("bias", "input_kernel", "recurrent_kernel")
-    names = ("loss", *(f"d:lstm_{i}/{kind}" for i in range(case.layers) for kind in kinds), "d:x")
-    return compiled_once(step, names, weights, jnp.asarray(arrays["x"]))
-
-
-def softmax_gradients(loss: Any, arrays: Arrays, options: dict[str, Any] | None = None) -> Built:
-    """Loss and gradients of a softmax ``(hidden, table, bias) -> loss``, named alike for all peers."""
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=options)
-    args = [jnp.asarray(arrays[name]) for name in ("hidden", "table", "bias")]
-    return compiled_once(step, ("loss", "d:hidden", "d:table", "d:bias"), *args)
-
-
-def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
-    """What Adam was given in its one step so far, of the LSTM and the softmax's bias.
-
-    Its first moments hold it, so that nothing is compiled or kept for the check alone.
-    """
-    moments: Any = flatten_dict(optax.tree.get(opt_state, "mu"), sep="/")
-    checked = {n: m for n, m in moments.items() if n.startswith("lstm") or n == "softmax_bias"}
-    return {f"d:{name}": np.array(moment) / (1 - B1) for name, moment in checked.items()}
-
-
-def build_product(case: Case, arrays: Arrays) -> Built:
-    """A square product, of which the machine's rate is taken."""
-    dtype = jnp.bfloat16 if case.precision == "bfloat16" else jnp.float32
-    x = jnp.asarray(arrays["x"], dtype)
-    built = compiled_once(jax.jit(lambda x: x @ x), ("product",), x)
-    # NumPy's files know no bfloat16.
-    return built._replace(check=lambda: {"product": built.check()["product"].astype(np.float32)})
-
-
-def build_copy(case: Case, arrays: Arrays) -> Built:
-    """A copy too large for any cache, of which the machine's rate is taken."""
-    del case
-    step, held = (
-        jax.jit(lambda x: -x, donate_argnums=0),
-        [jnp.array(arrays["x"])],
-    )  # memory at hand, as torch has
-
-    def run(n: int) -> np.ndarray:
-        for _ in range(n):
-            held[0] = step(held[0])
-        jax.block_until_ready(held)
-        return np.array(held[0])[:8] if n == 1 else np.zeros(0)
-
-    return Built(lambda: {"copy": run(1)}, [(run, 1.0)])
-
-
-_K = 8  # steps a dispatch, as by default
-
-
-def build_scan(case: Case, arrays: Arrays) -> Built:
-    """This library's side of a case, run by its scan."""
-    return {"lstm": _lstm, "step": _step}[case.part](case, arrays, "fast")
-
-
-def build(case: Case, arrays: Arrays) -> Built:
-    """This library's side of a case."""
-    make = {
-        "product": build_product,
-        "copy": build_copy,
-        "lstm": _lstm,
-        "softmax": _softmax,
-        "step": _step,
-        "recipe": _recipe,
-        "fit": _fit,
-        "official": _official,
-        "embed": _embed,
-        "sgns": _sgns,
-    }[case.part]
-    return make(case, arrays)
-
-
-def _fit(case: Case, arrays: Arrays) -> Built:
-    pass  # and with it Orbax
-
-    return build_fit(case, arrays)
-
-
-def _lstm(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
-    projection = case.width if case.width != case.cells else None
-    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
-    layer = LSTM(case.cells, projection, Clips(case.clip, case.clip), dtype, kernel)
-    lengths = jnp.full(case.batch, case.steps, jnp.int32)
-    cotangent = jnp.asarray(_time_last(arrays["cotangent"]))
-
-    def loss(weights: Any, x: Array) -> Array:
-        for i in range(case.layers):
-            x = layer.apply({"params": weights[f"lstm_{i}"]}, x, lengths)[0]  # type: ignore[index]
-        return jnp.sum(x.astype(jnp.float32) * cotangent)
-
-    arrays = {**arrays, "x": _time_last(arrays["x"])}
-    built = lstm_gradients(loss, case, arrays, compiler_options(matmul_bound=False))
-
-    def check() -> dict[str, np.ndarray]:
-        found = built.check()
-        return found | {"d:x": np.moveaxis(found["d:x"], 2, 0)}
-
-    return built._replace(check=check)
-
-
-def _time_last(a: np.ndarray) -> np.ndarray:
-    """Peers read ``[T, D, B, ...]``, this library ``[D, B, T, ...]``."""
-    return np.ascontiguousarray(np.moveaxis(a, 0, 2))
-
-
-def _softmax(case: Case, arrays: Arrays) -> Built:
-    targets = jnp.asarray(arrays["targets"])
-    weight = jnp.ones(len(targets), jnp.float32)
-    draw = None
-    if case.negatives is not None:  # as given: another program may round the same draw to a neighbour
-        draw = Negatives(jnp.asarray(arrays["drawn"]), jnp.asarray(arrays["log_expected"]))
-
-    def loss(hidden: Array, table: Array, bias: Array) -> Array:
-        if draw is None:
-            return full_nll(hidden, table, bias, targets, weight)[0]
-        return sampled_nll(hidden, table, bias, targets, weight, draw)[0]
-
-    return softmax_gradients(loss, arrays, compiler_options(matmul_bound=draw is None))
-
-
-def _settings(case: Case) -> OptimizerConfig:
-    kind = "adagrad" if case.part == "official" else "adam"
-    return OptimizerConfig(optimizer=kind, learning_rate=RATE, schedule="constant")
-
-
-def training(
-    loss_fn: LossFn,
-    like: TrainState,
-    begin: Callable[[], TrainState],
-    batches: Any,
-    optimizer: Any,
-    check: Callable[[TrainState], dict[str, np.ndarray]] | None = None,
-) -> Built:
-    """Steps through `compile_steps`, at most K at a time, compiled before there is a state, as `fit` does.
-
-    A CPU takes as many as are asked for: K large steps would take minutes.
-
-    Args:
-        loss_fn: the task.
-        like: a state's shapes.
-        begin: the state before the first step.
-        batches: K of them, ``[K, ...]``.
-        optimizer: as the state is made with.
-        check: of the state before the first step; else the first losses and gradients are checked.
-    """
-    key, batches = jax.random.key(0), jax.device_put(batches)
-    dispatch = compile_steps(loss_fn, optimizer, like, [batches])
-    held = [begin()]
-    most = jax.tree.leaves(batches)[0].shape[0]
-
-    def run(n: int) -> dict[str, Array]:
-        sums: dict[str, Array] = {}
-        for start in range(0, n, most):
-            held[0], sums = dispatch(held[0], batches, min(most, n - start), key)
-        return jax.block_until_ready((held[0], sums))[1]
-
-    def first_steps() -> dict[str, np.ndarray]:
-        first = run(1)["loss"][:1]
-        gradients = first_gradients(held[0].opt_state)
-        return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
-
-    whole = most if runs_all_steps() else 1  # steps that a dispatch takes however few are asked for
-    checked = first_steps if check is None else lambda: check(held[0])
-    return Built(checked, [(lambda n: run(n * whole), 1 / whole)])
-
-
-def _repeated(tree: Any) -> Any:
-    return jax.tree.map(lambda a: np.stack([np.asarray(a)] * _K), tree)
-
-
-def _batch(words: np.ndarray, lengths: np.ndarray) -> Batch:
-    return Batch(words, lengths, None, (lengths > 0).astype(np.float32))
-
-
-def _step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Built:
-    model = model_of(case, kernel=kernel)
-    task, optimizer = bilm_training(model, _settings(case), 1, case.negatives)
-    batch = _batch(arrays["words"], arrays["lengths"])
-    like = jax.eval_shape(lambda: TrainState.create(init_params(model, jax.random.key(0)), optimizer))
-    begin = lambda: TrainState.create(weights_of(arrays), optimizer)  # noqa: E731
-    return training(task, like, begin, _repeated(batch), optimizer)
-
-
-def _recipe(case: Case, arrays: Arrays) -> Built:
-    """The default recipe, timed by whole dispatches, as training takes them.
-
-    What is checked is the model, with the full softmax and no dropout.
-    """
-    task, optimizer = bilm_training(model_of(case, dropout=0.1), _settings(case), 1, case.negatives)
-    runs, first = [], None
-    dispatch, key = compile_steps(task, optimizer), jax.random.key(0)
-    held = [TrainState.create(weights_of(arrays), optimizer)]
-    for bound, steps in zip(arrays["bounds"].tolist(), arrays["steps"].tolist(), strict=True):
-        batches = jax.device_put(_batch(arrays[f"words:{bound}"], arrays[f"lengths:{bound}"]))
-        first = first or jax.tree.map(lambda a: a[0], batches)
-
-        def run(n: int, batches: Any = batches) -> None:
-            for _ in range(n):
-                held[0], _ = dispatch(held[0], batches, _K, key)
-            jax.block_until_ready(held)
-
-        runs.append((run, float(steps) / _K))
-
-    def check() -> dict[str, np.ndarray]:
-        loss = jax.jit(bilm_loss(model_of(case)))(held[0].params, first, key)[0]
-        return {"loss": np.array(loss)}
-
-    return Built(check, runs)
-
-
-def _official(case: Case, arrays: Arrays) -> Built:
-    """bilm-tf's recipe but for dropout; what is checked is the full softmax of the first two rows."""
-    model = model_of(case)
-    task, optimizer = bilm_training(model, _settings(case), 1, case.negatives, windows=True)
-    words, weight, chars, types = (_time_last(arrays[name]) for name in ("words", "weight", "chars", "types"))
-    window = Window(words, weight, chars, find_unique_words(types, axes=3))
-
-    def begin(params: Any) -> TrainState:
-        carry = {"state": zero_state(model.config, case.batch)}
-        return TrainState.create(params, optimizer, carry=carry)
-
-    def check(state: TrainState) -> dict[str, np.ndarray]:
-        rows = jax.tree.map(lambda a: a[:, :2], replace(window, unique_words=None))
-        carry = {"state": zero_state(model.config, 2)}
-        loss = jax.jit(bilm_window_loss(model))({**state.params, **carry}, rows, jax.random.key(0))[0]
-        return {"loss": np.array(loss)}
-
-    like = jax.eval_shape(lambda: begin(init_params(model, jax.random.key(0))))
-    return training(task, like, lambda: begin(weights_of(arrays)), _repeated(window), optimizer, check)
-
-
-def _embed(case: Case, arrays: Arrays) -> Built:
-    """`Elmo.embed` of a text whose words it meets for the first time."""
-    from elmo_jax.elmo import Elmo  # and with it HDF5 and Orbax, which a step's memory is not to hold
-
-    elmo = Elmo(model_of(case), weights_of(arrays), None)
-    text = sentences_of(arrays)
+    elmo, text = Elmo(make_model(case), load_weights(arrays), None), cases.split_sentences(arrays)
 
     def run(n: int) -> list[np.ndarray]:
-        out = []
+        out: list[np.ndarray] = []
         for _ in range(n):
-            elmo._words.clear()  # else a second pass would find every word's vector
+            elmo._words.clear()  # cached word vectors of the pass before
             out = list(elmo.embed(text))
         return out
 
-    return Built(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
+    return Workload(lambda: {"layers": np.concatenate(run(1), axis=1)}, [(run, 1.0)])
 
 
-def _sgns(case: Case, arrays: Arrays) -> Built:
-    """An epoch, the making of spans included; what is checked is what it ends with (see `pair_loss`)."""
+def build_sgns(case: Case, arrays: Arrays) -> Workload:
+    """Time an epoch with the making of its spans; check the loss that it reaches."""
     ids, config = arrays["ids"], SGNSConfig()
     documents = Documents(ids, np.arange(0, len(ids) + 1, 1000), np.zeros(len(ids) // 1000, np.int32))
     stream = SpanStream(documents, case.vocabulary, 4, config, seed=0)
     optimizer = sgns_optimizer(config, stream.window, stream.steps_per_epoch)
-    dispatch = compile_steps(sgns_loss(config), optimizer)
+    call, key = compile_steps(sgns_loss(config), optimizer), jax.random.key(0)
 
-    def run(n: int) -> TrainState:
-        state = None
+    def run(n: int) -> Any:
+        params = None
         for _ in range(n):
-            state = TrainState.create(sgns_init(case.vocabulary, case.width, jax.random.key(0)), optimizer)
-            for part in stream.chunks(0, stream.steps_per_epoch):
-                state, _ = dispatch(state, part.batches, part.count, jax.random.key(0))
-            jax.block_until_ready(state)
-        assert state is not None
-        return state
+            state = TrainState.create(sgns_init(case.vocabulary, case.width, key), optimizer)
+            for chunk in stream.chunks(0, stream.steps_per_epoch):
+                state, _ = call(state, chunk.batches, chunk.count, key)
+            params = jax.block_until_ready(state.params)
+        return params
 
     def check() -> dict[str, np.ndarray]:
-        tables = run(1).params
-        return {"loss": pair_loss(ids, np.asarray(tables["centre"]), np.asarray(tables["context"]))}
+        tables = run(1)
+        return {
+            "loss": cases.skip_gram_loss(ids, np.asarray(tables["centre"]), np.asarray(tables["context"]))
+        }
 
-    return Built(check, [(run, 1.0)])
+    return Workload(check, [(run, 1.0)])

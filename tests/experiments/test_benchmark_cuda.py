@@ -1,263 +1,260 @@
-"""The benchmark's CUDA side where there is no CUDA, what the host costs, and AG News."""
+"""The benchmark command from flags to results, with a GPU's cases on a machine without one."""
 
-import csv
+import json
+import struct
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import cuda
 import jax
 import numpy as np
 import pytest
-from benchmark_cases import side, tiny
+from benchmark_cases import CudnnBackward, CudnnForward, build, tiny
+from jax.experimental import rnn
 
-from elmo_jax.ops import lstm_pallas as persistent
-from experiments.benchmark import (
-    __main__ as benchmark,
-    __main__ as whole,
-    flax_baseline as jax_peers,
-    workloads as host,
-    workloads as ours,
-)
-from experiments.benchmark.__main__ import BenchmarkConfig
+from elmo_jax.ops import lstm_pallas
+from experiments.benchmark import __main__ as benchmark, flax_baseline, workloads
+from experiments.benchmark.__main__ import BenchmarkConfig, Goal, judge
 from experiments.benchmark.cases import (
+    AG_NEWS,
     CASES,
-    CUDA_GOALS,
-    CUDA_MACHINE,
     CUDNN,
-    MACHINE,
     OURS,
     REPLAY,
     SCAN,
-    Case,
-    Goal,
     Rates,
     cuda_cases,
-    judge,
-    needed,
-    rates_of,
+    find_rates,
+    machine_cases,
+    make_inputs,
 )
-from experiments.benchmark.inputs import make_inputs
-from experiments.benchmark.runner import _MAKERS, TOLERANCE, difference, results_of
+from experiments.benchmark.runner import BUILDERS, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(autouse=True)
-def _peers_mix_ranks():
+def _baselines_mix_ranks():
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
-@pytest.mark.parametrize(("name", "precision"), [("lstm", "float32"), ("lstm", "tf32"), ("step", "float32")])
-def test_cudnns_lane_computes_what_this_library_does(played, name, precision):
-    case = replace(tiny(name), precision=precision)
-    arrays, _ = make_inputs(case, seed=1)
-    played.clear()  # shapes of weights are found by tracing the model
-    expected = ours.build_scan(case, arrays).check()
-    assert played == []
-    found = jax_peers.build_cudnn(case, arrays).check()
-    assert set(played) == {(False, precision == "tf32")}
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_cudnn_baseline_computes_what_elmo_jax_computes(monkeypatch, precision):
+    forward = CudnnForward()
+    monkeypatch.setattr(rnn, "rnn_fwd_p", forward)
+    monkeypatch.setattr(rnn, "rnn_bwd_p", CudnnBackward())
+    case = replace(tiny("lstm"), precision=precision)
+    expected = build(workloads, case, "_scan").check()
+    found = build(flax_baseline, case, "_cudnn").check()
+    assert set(forward.calls) == {precision == "tf32"}
     for key, value in expected.items():
-        assert difference(found[key], value) < 1e-5, key
+        assert relative_error(found[key], value) < 1e-5, key
 
 
-@pytest.mark.parametrize("name", ["lstm", "step"])
-def test_this_library_runs_its_own_kernel_on_cuda_and_its_scan_when_asked(monkeypatch, name):
-    cuda.pretend(monkeypatch)
-    launched, launch = [], persistent._call
-    monkeypatch.setattr(persistent, "_call", lambda *args: (launched.append(args[0]), launch(*args))[1])
-    case = tiny(name)
+def test_on_cuda_elmo_jax_runs_its_kernel_and_the_scan_runs_none(monkeypatch):
+    case = replace(tiny("lstm"), layers=1)
     arrays, _ = make_inputs(case, seed=1)
-    launched.clear()
-    expected = ours.build_scan(case, arrays).check()["loss"]
+    cuda.pretend(monkeypatch)
+    launched, launch = [], lstm_pallas._call
+    monkeypatch.setattr(lstm_pallas, "_call", lambda *args: (launched.append(args[0]), launch(*args))[1])
+    expected = workloads.build_lstm_scan(case, arrays).check()["loss"]
     assert launched == []
-    assert difference(ours.build(case, arrays).check()["loss"], expected) < 1e-5
-    assert launched.count("forward") >= 2 and launched.count("backward") >= 2  # layers
+    assert relative_error(workloads.build_lstm(case, arrays).check()["loss"], expected) < 1e-5
+    assert {"forward", "backward"} <= set(launched)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_torch_stays_near_in_other_precisions(precision):
     pytest.importorskip("torch")
-    from experiments.benchmark import torch_baseline as peers
+    from experiments.benchmark import torch_baseline
 
     case = replace(tiny("step"), precision=precision)
-    expected, found = (side(module, case).check() for module in (ours, peers))
-    assert max(difference(found[name], value) for name, value in expected.items()) < TOLERANCE[precision] / 2
-    exact = side(peers, tiny("step")).check()["loss"]
-    assert np.array_equal(found["loss"], exact) == (precision == "tf32")  # which a CPU has not
+    expected, found = (build(module, case).check() for module in (workloads, torch_baseline))
+    errors = [relative_error(found[name], value) for name, value in expected.items()]
+    assert max(errors) < TOLERANCE[precision] / 2
+    exact = build(torch_baseline, tiny("step")).check()["loss"]
+    assert np.array_equal(found["loss"], exact) == (precision == "tf32")  # a CPU has no TF32
 
 
-def test_training_on_cuda_is_timed_in_each_precision_beside_what_can_do_it():
-    cases = {case.name: case for case in cuda_cases(CASES)}
-    assert cases.keys() > {case.name for case in CASES}
+def test_a_gpu_has_each_precision_and_its_baselines():
+    known = {case.name: case for case in cuda_cases(CASES)}
+    assert known.keys() > {case.name for case in CASES}
     for name in ("step", "lstm"):
-        assert {CUDNN, SCAN, "torch", OURS} <= set(cases[name].peers)
-        assert {CUDNN, SCAN, "torch", OURS} <= set(cases[f"{name}-tf32"].peers)
-        assert SCAN in cases[f"{name}-bfloat16"].peers and CUDNN not in cases[f"{name}-bfloat16"].peers
-        assert cases[f"{name}-bfloat16"].precision == "bfloat16"
-    assert cases["step-b1024-bfloat16"].batch == 1024 and "step-b1024" not in {c.name for c in CASES}
-    assert {peer for case in cases.values() for peer in case.peers} <= _MAKERS.keys()
-    assert {goal.case for goal in CUDA_GOALS} <= cases.keys() | {whole.CASE.name}
+        assert {CUDNN, SCAN, "torch", OURS} <= set(known[name].implementations)
+        assert {CUDNN, SCAN, "torch", OURS} <= set(known[f"{name}-tf32"].implementations)
+        case = known[f"{name}-bfloat16"]
+        assert SCAN in case.implementations and CUDNN not in case.implementations
+        assert case.precision == "bfloat16"
+    assert known["step-b1024-bfloat16"].batch == 1024 and "step-b1024" not in {c.name for c in CASES}
+    assert {name for case in known.values() for name in case.implementations} <= BUILDERS.keys()
+    assert {goal.case for goal in benchmark.CUDA_GOALS} <= known.keys() | {AG_NEWS.name}
 
 
 def test_a_case_is_measured_against_the_rate_of_its_own_precision():
-    machine = needed(CUDA_MACHINE, (cuda_cases((tiny("step"),))[2],))
-    assert [case.name for case in machine] == ["product-bfloat16", "copy"]
-    rates = {"product": 1.0, "product-bfloat16": 2.0}
-    assert rates_of(rates, "float32") is None
-    assert rates_of(rates | {"copy": 3.0}, "bfloat16") == Rates(2.0, 3.0)
-    assert rates_of(rates | {"copy": 3.0}, "tf32") is None
+    assert [c.name for c in machine_cases(True)] == ["matmul", "matmul-tf32", "matmul-bfloat16", "copy"]
+    rates = {"matmul": 1.0, "matmul-bfloat16": 2.0}
+    assert find_rates(rates, "float32") is None
+    assert find_rates(rates | {"copy": 3.0}, "bfloat16") == Rates(2.0, 3.0)
+    assert find_rates(rates | {"copy": 3.0}, "tf32") is None
 
 
-def _found(**peers):
-    return {"x": {"peers": peers}}
+def _found(**records):
+    return {"x": {"implementations": records}}
 
 
 @pytest.mark.parametrize(
-    ("goal", "found", "value", "said"),
+    ("goal", "found", "value", "text"),
     [
         (
-            Goal("x", "torch", 2.0),
-            _found(torch={"times": 2.5}),
+            Goal("x", "speedup", 2.0, "torch"),
+            _found(torch={"speedup": 2.5}),
             2.5,
             "2.50x as fast as torch, goal at least 2x: met",
         ),
         (
-            Goal("x", None, 0.4),
-            _found(elmo_jax={"of_floor": 0.3}),
+            Goal("x", "roofline_fraction", 0.4),
+            _found(elmo_jax={"roofline_fraction": 0.3}),
             0.3,
-            "30% of the floor, goal at least 40%: missed",
+            "30% of the roofline, goal at least 40%: missed",
         ),
         (
-            Goal("x", None, 0.4, "products"),
-            _found(elmo_jax={"of_products": 0.5}),
+            Goal("x", "matmul_fraction", 0.4),
+            _found(elmo_jax={"matmul_fraction": 0.5}),
             0.5,
-            "50% of the machine's product rate, goal at least 40%: met",
+            "50% of the machine's matmul rate, goal at least 40%: met",
         ),
         (
-            Goal("x", REPLAY, 0.02, "host"),
-            _found(replay={"times": 0.97}),
+            Goal("x", "overhead", 0.02, REPLAY),
+            _found(replay={"speedup": 0.97}),
             0.03,
             "3.0% of fit's time outside compiled code, goal at most 2%: missed",
         ),
         (
-            Goal("x", None, 60, "seconds"),
+            Goal("x", "median", 60),
             _found(elmo_jax={"median": 50.0}),
             50,
             "trained in 50 s, goal at most 60 s: met",
         ),
         (
-            Goal("x", "torch", 0.5, "memory"),
+            Goal("x", "memory", 0.5, "torch"),
             _found(elmo_jax={"median": 1, "peak_bytes": 1}, torch={"median": 1, "peak_bytes": 4}),
             0.25,
             "peak memory 0.25x torch's, goal at most 0.5x: met",
         ),
     ],
 )
-def test_goals_are_judged(goal, found, value, said):
+def test_goals_are_judged(goal, found, value, text):
     judged = judge(goal, found)
-    assert judged is not None and judged["value"] == pytest.approx(value) and judged["line"] == f"x: {said}"
-    assert judged["met"] == said.endswith(": met")
+    assert judged is not None and judged["value"] == pytest.approx(value) and judged["line"] == f"x: {text}"
+    assert judged["met"] == text.endswith(": met")
     assert judge(goal, {}) is None and judge(goal, _found(elmo_jax={"not_timed": "?"})) is None
 
 
-def test_a_peak_that_is_not_known_meets_no_goal():
+def test_an_unknown_peak_meets_no_goal():
     known, unknown = {"median": 1, "peak_bytes": 4}, {"median": 1, "peak_bytes": 0}
-    for ours_, other in ((known, unknown), (unknown, known)):
-        assert judge(Goal("x", "torch", 0.5, "memory"), _found(elmo_jax=ours_, torch=other)) is None
+    for ours, other in ((known, unknown), (unknown, known)):
+        assert judge(Goal("x", "memory", 0.5, "torch"), _found(elmo_jax=ours, torch=other)) is None
 
 
-def test_a_ratio_within_the_noise_of_its_bound_is_judged_and_says_so():
-    def said(goal, times):
-        found = _found(elmo_jax={"median": 1, "spread": 0.1}, torch={"times": times, "spread": 0.05})
+def test_a_ratio_within_the_noise_of_its_bound_says_so():
+    def verdict(goal, ratio):
+        found = _found(elmo_jax={"median": 1, "spread": 0.1}, torch={"speedup": ratio, "spread": 0.05})
         return judge(goal, found)["line"].rpartition(": ")[2]
 
-    speed, host = Goal("x", "torch", 2.0), Goal("x", "torch", 0.02, "host")
-    assert said(speed, 2.3) == said(speed, 2.35) == "met (within the noise)"
-    assert said(speed, 2.36) == "met" and said(speed, 1.7) == "missed"
-    assert said(speed, 1.8) == said(host, 0.9) == "missed (within the noise)"
-    assert said(host, 0.8) == "missed" and said(host, 1.2) == "met"
+    speed, overhead = Goal("x", "speedup", 2.0, "torch"), Goal("x", "overhead", 0.02, "torch")
+    assert verdict(speed, 2.3) == verdict(speed, 2.35) == "met (within the noise)"
+    assert verdict(speed, 2.36) == "met" and verdict(speed, 1.7) == "missed"
+    assert verdict(speed, 1.8) == verdict(overhead, 0.9) == "missed (within the noise)"
+    assert verdict(overhead, 0.8) == "missed" and verdict(overhead, 1.2) == "met"
 
 
-def test_a_host_that_took_no_time_is_not_said_to_have_given_some():
-    judged = judge(Goal("x", REPLAY, 0.02, "host"), _found(replay={"times": 1.01}))
-    assert judged["line"].startswith("x: 0.0% of fit's") and judged["met"] and judged["value"] < 0
+def test_cases_are_chosen_by_name():
+    names = lambda **flags: [case.name for case in benchmark.choose(BenchmarkConfig(**flags), CASES)]  # noqa: E731
+    assert names() == [case.name for case in CASES]
+    assert names(only=("lstm", "softmax*")) == ["lstm", "softmax", "softmax-2048"]
+    assert names(quick=True) == ["step", "lstm", "softmax", "embed"]
 
 
-def test_from_flags_to_results_as_on_cuda(tmp_path, monkeypatch, capsys):
-    """With the precisions and lanes of CUDA; the one that needs it says so and is not timed."""
-    monkeypatch.setattr(benchmark, "on_cuda", lambda: True)
-    monkeypatch.setattr(
-        benchmark, "CUDA_MACHINE", tuple(replace(c, steps=32, peers=(OURS,)) for c in CUDA_MACHINE)
-    )
-    case = replace(tiny("step"), peers=(OURS,))
-    config = BenchmarkConfig(only=("step-tf32",), rounds=2, least=0.01, output=str(tmp_path))
-    results = benchmark.benchmark(config, (case,), MACHINE)
-    assert results["rates"].keys() == {"product-tf32", "copy"} and results["cases"].keys() == {"step-tf32"}
-    peers = results["cases"]["step-tf32"]["peers"]
-    assert peers[OURS]["of_products"] > 0 and peers[SCAN]["times"] > 0 and peers.keys() == {OURS, SCAN, CUDNN}
-    assert peers[CUDNN]["not_timed"].startswith("ended with code 1")
+def test_command_writes_results_and_a_plot(tmp_path, monkeypatch, capsys):
+    """A GPU's cases from a folder other than the checkout; cuDNN says that it cannot run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "roofline.png").write_text("of older results")
+    machine = tuple(replace(c, steps=32, implementations=(OURS,)) for c in machine_cases(True))
+    config = BenchmarkConfig(only=("step-tf32",), rounds=2, least=0.01, output=str(tmp_path), overwrite=True)
+    case = replace(tiny("step"), layers=1, implementations=(OURS,))
+    results = benchmark.benchmark(config, (case,), machine, cuda=True)
+    assert results["rates"].keys() == {"matmul-tf32", "copy"} and results["cases"].keys() == {"step-tf32"}
+    records = results["cases"]["step-tf32"]["implementations"]
+    assert records.keys() == {OURS, SCAN, CUDNN} and records[SCAN]["speedup"] > 0
+    assert records[CUDNN]["not_timed"].startswith("AttributeError")
+    ours = records[OURS]
+    assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 1e8 and len(ours["seconds"]) == 2
+    assert ours["matmul_fraction"] > 0 and ours["tokens_per_second"] == pytest.approx(12 / ours["median"])
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(results))
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "no CUDA here" not in out and f"{CUDNN:<9} not timed" in out
+    assert "no CUDA device" not in out and f"{CUDNN:<9} not timed" in out
 
 
-def test_an_epoch_of_fit_and_its_dispatches_bare_do_the_same():
-    case = replace(tiny("fit"), sentences=80, steps=8)
-    arrays, counts = make_inputs(case, seed=1)
-    through, bare = host.build_fit(case, arrays), host.build_replay(case, arrays)
-    first = through.check()["loss"]
-    assert difference(first, bare.check()["loss"]) < 1e-6
-    ((run, _),) = through.runs
-    assert counts["steps"] > 20 and run(2) < first and bare.runs[0][0](2) < first
+def test_cases_after_the_deadline_are_not_started(tmp_path, capsys):
+    config = BenchmarkConfig(quick=True, only=("step", "lstm"), output=str(tmp_path))
+    results = benchmark.benchmark(config, deadline=time.monotonic() - 1)
+    assert results["cases"] == {name: {"not_timed": "out of time"} for name in ("step", "lstm")}
+    assert results["rates"] == {} and capsys.readouterr().out.count("not timed: out of time") == 4
 
 
-def test_what_fails_in_fit_is_told(monkeypatch):
-    def broken(*_, **__):
-        raise ValueError("broken")
-
-    monkeypatch.setattr(host, "fit", broken)
-    case = replace(tiny("fit"), sentences=40)
-    with pytest.raises(ValueError, match="broken"):
-        side(_Fit, case).check()
-
-
-class _Fit:
-    build = staticmethod(host.build_fit)
-
-
-def test_useful_products_are_set_beside_the_machines():
-    lane = type("Lane", (), {"peer": OURS, "seconds": [2.0, 2.0], "why": None, "about": {}})()
-    found = results_of(
-        tiny("step"),
-        [lane],
-        {"tokens": 1},
-        benchmark.phases(tiny("step"), {"positions": 20}),
-        Rates(7.0, 1.0),
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, refused):
+    (tmp_path / "benchmark.json").write_text("{}")
+    refused(benchmark.main, ["--output", tmp_path], "--overwrite")
+    refused(benchmark.main, ["--output", tmp_path / "x", "--only", "lstn"], "--only lstn: no such case; give")
+    refused(benchmark.main, ["--only", "ag-news"], "--only ag-news: no such case")
+    refused(benchmark.main, ["--quick", "--data-dir", "x"], "--data-dir")
+    refused(
+        benchmark.main, ["--output", tmp_path / "x", "--data-dir", tmp_path / "nowhere"], "no such folder"
     )
-    assert found["peers"][OURS]["of_products"] == pytest.approx(found["flops"] / 7.0 / 2.0)
+    assert (tmp_path / "benchmark.json").read_text() == "{}" and not (tmp_path / "x").exists()
 
 
-def test_a_whole_training_run_is_timed(tmp_path):
-    for part in ("train", "test"):
-        with (tmp_path / f"{part}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([i % 2 + 1, f"the bank raised rates {i % 7}"] for i in range(40))
-    flags = ["--dataset", str(tmp_path), "--epochs", "2", "--cells", "4", "--embedding", "4", "--layers", "1"]
-    found = whole.pretraining([*flags, "--batch-size", "4", "--min-count", "1"])
-    record = found["peers"][OURS]
-    assert "median" in record, record
-    assert len(record["seconds_by_epoch"]) == 2 and 0 < record["median"] < record["whole_seconds"]
-    (line,) = benchmark.rows(whole.CASE, found)
+def test_a_pretraining_run_is_read_and_printed(trained):
+    record = benchmark.read_pretraining(trained[0])
+    assert len(record["seconds_by_epoch"]) == 2 and record["median"] == sum(record["seconds_by_epoch"])
+    (line,) = benchmark.table_rows(AG_NEWS, {"implementations": {OURS: record}})
     assert f"{record['tokens_per_second']:,.0f}" in line and line.startswith("ag-news")
 
 
-def test_a_training_run_that_ends_badly_says_why():
-    found = whole.pretraining(whole.flags_of("nowhere"))
-    assert found["peers"][OURS]["not_timed"].startswith("ended with code 2: error: ")
-    (line,) = benchmark.rows(whole.CASE, found)
+def test_a_failed_pretraining_run_says_why():
+    config = BenchmarkConfig(data_dir="nowhere")
+    found = benchmark.measure(AG_NEWS, config, {}, None)
+    assert found["implementations"][OURS]["not_timed"].startswith("ended with code 2: error: ")
+    (line,) = benchmark.table_rows(AG_NEWS, found)
     assert "not timed" in line and "nowhere" in line
 
 
-def test_ag_news_is_timed_where_its_folder_is_given(refused):
-    assert "sentences" in Case.__doc__ and whole.CASE not in CASES
-    assert whole.flags_of("x")[-2:] == ["--preset", "report"]
-    refused(benchmark.main, ["--quick", "--data-dir", "x"], "--data-dir")
-    refused(benchmark.main, ["--only", "ag-news"], "--only ag-news: no such case")
+def test_help_imports_neither_jax_nor_matplotlib():
+    script = """
+import sys, types
+sys.modules["experiments.common.cli"] = types.ModuleType("cli")  # has a test of its own
+from experiments.benchmark import __main__
+print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bars_of_many_implementations_look_different(tmp_path):
+    names = [f"baseline {i}" for i in range(8)]
+    import matplotlib.pyplot as plt
+
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", figures.append)
+        benchmark.plot_fractions({"step": dict.fromkeys(names, 0.5)}, tmp_path / "s.png")
+    (axes,) = figures[0].axes
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}) == 8
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    assert axes.get_legend().get_window_extent().width < 1.5 * figures[0].bbox.width
+    assert struct.unpack(">II", (tmp_path / "s.png").read_bytes()[16:24])[0] > 300
+    plt.close("all")

@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as charts
 from experiments.common import report
 
 
@@ -77,18 +76,6 @@ def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
         legend = axes.get_legend()
         assert len(legend.get_texts()) == count
         assert legend.get_window_extent().width <= axes.get_window_extent().width
-
-
-def test_every_peer_of_a_benchmark_is_drawn_and_told_from_the_others(tmp_path, drawn):
-    peers = [f"peer {i}" for i in range(15)]
-    charts.plot_shares({"step": dict.fromkeys(peers, 0.5)}, tmp_path / "s.png", "share")
-    (shares,) = drawn
-    handles = shares.axes[0].get_legend().get_patches()
-    for bars in (shares.axes[0].patches, handles):
-        assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 15
-    legend = shares.axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == peers
-    assert legend.get_window_extent().width < 1.5 * shares.bbox.width
 
 
 @pytest.mark.parametrize(
