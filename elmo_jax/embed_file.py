@@ -206,7 +206,7 @@ class Dump:
             short = [(i, line) for i, line in lines if len(line) <= _LONG]
             embedded = self.elmo.embed([line for _, line in short], batch_tokens=self.config.batch_tokens)
             for (i, _), layers in zip(short, embedded, strict=True):
-                data = layers if self.mix is None else self.mix.of(layers)
+                data = layers if self.mix is None else self.mix.apply(layers)
                 self._dataset(file, i, layers.shape[1])[...] = data
             for i, line in lines:
                 if len(line) > _LONG:
@@ -226,7 +226,7 @@ class Dump:
             self.elmo.embed_into(line, layers)
             for start in range(0, len(line), _LONG):
                 check()
-                data[start : start + _LONG] = self.mix.of(layers[:, start : start + _LONG])
+                data[start : start + _LONG] = self.mix.apply(layers[:, start : start + _LONG])
 
     def _dataset(self, file: h5py.File, number: int, tokens: int) -> h5py.Dataset:
         shape = self._shape(tokens)

@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes
 from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, BatchStream, Documents
 from elmo_jax.models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
-from elmo_jax.models.combiners import READS, CombinerConfig
+from elmo_jax.models.combiners import COMBINER_OPTIONS, CombinerConfig
 from elmo_jax.models.lstm import LSTM, Kernel
 from elmo_jax.parallel import Plan, make_mesh, run_on_all, run_on_first
 from elmo_jax.storage.files import tree_digest
@@ -86,7 +86,7 @@ def unread(config: DownstreamConfig) -> dict[str, str]:
     mixing = {field.name for field in fields(CombinerConfig)}
     if features != "elmo":
         return without_effect(mixing | {"pretrained", "bilm"}, "--features", features, "--features elmo")
-    idle = mixing - {"combiner"} - READS.get(combiner, mixing)
+    idle = mixing - {"combiner"} - COMBINER_OPTIONS.get(combiner, mixing)
     needs = {"--vectors": "needs --features svd or sgns; give one, or leave it out"}
     if config.source.bilm is not None:
         needs["--pretrained"] = "has no effect with --bilm; leave out one of the two"

@@ -1,7 +1,4 @@
-"""Tokens to vectors, independent of their context: by word, or from a word's characters.
-
-Axes: E embedding, V vocabulary, N words, C characters; any leading axes.
-"""
+"""Embedders that map tokens to context-independent vectors: a table of words and a character CNN."""
 
 from dataclasses import replace
 
@@ -18,15 +15,14 @@ from elmo_jax.parallel import align_varying
 
 
 class WordEmbedder(nn.Module):
-    """A row of a table for each word id.
+    """Table with one vector per word.
 
     Attributes:
         vocabulary: V.
-        features: E.
-        dtype: of the vectors.
+        features: E, the width of the vectors.
+        dtype: Dtype of the vectors; the table is float32.
 
     Example:
-        >>> import jax
         >>> embedder = WordEmbedder(vocabulary=9, features=4)
         >>> vectors, _ = embedder.init_with_output(jax.random.key(0), jnp.array([[1, 2, 3]]))
         >>> vectors.shape
@@ -38,60 +34,66 @@ class WordEmbedder(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
-        # Loud enough for an LSTM to hear from the first step: on AG News 600 steps reach a
-        # perplexity of 763, and from 1 / sqrt(E), 0.08, only 1130.
-        scale = nn.initializers.normal(0.3)
-        self.table = self.param("table", scale, (self.vocabulary, self.features))
+        # A larger init than the usual 1 / sqrt(E) moves early LSTM activations away from zero.
+        init = nn.initializers.normal(0.3)
+        self.table = self.param("table", init, (self.vocabulary, self.features))
 
-    def __call__(self, words: Array) -> Array:
-        """int32 ids ``[...]`` to vectors ``[..., E]``."""
-        return jnp.take(self.table, words, axis=0).astype(self.dtype)
+    def __call__(self, words: Array, defer_gradient: bool = False) -> Array:
+        """Return the vectors ``[..., E]`` of int32 ids ``[...]``.
 
-    def deferred(self, words: Array) -> Array:
-        """The same for a loss of large products, whose memory the table's gradient would only take later.
-
-        XLA makes the zeros that a gradient is added to, as many as the table has numbers, when it
-        likes, and that is before all else. Here they wait for the vectors' gradient. Forward
-        differentiation is not possible, and under `jax.vmap` each example has zeros of its own.
+        Args:
+            words: Word ids.
+            defer_gradient: Allocate the table's gradient only once the gradient of the vectors is known.
+                XLA otherwise allocates its zeros first, and a large softmax then needs the memory of one
+                more table. Forward-mode differentiation does not work with it.
         """
-        return _awaited(*align_varying((self.table, words))).astype(self.dtype)
+        if defer_gradient:
+            return _take_deferred(*align_varying((self.table, words))).astype(self.dtype)
+        return jnp.take(self.table, words, axis=0).astype(self.dtype)
 
 
 @jax.custom_vjp
-def _awaited(table: Array, words: Array) -> Array:
+def _take_deferred(table: Array, words: Array) -> Array:
     return jnp.take(table, words, axis=0)
 
 
-def _awaited_forward(table: Array, words: Array):
-    return _awaited(table, words), (table, words)
+def _take_deferred_forward(table: Array, words: Array):
+    return _take_deferred(table, words), (table, words)
 
 
-def _awaited_backward(kept: tuple[Array, Array], d_rows: Array):
-    table, words = kept
+def _take_deferred_backward(residuals: tuple[Array, Array], d_vectors: Array):
+    table, words = residuals
     zero = jnp.zeros((), table.dtype)
-    if d_rows.size and jax.device_count() == 1:  # several would have to tell each other
-        some = d_rows.ravel()[0]
-        zero = ((some > 0) & (some < 0)).astype(table.dtype)  # 0 whatever it is, and XLA does not know
-    zeros = jnp.broadcast_to(zero, table.shape)
-    return zeros.at[words].add(d_rows, mode="drop"), None
+    if d_vectors.size and jax.device_count() == 1:  # with several, the dependence would be communication
+        # Always 0, but XLA cannot know, so it has to wait for d_vectors.
+        value = d_vectors.ravel()[0]
+        zero = ((value > 0) & (value < 0)).astype(table.dtype)
+    return jnp.broadcast_to(zero, table.shape).at[words].add(d_vectors, mode="drop"), None
 
 
-_awaited.defvjp(_awaited_forward, _awaited_backward)
+_take_deferred.defvjp(_take_deferred_forward, _take_deferred_backward)
 
 
 class CharCNN(nn.Module):
-    """A token vector from a word's characters (Kim et al. 2016), in bilm-tf's form.
+    """Character CNN with highway layers (Kim et al. 2016), as bilm-tf builds it.
 
-    x = table[characters]; for every width w, y_w = activation(max_t(x_t:t+w W_w) + b_w);
-    y = [y_1; y_2; ...]; K times y = g relu(y W_t + b_t) + (1 - g) y with
-    g = sigmoid(y W_c + b_c); and y W_p + b_p where the widths differ.
+    With the vectors x of a word's characters, for each filter width w::
 
-    Padding inside a word takes part, as it does in bilm-tf.
+        y_w = activation(max_t(x[t : t + w] W_w) + b_w)
+        y   = [y_1; y_2; ...]
+
+    then for each highway layer::
+
+        g = sigmoid(y W_carry + b_carry)
+        y = g * relu(y W_transform + b_transform) + (1 - g) * y
+
+    and, if the number of filters is not E, a projection y W_proj + b_proj. Padding inside a word takes part
+    in the maximum, as in bilm-tf.
 
     Attributes:
-        config: its sizes.
-        features: E.
-        dtype: of the products; sums are float32.
+        config: Sizes of the CNN.
+        features: E, the width of the token vectors.
+        dtype: Matmul dtype; accumulation is float32.
 
     Example:
         >>> from elmo_jax.data.characters import character_ids
@@ -107,52 +109,49 @@ class CharCNN(nn.Module):
 
     @nn.compact
     def __call__(self, characters: Array) -> Array:
-        """int32 ids ``[..., C]``, 0 for padding tokens, to vectors ``[..., E]``."""
+        """Return the vectors ``[..., E]`` of int32 character ids ``[..., C]``, 0 for padding tokens."""
         config, d = self.config, self.config.character_features
-        # Row 0, padding tokens, is not stored: the official format has 261 rows.
-        table = self.param("characters", _uniform(1.0), (IDS - 1, d))
+        # Row 0, for padding tokens, is not a parameter: the official format has 261 rows.
+        table = self.param("characters", _uniform_init(1.0), (IDS - 1, d))
         table = jnp.concatenate([jnp.zeros((1, d), table.dtype), table]).astype(self.dtype)
         x = table[characters.reshape(-1, characters.shape[-1])]  # [N, C, d]
-        y = jnp.concatenate([self._filter(i, x) for i in range(len(config.filters))], -1)
+        y = jnp.concatenate([self._convolve(i, x) for i in range(len(config.filters))], -1)  # [N, filters]
         for k in range(config.highway):
-            y = self._highway(k, y)
+            gate = jax.nn.sigmoid(self._apply_dense(f"carry_{k}", y, y.shape[-1], -2.0))
+            transformed = jax.nn.relu(self._apply_dense(f"transform_{k}", y, y.shape[-1], 0.0))
+            y = gate * transformed + (1 - gate) * y
         if config.project_filters or y.shape[-1] != self.features:
-            y = self._dense("projection", y, self.features, 0.0)
+            y = self._apply_dense("projection", y, self.features, 0.0)
         return y.reshape(*characters.shape[:-1], self.features).astype(self.dtype)
 
-    def _filter(self, i: int, x: Array) -> Array:
-        """``[N, C, d]`` to the maxima of one kind of filter ``[N, filters]``, float32."""
+    def _convolve(self, i: int, x: Array) -> Array:
+        """Return y_w ``[N, filters]`` float32 of the i-th filter width for x ``[N, C, d]``."""
         width, count = self.config.filters[i]
         d = x.shape[-1]
         relu = self.config.activation == "relu"
-        scale = _uniform(0.05) if relu else nn.initializers.normal((width * d) ** -0.5)
-        kernel = self.param(f"filter_{i}", scale, (width, d, count)).astype(self.dtype)
+        init = _uniform_init(0.05) if relu else nn.initializers.normal((width * d) ** -0.5)
+        kernel = self.param(f"filter_{i}", init, (width, d, count)).astype(self.dtype)
         bias = self.param(f"filter_bias_{i}", nn.initializers.zeros, (count,))
-        windows = x.shape[1] - width + 1
-        x = jnp.concatenate([x[:, k : k + windows] for k in range(width)], -1)  # [N, windows, width d]
-        y = _product(x, kernel.reshape(width * d, count))
-        y = y.max(1) + bias[None]
+        positions = x.shape[1] - width + 1
+        x = jnp.concatenate([x[:, k : k + positions] for k in range(width)], -1)  # [N, positions, width d]
+        y = _matmul(x, kernel.reshape(width * d, count)).max(1) + bias[None]
         return jax.nn.relu(y) if relu else jnp.tanh(y)
 
-    def _highway(self, k: int, y: Array) -> Array:
-        gate = jax.nn.sigmoid(self._dense(f"carry_{k}", y, y.shape[-1], -2.0))
-        return gate * jax.nn.relu(self._dense(f"transform_{k}", y, y.shape[-1], 0.0)) + (1 - gate) * y
-
-    def _dense(self, name: str, y: Array, features: int, bias: float) -> Array:
+    def _apply_dense(self, name: str, y: Array, features: int, bias_init: float) -> Array:
         inputs = y.shape[-1]
         kernel = self.param(f"{name}_kernel", nn.initializers.normal(inputs**-0.5), (inputs, features))
-        offset = self.param(f"{name}_bias", nn.initializers.constant(bias), (features,))
-        return _product(y, kernel.astype(self.dtype)) + offset[None]
+        bias = self.param(f"{name}_bias", nn.initializers.constant(bias_init), (features,))
+        return _matmul(y, kernel.astype(self.dtype)) + bias[None]
 
 
-def _product(x: Array, w: Array) -> Array:
-    """``[..., I] x [I, O]`` in w's dtype, summed in float32 at least."""
-    sums = np.promote_types(w.dtype, np.float32)
-    rows = x.reshape(-1, x.shape[-1]).astype(w.dtype)  # of more axes XLA:CPU turns copies, for the gradient
-    return jnp.matmul(rows, w, preferred_element_type=sums).reshape(*x.shape[:-1], w.shape[-1])
+def _matmul(x: Array, w: Array) -> Array:
+    """Multiply ``[..., I]`` by ``[I, O]`` in w's dtype, accumulating in float32 or wider."""
+    accumulator = np.promote_types(w.dtype, np.float32)
+    flat = x.reshape(-1, x.shape[-1]).astype(w.dtype)  # more axes would cost XLA:CPU transposed copies
+    return jnp.matmul(flat, w, preferred_element_type=accumulator).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _uniform(bound: float):
+def _uniform_init(bound: float):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 

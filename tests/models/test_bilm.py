@@ -37,15 +37,15 @@ def test_an_awaited_gradient_is_the_one_that_would_be(words):
     table = jnp.array(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
     words = np.array(words, np.int32)
 
-    def loss(table, method):
-        vectors = WordEmbedder(5, 4).apply({"params": {"table": table}}, words, method=method)
+    def loss(table, deferred):
+        vectors = WordEmbedder(5, 4).apply({"params": {"table": table}}, words, deferred)
         is_finite = jnp.where(
             words[..., None] < 5, vectors**2, 0
         )  # and yet NaN flows back to an id that is none
         return jnp.sum(is_finite), vectors
 
-    (_, vectors), gradient = jax.value_and_grad(loss, has_aux=True)(table, "deferred")
-    (_, enabled), expected = jax.value_and_grad(loss, has_aux=True)(table, "__call__")
+    (_, vectors), gradient = jax.value_and_grad(loss, has_aux=True)(table, True)
+    (_, enabled), expected = jax.value_and_grad(loss, has_aux=True)(table, False)
     np.testing.assert_array_equal(vectors, enabled)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
     assert np.isfinite(gradient).all()
@@ -71,7 +71,7 @@ def test_while_the_softmax_works_there_is_no_gradient_of_the_token_vectors_yet(m
         return step.lower(state).compile().memory_analysis().temp_size_in_bytes
 
     needed = scratch()
-    monkeypatch.setattr(embedders, "_awaited", lambda table, words: jnp.take(table, words, axis=0))
+    monkeypatch.setattr(embedders, "_take_deferred", lambda table, words: jnp.take(table, words, axis=0))
     assert needed < scratch() - 0.9 * 4 * words * width
 
 
@@ -127,7 +127,7 @@ def test_the_loss_of_a_step_has_no_gradient_from_its_target_on():
 
     def step_losses(vectors, direction):
         embedded = params | {"embedder": {"table": vectors}}
-        x = model.apply({"params": embedded}, by_position(n), method="read")
+        x = model.apply({"params": embedded}, by_position(n), method="embed_directions")
         outputs, _ = model.apply({"params": embedded}, x, jnp.array([n]), method="contextualize")
         h = outputs[-1][direction, 0, :-1]
         log_p = jax.nn.log_softmax(h @ params["embedder"]["table"].T)  # not through the vectors
@@ -221,7 +221,7 @@ def test_words_that_differ_in_another_batch_are_refused():
     config = BiLMConfig(embedding=4, cells=4, input="characters")
     batch = Batch.of([[4, 5], [6, 7]]).replace(chars=np.ones((2, 4, 50), np.int32))
     batch = batch.replace(unique_words=characters.UniqueWords(np.zeros((2, 8), int), np.zeros((2, 3), int)))
-    with pytest.raises(ValueError, match="put None in its place"):
+    with pytest.raises(ValueError, match="set it to None"):
         BiLM(config, 9).init(jax.random.key(0), batch)
 
 
@@ -232,6 +232,10 @@ def test_gradients_of_a_frequent_word_are_summed_in_float32():
     batch = Batch.of([[4] * often]).replace(chars=np.ones((1, often + 2, 50), np.int32))
     batch = batch.replace(unique_words=characters.find_unique_words(np.asarray(batch.words), axes=2))
     params = init_params(model, jax.random.key(0))
-    total = lambda params: jnp.sum(model.apply({"params": params}, batch, method="read")[0].astype(float))  # noqa: E731
+
+    def total(params):
+        vectors = model.apply({"params": params}, batch, method="embed_directions")
+        return jnp.sum(vectors[0].astype(float))
+
     bias = jax.grad(total)(params)["embedder"]["projection_bias"]
     np.testing.assert_allclose(bias, often + 2, rtol=0.01)

@@ -14,7 +14,7 @@ from elmo_jax.data.text import SPECIAL, UNK
 from elmo_jax.models.classifier import (
     BiLSTMClassifier,
     ClassifierConfig,
-    _hide_words,
+    _drop_words,
     classifier_loss,
     classify,
     static_features,
@@ -129,7 +129,7 @@ def test_hidden_words_are_spelled_as_the_unknown_one():
     batch = replace(plain, chars=with_characters[Batch.of([ids]).words], unique_words="of the words before")
     unknown, hidden = with_characters[UNK], np.zeros(plain.words.shape, bool)
     for key in jax.random.split(jax.random.key(0), 20):
-        after = _hide_words(batch, key, 0.5)
+        after = _drop_words(batch, key, 0.5)
         words, chars = np.asarray(after.words), np.asarray(after.chars)
         assert after.unique_words is None
         now = (chars == unknown).all(-1)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elmo_jax.models.combiners import COMBINERS, READS, CombinerConfig, make_combiner
+from elmo_jax.models.combiners import COMBINER_OPTIONS, COMBINERS, CombinerConfig, make_combiner
 
 LAYERS = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
 X = np.asarray(LAYERS, np.float64)
@@ -82,4 +82,4 @@ def test_what_is_said_to_be_read_is_read_and_nothing_else():
             _, params, y = run(combiner=name, **{key: value})
             if params.keys() != weights.keys() or y.tolist() != plain.tolist():
                 read.add(key)
-        assert read == READS[name]
+        assert read == COMBINER_OPTIONS[name]
