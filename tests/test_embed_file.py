@@ -236,7 +236,7 @@ def test_a_text_without_sentences_leaves_no_scores(elmo, text, tmp_path, refused
     elmo.save_pretrained(tmp_path / "model")
     text.write_text("\n \n")
     refused(
-        evaluate.main, [tmp_path / "model", text, "--output", tmp_path / "out"], "no sentence to evaluate"
+        evaluate.main, [tmp_path / "model", text, "--output", tmp_path / "out"], "no sentences; give a text"
     )
     assert not (tmp_path / "out").exists()
 

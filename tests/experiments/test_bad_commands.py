@@ -139,7 +139,7 @@ EVALUATE = {
     "a run alone": (["model"], "at least one text"),
     "no run": (["in.txt", "in.txt"], "in.txt: holds no run"),
     "words": (["model", "in.txt", "--top", "0"], "--top must be at least 1"),
-    "a blank text": (["model", "blank.txt"], "no sentence to evaluate"),
+    "a blank text": (["model", "blank.txt"], "no sentences; give a text"),
     "scores where a run is": (["model", "in.txt", "--output", "model"], "model: holds a run or scores"),
     "scores below a file": (["model", "in.txt", "--output", "in.txt/x"], "cannot be written"),
     "half a check": (["--selfcheck", "o", "w"], "--selfcheck takes OPTIONS WEIGHTS"),

@@ -230,7 +230,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path, edit, said):
 def test_a_check_of_nothing_is_no_check(tmp_path, refused):
     make(tmp_path)
     names = [tmp_path / name for name in ("options.json", "weights.hdf5", "sentences.json", "expected.h5")]
-    for lists, said in (([[]], "holds no sentence"), ([], "must hold as many lists")):
+    for lists, said in (([[]], "the lists are empty"), ([], "must hold one list per EXPECTED file")):
         names[2].write_text(json.dumps(lists))
         refused(evaluate.main, ["--selfcheck", *names], said)
 
