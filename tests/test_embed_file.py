@@ -219,8 +219,8 @@ def test_a_mix_of_another_model_is_named(elmo, tmp_path):
         embed.mixed(elmo, tmp_path / "export")
 
 
-def test_what_evaluate_shows_is_the_worst_of_all_and_no_more_is_kept(rng):
-    totals, every, lines = evaluate._Totals(top=7), [], []
+def test_evaluate_keeps_the_least_likely_words_and_sentences(rng):
+    totals, every, lines = evaluate._Scores(words_shown=7), [], []
     for i in range(300):
         each = rng.exponential(size=(2, int(rng.integers(2, 9)))).astype(np.float32)
         line = [f"w{i}-{t}" for t in range(each.shape[1] - 1)]
