@@ -1,8 +1,6 @@
-"""The one exception for what a user can cause and mend.
+"""Exceptions that commands report in one line; any other exception is a defect and keeps its traceback."""
 
-A command ends with its message, one line, and exit code 2; anything else is a defect and
-keeps its traceback.
-"""
+import signal
 
 
 class InputError(ValueError):
@@ -13,3 +11,32 @@ class InputError(ValueError):
         Traceback (most recent call last):
         elmo_jax.errors.InputError: vocab.txt:4: 'bank' occurs twice; remove one
     """
+
+
+class NotFiniteError(InputError):
+    """Training has diverged: a loss, a gradient, a parameter or the monitored figure is not finite.
+
+    Attributes:
+        fact: The message without advice, for a caller that gives other advice.
+    """
+
+    def __init__(self, fact: str, saved_step: int | None):
+        """Add advice to the message.
+
+        Args:
+            fact: What is not finite.
+            saved_step: Step from which the run can be resumed; None if no step is saved.
+        """
+        advice = "no step is saved yet, start again with overwrite=True"
+        if saved_step is not None:
+            advice = f"step {saved_step} is saved, continue with resume=True and allow_config_change=True"
+        super().__init__(f"{fact}; lower learning_rate or clip_norm; {advice}")
+        self.fact = fact
+
+
+class Interrupted(Exception):
+    """Raised after a signal stopped training and the step was saved."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, saved")
+        self.exit_code = 128 + number

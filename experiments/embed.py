@@ -14,7 +14,7 @@ from elmo_jax.embed_file import Dump, DumpConfig
 from elmo_jax.errors import InputError
 from elmo_jax.models.combiners import CombinerConfig, Mix, make_combiner
 from elmo_jax.storage.files import read_config, structure, tree_digest
-from elmo_jax.training.checkpoint import RESULTS, Run, check_kinds
+from elmo_jax.training.checkpoint import RESULTS, Run, check_shapes
 from elmo_jax.training.loop import ProgressBar
 from experiments.common import cli
 from experiments.common.features import SourceConfig, official
@@ -96,7 +96,7 @@ def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
         raise InputError(f"{path / RESULTS}: {told}; restore it, or go on with that run by --resume")
     if source.finetune:
         tuned = params.get("bilm", {})
-        check_kinds(tuned, elmo.params, str(path))
+        check_shapes(tuned, elmo.params, str(path))
         elmo = Elmo(elmo.model, tuned, elmo.vocabulary)
     return elmo, Mix(weights, combiner.layer_norm)
 

@@ -16,9 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.errors import InputError
+from elmo_jax.errors import InputError, Interrupted
 from elmo_jax.storage.files import CONFIG, write_atomically
-from elmo_jax.training.loop import Interrupted
 from experiments.common import cli, report
 from experiments.pretrain import PretrainConfig, pretrain
 

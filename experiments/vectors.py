@@ -15,7 +15,7 @@ from elmo_jax.baselines.svd import SVDConfig, svd_vectors
 from elmo_jax.baselines.word_vectors import WordVectors
 from elmo_jax.data.csv_dataset import DataConfig, Dataset, load_dataset
 from elmo_jax.data.text import UNK
-from elmo_jax.errors import InputError
+from elmo_jax.errors import InputError, NotFiniteError
 from elmo_jax.parallel import Plan
 from elmo_jax.training.checkpoint import VOCABULARY, Run
 from elmo_jax.training.loop import fit
@@ -63,10 +63,12 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     """Run the command; returns what ``results.json`` holds."""
     data = load_dataset(config.data)
     output, files = config.output or f"runs/{config.method}", {VOCABULARY: data.vocabulary.text}
-    remedy = "lower --rate, and begin anew with --overwrite"  # for a run keeps to its rate
-    run = cli.create_run(config, output, monitor="loss", files=files, remedy=remedy, texts=data.digest)
+    run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
     cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
-    matrix, results = (_count if config.method == "svd" else _train)(config, data, run)
+    try:
+        matrix, results = (_count if config.method == "svd" else _train)(config, data, run)
+    except NotFiniteError as error:  # a run keeps its rate, so it cannot be resumed with a lower one
+        raise InputError(f"{error.fact}; lower --rate, and begin anew with --overwrite") from None
     made = WordVectors(data.vocabulary.tokens[UNK:], matrix[UNK:])
     made.save(run.path / VECTORS)
     made.save(run.path / "vectors.txt")
@@ -110,7 +112,7 @@ def _train(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndarray, 
         epochs=config.epochs,
         seed=config.seed,
         on_epoch=on_epoch,
-        per="pairs",
+        loss_per="pairs",
     )
     if not any(record["loss"] for record in records):
         told = "no epoch held two neighbouring tokens; raise --subsample, or give longer texts"

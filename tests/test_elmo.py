@@ -124,7 +124,7 @@ def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
         ("a digest, as a classifier's run has", "holds no language model"),
         ({"width": 3}, "'width' is not known"),
         ({"cells": "five"}, r"Expected `int`, got `str`"),
-        ({"embedding": 6, "cells": 5}, r"\[8, 4\] there, but float32 \[8, 6\] is asked for"),
+        ({"embedding": 6, "cells": 5}, r"\[8, 4\], expected float32 \[8, 6\]"),
     ],
 )
 def test_a_whole_folder_of_no_model_is_named(elmo, tmp_path, model, said):

@@ -24,7 +24,7 @@ from elmo_jax.storage.files import (
     write_atomically,
     write_config,
 )
-from elmo_jax.training.checkpoint import VOCABULARY, Run, check_kinds
+from elmo_jax.training.checkpoint import VOCABULARY, Run, check_shapes
 from elmo_jax.training.objectives import init_params
 
 _WEIGHTS = "model.safetensors"
@@ -58,7 +58,7 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
     enabled = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    check_kinds(arrays, enabled, str(path))
+    check_shapes(arrays, enabled, str(path))
     for name, a in arrays.items():
         if not np.isfinite(a).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")

@@ -1,14 +1,8 @@
-"""A run's folder: its configuration, its metrics, and its saved steps.
+"""The folder of a training run: configuration, metrics and saved steps.
 
-Nouns: a *run* is one training from its first to its last epoch, however often it was
-stopped; its *position* is what the host must remember to go on: the step, the sums of the
-epoch under way and the *records* of those that ended, one JSON line each.
-
-The saved steps of a run: written in the background, proven when read.
-
-Nouns: a *step* is a folder with the state as Orbax writes it, a position, and a manifest;
-it is *whole* if every file is as its manifest has it. The folder gets its name once the
-manifest stands in it, so one that a crash cut short is never taken for a step.
+A run is one training from its first to its last epoch, however often it was stopped and resumed. A saved
+step is a folder with the state as Orbax writes it, the position in training, and a manifest of digests. It
+gets its name only when its manifest is written, so a save that a crash cut short never counts as a step.
 """
 
 import contextlib
@@ -20,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +24,43 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from elmo_jax.errors import InputError
+from elmo_jax._moved import renamed_arguments
+from elmo_jax.errors import InputError, NotFiniteError
 from elmo_jax.parallel import is_first_process, max_over_processes, run_on_all, run_on_first
 from elmo_jax.storage.files import (
     CONFIG,
-    binding,
-    damage,
-    difference,
     digest,
+    find_damage,
     move,
     read_config,
-    structure,
     write_atomically,
     write_config,
     write_manifest,
     writer_lock,
 )
 
-KEEP = 2  # newest steps kept beside the best
-_STATE, _POSITION = "state", "position.json"
+METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
+PACING = {"save_every", "steps_per_call"}  # settings without effect on the results
+# Settings that say where inputs and outputs lie; digests tell whether the inputs are the same.
+PLACES = {"output", "data.dataset", "data.data_dir"} | {
+    f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
+}
+_DIGESTS = {"texts", "model"}
+_FREE = {"output", "epochs", "files"} | PACING  # may change when a run is resumed
+_BETWEEN_EPOCHS = {"seed"}  # may change between epochs if the caller allows it
+_AFTER_DIVERGENCE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # may change if the caller allows it
+
+_STEPS, _LOCK, _STATE, _POSITION = "checkpoints", ".lock", "state", "position.json"
 _PART, _DAMAGED = ".part", ".damaged"
-_SLOWER = "lower --learning-rate or --clip-norm"
-_ROOM = 2**24  # bytes to leave free beside a saved state, for all that is small
+_KEPT_STEPS = 2  # the newest ones; the best epoch is kept too
+_SPARE_BYTES = 2**24  # disk space needed beside a saved state
 
 
 class StepStore:
-    """The folder of a run's saved steps.
+    """The saved steps of a run, written in the background and checked when they are read.
 
     Args:
-        path: the folder; made by the first save.
-
-    Attributes:
-        remedy: of numbers that are not finite, where a command has other flags than training has.
+        path: Folder of the steps; the first save makes it.
 
     Example:
         >>> import tempfile
@@ -70,81 +69,90 @@ class StepStore:
         ...     for step in (3, 6, 9, 12):
         ...         steps.save(step, {"w": jnp.ones(2)}, {"step": step}, {3: 1.5, 6: 0.5})
         ...     steps.close()
-        ...     steps.saved(), [steps.position(step)["step"] for step in steps.whole()]
+        ...     steps.saved(), [steps.position(step)["step"] for step in steps.valid()]
         ([6, 9, 12], [12, 9, 6])
     """
 
     def __init__(self, path: Path):
         self.path = path.absolute()
-        self.remedy: str | None = None
-        self._checked: dict[int, bool] = {}
+        self._is_valid: dict[int, bool] = {}
         self._saving: tuple[int, Future[None]] | None = None
         self._saver: ocp.AsyncCheckpointer | None = None
         self._background = ThreadPoolExecutor(1)
-        # Orbax narrates every save, and a save's failure, which is reported here in one line.
+        # Orbax logs every save, and a failed one with a traceback; errors are reported here in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def saved(self) -> list[int]:
-        """The steps there are, in order, whole or not."""
+        """Return all saved steps in order, damaged ones included."""
         if not self.path.is_dir():
             return []
         return sorted(int(p.name) for p in self.path.iterdir() if re.fullmatch(r"0|[1-9]\d{0,17}", p.name))
 
-    def slower(self) -> str:
-        """What to do where training was not finite, once the save under way is done."""
-        self.wait()
-        if self.remedy is not None:
-            return self.remedy
-        saved = self.saved()
-        if not saved:
-            return f"{_SLOWER}; no step was saved yet, begin anew with --overwrite"
-        return f"{_SLOWER}; step {saved[-1]} is saved, go on with --resume --allow-config-change"
+    def valid(self, set_aside: bool = False) -> Iterator[int]:
+        """Iterate over the undamaged steps, newest first, with a warning for each damaged one.
 
-    def tidy(self) -> None:
-        """Remove what saves that a crash cut short have left."""
+        Args:
+            set_aside: Whether to rename the damaged steps that are newer than an undamaged one.
+        """
+        damaged = []
+        for step in reversed(self.saved()):
+            path = self.path / str(step)
+            if step not in self._is_valid:
+                damage = find_damage(path)
+                self._is_valid[step] = damage is None
+                if damage:
+                    warnings.warn(f"{path}: {damage}; this step is not used", stacklevel=3)
+            if not self._is_valid[step]:
+                damaged.append(path)
+                continue
+            while set_aside and damaged:
+                path = damaged.pop()
+                shutil.rmtree(f"{path}{_DAMAGED}", ignore_errors=True)
+                path.rename(f"{path}{_DAMAGED}")
+            yield step
+
+    def remove_unfinished(self) -> None:
+        """Remove what a crash left of unfinished saves."""
         for part in self.path.glob(f"*{_PART}"):
             shutil.rmtree(part, ignore_errors=True)
 
     def save(self, step: int, state: Any, position: Any, figures: Mapping[int, float]) -> None:
-        """Copy a state and write it in the background, once the save before is done.
+        """Copy a state and write it in the background, after the previous save has finished.
 
         Args:
-            step: later than every saved one.
-            state: a pytree of arrays, which may be donated once this returns.
-            position: JSON.
-            figures: of steps; the one of the lowest is kept, and the newest two.
+            step: Number of the step, larger than every saved one.
+            state: Pytree of arrays; they may be donated once this returns.
+            position: JSON to save with the state.
+            figures: Monitored figure of earlier steps. The step with the lowest one is kept, and the
+                newest two.
 
         Raises:
-            InputError: the disk is full, this save or the one before failed, or the state
-                holds a number that is not finite; the steps before are as they were.
+            InputError: the disk is full, or this save or the previous one failed. Earlier steps are kept.
+            NotFiniteError: the state contains a number that is not finite.
         """
-        self.wait()
-        if not _finite(state):
-            raise InputError(
-                f"{self.path}: step {step} holds numbers that are not finite, and is not saved; "
-                f"{self.remedy or _SLOWER}"
-            )
+        previous = self.last_saved()
+        if not _is_finite(state):
+            raise NotFiniteError(f"{self.path}: step {step} has numbers that are not finite", previous)
+        if previous is not None and step <= previous:
+            raise ValueError(f"step {step} is not later than step {previous}, which is saved")
         run_on_first(lambda: self._begin(step, state, position))
-        with self._reported(step):
+        with self._one_line_errors(step), _no_warnings():
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
-            with _quiet():
-                args = ocp.args.PyTreeSave(jax.tree.map(_on_host, state))
-                self._saver.save(self.path / f"{step}{_PART}" / _STATE, args=args)
+            args = ocp.args.PyTreeSave(jax.tree.map(_view_on_host, state))
+            self._saver.save(self.path / f"{step}{_PART}" / _STATE, args=args)
         self._saving = step, self._background.submit(self._finish, step, self._saver, dict(figures))
 
     def _begin(self, step: int, state: Any, position: Any) -> None:
-        """Make the step's folder, and write the position into it."""
-        if step <= max(self.saved(), default=-1):
-            raise ValueError(f"step {step} is not later than step {self.saved()[-1]}, which is saved")
+        """Make the folder of a step and write its position."""
         part = self.path / f"{step}{_PART}"
-        with self._reported(step):
-            self._make_room(state)
+        with self._one_line_errors(step):
+            self._check_free_space(state)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             (part / _POSITION).write_text(json.dumps(position, allow_nan=False))
 
     def _finish(self, step: int, saver: ocp.AsyncCheckpointer, figures: dict[int, float]) -> None:
-        """Give a step its manifest and then its name, and only then remove what is not kept."""
+        """Write the manifest, rename the folder, and only then remove older steps."""
         saver.wait_until_finished()
         if not is_first_process():
             return
@@ -153,109 +161,94 @@ class StepStore:
         move(part, self.path / str(step))
         steps = self.saved()
         best = min((s for s in steps if s in figures), key=lambda s: figures[s], default=step)
-        for old in set(steps[:-KEEP]) - {best}:
+        for old in set(steps[:-_KEPT_STEPS]) - {best}:
             part = (self.path / str(old)).rename(self.path / f"{old}{_PART}")
             shutil.rmtree(part, ignore_errors=True)
 
-    def _make_room(self, state: Any) -> None:
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _ROOM
+    def _check_free_space(self, state: Any) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
         free = shutil.disk_usage(self.path.parent).free
         if free < needed:
             raise OSError(f"{free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB needed")
 
     @contextlib.contextmanager
-    def _reported(self, step: int) -> Iterator[None]:
-        """Tell in one line that a step could not be saved, and make room again."""
+    def _one_line_errors(self, step: int) -> Iterator[None]:
+        """Turn a failed save into an InputError of one line and remove what it wrote."""
         try:
             yield
-        except (OSError, ValueError) as error:  # Orbax hands on what its storage says as the latter
-            # What Orbax still writes there meanwhile is removed when the run goes on.
+        except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+            # Files that Orbax is still writing are removed when the run is resumed.
             shutil.rmtree(self.path / f"{step}{_PART}", ignore_errors=True)
             number = re.search(r"os_error_code='(\d+)'", str(error))
             reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
             raise InputError(
-                f"{self.path / str(step)}: could not be saved ({reason}); the steps before are kept: make "
-                "room and go on with --resume"
+                f"{self.path / str(step)}: could not be saved ({reason}); earlier steps are kept: "
+                "free disk space and continue with resume=True"
             ) from error
 
     def wait(self) -> None:
-        """Wait for the save under way.
+        """Wait until the current save has finished.
 
         Raises:
             InputError: it failed.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            run_on_all(lambda: self._written(*saving))
+            run_on_all(lambda: self._wait_for(*saving))
 
-    def _written(self, step: int, saving: Future[None]) -> None:
-        with self._reported(step):
+    def _wait_for(self, step: int, saving: Future[None]) -> None:
+        with self._one_line_errors(step):
             saving.result()
 
-    def whole(self, set_aside: bool = False) -> Iterator[int]:
-        """The whole steps, newest first; those passed over are named, and set aside if asked."""
-        damaged = []
-        for step in reversed(self.saved()):
-            if step not in self._checked:
-                wrong = damage(self.path / str(step))
-                self._checked[step] = wrong is None
-                if wrong:
-                    warnings.warn(f"{self.path / str(step)}: {wrong}; this step is not used", stacklevel=3)
-            if not self._checked[step]:
-                damaged.append(step)
-                continue
-            while set_aside and damaged:  # only now that there is another to go on from
-                old = self.path / str(damaged.pop())
-                shutil.rmtree(f"{old}{_DAMAGED}", ignore_errors=True)
-                old.rename(f"{old}{_DAMAGED}")
-            yield step
+    def last_saved(self) -> int | None:
+        """Return the newest saved step after waiting for the current save; None if there is none."""
+        self.wait()
+        return max(self.saved(), default=None)
 
     def position(self, step: int) -> Any:
-        """The position of a whole step."""
-        path = self.path / str(step) / _POSITION
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); train again") from None
+        """Return the position of a valid step as JSON."""
+        return json.loads((self.path / str(step) / _POSITION).read_text(encoding="utf-8"))
 
-    def kinds(self, step: int) -> Any:
-        """The state of a whole step as shapes and dtypes, in nested dictionaries."""
-        with _quiet(), self._reader(step) as reader:
+    def shapes(self, step: int) -> Any:
+        """Return the state of a valid step as shapes and dtypes in nested dictionaries."""
+        with self._open(step) as reader:
             saved: Any = reader.metadata(self.path / str(step) / _STATE).item_metadata
             return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:
-        """The state of a whole step, or the part of it that the template asks for.
+        """Return the state of a valid step.
 
         Args:
-            step: a whole step.
-            template: of arrays, or of their shapes and dtypes, and places if it is not a new array's.
+            step: Number of the step.
+            template: Arrays, or shapes and dtypes, of the parts of the state to load. Without a sharding
+                an array is put on the default device.
         """
-        new = jnp.zeros(()).sharding
+        default = jnp.zeros(()).sharding
 
-        def placed_like(leaf: Any) -> jax.ShapeDtypeStruct:
-            place = getattr(leaf, "sharding", None) or new
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        def add_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = getattr(leaf, "sharding", None) or default
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        abstract = jax.tree.map(placed_like, template)
-        placed = ocp.checkpoint_utils.construct_restore_args(abstract)  # here, not where they were saved
-        args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
-        with _quiet(), self._reader(step) as reader:
+        abstract = jax.tree.map(add_sharding, template)
+        # Without these arguments Orbax restores to the devices that the state was saved from.
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+        with self._open(step) as reader:
             return reader.restore(self.path / str(step) / _STATE, args=args)
 
     @contextlib.contextmanager
-    def _reader(self, step: int) -> Iterator[ocp.Checkpointer]:
+    def _open(self, step: int) -> Iterator[ocp.Checkpointer]:
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            with _no_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 yield reader
-        except Exception as error:  # whole, and yet not readable: another version's, or never a step
+        except Exception as error:  # undamaged, but of another Orbax version
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.path / str(step)}: cannot be restored ({reason}); train again"
             ) from error
 
     def close(self) -> None:
-        """Wait for the save under way, and let go of threads and files."""
+        """Wait until the current save has finished, and release threads and files."""
         try:
             self.wait()
         finally:
@@ -264,76 +257,65 @@ class StepStore:
                 self._saver.close()
 
 
-def check_kinds(saved: Any, enabled: Any, source: str) -> None:
-    """Every array of the one there in the other, of the same shape and dtype, and no other.
+def check_shapes(saved: Any, expected: Any, source: str) -> None:
+    """Check that two pytrees have the same names, shapes and dtypes.
 
     Raises:
-        InputError: the first that is not, as it is and as it should be.
+        InputError: they differ; the message names the first difference.
 
     Example:
-        >>> check_kinds({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, "run/5")  # doctest: +ELLIPSIS
+        >>> check_shapes({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, "run/5")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        elmo_jax.errors.InputError: run/5: w is float32 [2] there, but float32 [3] is asked for; ...
+        elmo_jax.errors.InputError: run/5: w is float32 [2], expected float32 [3]; ...
     """
     have, want = (
         {
             name: f"{leaf.dtype} {list(leaf.shape)}"
             for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()
         }
-        for tree in (saved, enabled)
+        for tree in (saved, expected)
     )
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise InputError(
-                f"{source}: {name} is {have.get(name, 'missing')} there, but "
-                f"{want.get(name, 'none')} is asked for; use the settings and texts it was saved with"
+                f"{source}: {name} is {have.get(name, 'missing')}, expected {want.get(name, 'nothing')}; "
+                "use the settings and texts that it was saved with"
             )
 
 
 @jax.jit
-def _finite_on_device(floats: list[jax.Array]) -> jax.Array:
+def _is_finite(state: Any) -> jax.Array:
+    floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.isfinite(a).all() for a in floats]))
 
 
-def _finite(state: Any) -> bool:
-    floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.inexact)]
-    return bool(_finite_on_device(floats))
+def _view_on_host(array: Any) -> Any:
+    """Return an array as NumPy if this process has all of it; Orbax copies it.
 
-
-def _on_host(array: Any) -> Any:
-    """A view of an array, if all of it can be had in this process; Orbax copies it.
-
-    For arrays on devices Orbax counts the bytes it writes, and every count leaks some 30 KB.
+    For arrays on devices Orbax counts written bytes, and leaks about 30 KB with every count.
     """
-    spread = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
-    return array if spread else np.asarray(array)
+    is_split = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
+    return array if is_split else np.asarray(array)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's advice about topologies, which a user cannot act on."""
+def _no_warnings() -> Iterator[None]:
+    """Suppress Orbax's warnings about topologies, which users cannot act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
-_STEPS, _LOCK = "checkpoints", ".lock"
-_OURS = {_LOCK, f"{CONFIG}.part"}  # what a crash may leave of a run that had not yet begun
-_ORDER = {"seed"}  # of the batches alone, once training has begun
-_PACE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # after steps that were not finite
-
-
 @dataclass
 class Position:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-        step: optimiser steps, the skipped ones among them.
-        sums: of the epoch under way, added up in float64.
-        seconds: spent in the epoch under way.
-        records: of the epochs that ended.
-        skipped: how many of the last steps, without a break, were skipped.
+        step: Optimizer steps, skipped ones included.
+        sums: Metrics of the current epoch, summed in float64.
+        seconds: Time spent in the current epoch.
+        records: Records of the finished epochs, as in ``metrics.jsonl``.
+        skipped: Number of most recent steps that were skipped in a row.
     """
 
     step: int = 0
@@ -343,27 +325,26 @@ class Position:
     skipped: int = 0
 
     @property
-    def ended(self) -> bool:
-        """Whether the last step was an epoch's last."""
+    def is_epoch_end(self) -> bool:
+        """Return whether the last step was the last of an epoch."""
         return bool(self.records) and self.records[-1]["step"] == self.step
 
     def to_json(self) -> dict[str, Any]:
-        sums = {name: np.asarray(value).tolist() for name, value in self.sums.items()}
-        return {**self.__dict__, "sums": sums}
+        return asdict(self) | {"sums": {name: np.asarray(a).tolist() for name, a in self.sums.items()}}
 
     @classmethod
-    def from_json(cls, data: Any, source: str) -> "Position":
-        position = structure(cls, data, source)
-        position.sums = {name: np.asarray(value, np.float64) for name, value in position.sums.items()}
+    def from_json(cls, data: dict[str, Any]) -> "Position":
+        position = cls(**data)
+        position.sums = {name: np.asarray(a, np.float64) for name, a in position.sums.items()}
         return position
 
 
 class Run:
-    """A run's folder, for the command that writes it and for those that read it.
+    """The folder of a run, to write or to read.
 
     Args:
-        path: the folder.
-        monitor: the record's figure that is lowest at the best epoch.
+        path: The folder.
+        monitor: Name of the figure in the records that is lowest at the best epoch.
 
     Example:
         >>> import tempfile
@@ -376,11 +357,12 @@ class Run:
     """
 
     def __init__(self, path: Path, monitor: str):
-        self.path, self.monitor = path, monitor
-        self.steps = StepStore(path / _STEPS)
-        self._lock = writer_lock(path / _LOCK)
+        self.path, self.monitor = Path(path), monitor
+        self.steps = StepStore(self.path / _STEPS)
+        self._lock = writer_lock(self.path / _LOCK)
 
     @classmethod
+    @renamed_arguments(allow_change="allow_config_change")
     def create(
         cls,
         path: Path,
@@ -388,202 +370,223 @@ class Run:
         monitor: str,
         resume: bool = False,
         overwrite: bool = False,
-        allow_change: bool = False,
+        allow_config_change: bool = False,
         files: Mapping[str, str] | None = None,
     ) -> "Run":
-        """Make the folder and write the configuration, or go on with what is there.
+        """Make the folder of a new run, or open it to continue the run.
 
-        The folder is locked against other writers until `close`, or the process's end.
+        The folder is locked against other writers until `close` or until the process ends.
 
         Args:
-            path: the folder; a new one, unless `resume` or `overwrite`.
-            config: written to ``config.json``; to resume a run that made something, what is
-                `binding` in it must be what it was.
-            monitor: the record's figure that is lowest at the best epoch.
-            resume: go on with a run that is there; begin one if none is.
-            overwrite: remove a run that is there.
-            allow_change: to resume, the learning rate and the norm gradients are clipped to
-                may change too, and between two epochs "seed", for the order of batches.
-            files: names and texts to write beside, which must be the same to resume.
+            path: The folder; it must not hold a run unless `resume` or `overwrite`.
+            config: Settings for ``config.json``. To resume they must be the same, except for epochs and
+                output, and for the places of inputs whose digests are the same.
+            monitor: Name of the figure in the records that is lowest at the best epoch.
+            resume: Continue the run in the folder; start one if there is none.
+            overwrite: Remove the run in the folder.
+            allow_config_change: Allow to resume with another learning rate or clipping norm, and between
+                two epochs with another seed.
+            files: Names and texts of further files to write; to resume they must be the same.
 
         Raises:
-            InputError: the folder holds a run, or another's configuration, or is no folder,
-                or another process writes to it.
+            InputError: the folder holds a run or other files, has other settings, cannot be written,
+                or is locked.
         """
-        made = run_on_first(
-            lambda: cls._create(Path(path), config, monitor, resume, overwrite, allow_change, files)
-        )
-        return made or cls(Path(path), monitor)
-
-    @classmethod
-    def _create(cls, path: Path, config: Mapping[str, Any], monitor: str, resume: bool, overwrite: bool,
-                allow_change: bool, files: Mapping[str, str] | None) -> "Run":  # fmt: skip
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: is a file; give --output a folder")
+        run = cls(path, monitor)
         config = {"monitor": monitor, **json.loads(json.dumps(config))}
         texts = {name: text.encode() for name, text in (files or {}).items()}
-        digests = {name: digest(data) for name, data in texts.items()}
         try:
-            run = cls._lock_folder(path, monitor)
-            try:
-                if (path / CONFIG).exists():
-                    if resume and not run._made_nothing():
-                        run._compare(config, texts, allow_change)
-                    elif resume or overwrite:
-                        run.clear()
-                    else:
-                        told = "holds a run; go on with --resume, replace it with --overwrite"
-                        raise InputError(f"{path}: {told}")
-                write_config(path, config, digests)
-                for name, data in texts.items():
-                    write_atomically(path / name, data)
-                run.steps.tidy()
-            except BaseException:
-                run.close()
-                raise
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another --output") from None
+            run_on_first(lambda: run._prepare(config, texts, resume, overwrite, allow_config_change))
+        except BaseException as error:
+            run.close()
+            if isinstance(error, OSError):
+                reason = f"cannot be written ({error.strerror}); give another output folder"
+                raise InputError(f"{path}: {reason}") from None
+            raise
         return run
 
-    @classmethod
-    def _lock_folder(cls, path: Path, monitor: str) -> "Run":
-        """The folder, made if need be, and no one else's."""
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG).exists() and {p.name for p in path.iterdir()} - _OURS:
-            raise InputError(f"{path}: is not empty and holds no run; give --output a new folder")
-        run = cls(path, monitor)
+    def _prepare(
+        self, config: dict[str, Any], texts: dict[str, bytes], resume: bool, overwrite: bool, allow: bool
+    ) -> None:
+        """Lock the folder, compare or remove what it holds, and write the configuration."""
+        self._lock_folder()
+        if (self.path / CONFIG).exists():
+            if resume and not self._is_unused():
+                self._check_unchanged(config, texts, allow)
+            elif resume or overwrite:
+                self.clear()
+            else:
+                raise InputError(
+                    f"run folder {self.path} already exists; pass resume=True to continue it or "
+                    "overwrite=True to replace it"
+                )
+        write_config(self.path, config, {name: digest(data) for name, data in texts.items()})
+        for name, data in texts.items():
+            write_atomically(self.path / name, data)
+        self.steps.remove_unfinished()
+
+    def _lock_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: is a file; give an output folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        own = {_LOCK, f"{CONFIG}.part"}  # a crash may leave these before the run has a configuration
+        if not (self.path / CONFIG).exists() and {p.name for p in self.path.iterdir()} - own:
+            raise InputError(f"{self.path}: is not empty and holds no run; give a new output folder")
         try:
-            run._lock.acquire()
+            self._lock.acquire()
         except filelock.Timeout:
-            told = "another run writes there; wait for it, or give another --output"
-            raise InputError(f"{path}: {told}") from None
-        return run
+            reason = "another run writes there; wait for it, or give another output folder"
+            raise InputError(f"{self.path}: {reason}") from None
+
+    def _check_unchanged(self, config: dict[str, Any], texts: dict[str, bytes], allow: bool) -> None:
+        """Check that settings and texts are those the run was started with."""
+        before = read_config(self.path)
+        changed = fixed_changes(before, config)
+        is_allowable = changed.keys() <= _BETWEEN_EPOCHS | _AFTER_DIVERGENCE
+        if changed and not (allow and is_allowable):
+            listed = "; ".join(f"{name} {change}" for name, change in changed.items())
+            advice = "resume with those" + (", or pass allow_config_change=True" if is_allowable else "")
+            raise InputError(f"{self.path}: was started with other settings ({listed}); {advice}")
+        newest = next(self.steps.valid(), None)
+        if newest is not None:
+            position = self._position(newest)
+            if changed.keys() & _BETWEEN_EPOCHS and not position.is_epoch_end:
+                raise InputError(f"{self.path}: stopped within an epoch; keep the seed until it has ended")
+            if config.get("epochs", 0) < min(before.get("epochs", 0), finished := len(position.records)):
+                raise InputError(f"{self.path}: has run {finished} epochs; give at least as many epochs")
+        for name, data in texts.items():
+            if before["files"].get(name) != digest(data):
+                raise InputError(f"{self.path / name}: differs from the text of now; use the same texts")
+
+    def _is_unused(self) -> bool:
+        """Return whether the run ended before it wrote any result."""
+        files = (self.path / METRICS, self.path / RESULTS)
+        return not (self.steps.saved() or any(f.exists() and f.stat().st_size for f in files))
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """A run to read from.
+        """Open a run to read from it.
 
         Raises:
             InputError: there is none.
         """
         monitor = read_config(path).get("monitor")
         if not isinstance(monitor, str):
-            raise InputError(f"{path}: holds no run, but something exported; give a run's folder")
+            raise InputError(f"{path}: holds a saved model, not a run; give the folder of a run")
         return cls(path, monitor)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
+        """Content of ``config.json``."""
         return read_config(self.path)
 
-    def _compare(self, config: Mapping[str, Any], texts: Mapping[str, bytes], allow_change: bool) -> None:
-        """Refuse to go on with other settings or other texts than the run began with."""
-        before = read_config(self.path)
-        changed = binding(before, config)
-        may = changed.keys() <= _ORDER | _PACE
-        if changed and not (allow_change and may):
-            told = "; ".join(f"{name} {text}" for name, text in changed.items())
-            remedy = "use those to --resume" + (", or --allow-config-change" if may else "")
-            raise InputError(f"{self.path}: was run with other settings ({told}); {remedy}")
-        fewer = config.get("epochs", 0) < before.get("epochs", 0)
-        for step in self.steps.whole() if fewer or changed.keys() & _ORDER else ():
-            position = self._position(step)
-            if changed.keys() & _ORDER and not position.ended:
-                raise InputError(f"{self.path}: stopped within an epoch; seed may change after it")
-            if fewer and config["epochs"] < (ran := len(position.records)):
-                raise InputError(f"{self.path}: has run {ran} epochs; give --epochs that many")
-            break
-        for name, data in texts.items():
-            if before["files"].get(name) != digest(data):
-                told = difference(self.path / name, data)
-                raise InputError(f"{self.path / name}: {told}; use the texts it was made from")
-
-    def _made_nothing(self) -> bool:
-        """Whether it ended before there was anything to go on with, as by a setting that cannot be."""
-        files = (self.path / METRICS, self.path / RESULTS)
-        return not (self.steps.saved() or any(f.exists() and f.stat().st_size for f in files))
-
     def clear(self) -> None:
-        """Remove what a run wrote, and nothing else that may lie in the folder."""
+        """Remove the files of the run, and no others that lie in the folder."""
         for folder in (_STEPS, EVENTS):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for name in (RESULTS, METRICS, VOCABULARY, CONFIG):  # the last, since it makes the folder a run
+        for name in (RESULTS, METRICS, VOCABULARY, CONFIG):  # the configuration last: it marks a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:
-        """Write ``metrics.jsonl`` anew: every record so far, a line each, or the file as it was."""
+        """Replace ``metrics.jsonl`` by these records, one JSON line each."""
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         run_on_first(lambda: write_atomically(self.path / METRICS, "".join(lines)))
 
     def save(self, state: Any, position: Position) -> None:
-        """Save a step, in the background; the best epoch and the newest two steps are kept.
+        """Save a step in the background; see `StepStore.save`."""
+        self.steps.save(position.step, state, position.to_json(), self._monitored(position))
 
-        Raises:
-            InputError: it, or the save before, cannot be written, or a number is not finite.
-        """
-        self.steps.save(position.step, state, position.to_json(), self._figures(position))
-
-    def _figures(self, position: Position) -> dict[int, float]:
-        """What epochs came to, by the step each ended at."""
+    def _monitored(self, position: Position) -> dict[int, float]:
+        """Return the monitored figure of every finished epoch by its last step."""
         records = (record for record in position.records if {"step", self.monitor} <= record.keys())
         return {record["step"]: record[self.monitor] for record in records}
 
     def _position(self, step: int) -> Position:
-        return Position.from_json(self.steps.position(step), f"{self.steps.path / str(step)}")
+        return Position.from_json(self.steps.position(step))
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
-        """The newest whole step, or None if none was ever saved.
+        """Return the newest valid step, or None if none was saved.
 
         Args:
-            template: a pytree of the shapes and dtypes to restore.
+            template: Pytree of arrays, or of their shapes and dtypes.
 
         Raises:
-            InputError: no step is whole, or it is not of these shapes and dtypes.
+            InputError: every saved step is damaged, or the step has other shapes or dtypes.
         """
-        newest = run_on_first(lambda: next(self.steps.whole(set_aside=True), -1))
+        newest = run_on_first(lambda: next(self.steps.valid(set_aside=True), -1))
         step = max_over_processes(-1 if newest is None else newest)
         if step >= 0:
-            check_kinds(self.steps.kinds(step), template, f"{self.steps.path / str(step)}")
+            check_shapes(self.steps.shapes(step), template, f"{self.steps.path / str(step)}")
             return self.steps.load(step, template), self._position(step)
         if self.steps.saved():
-            told = "no saved step is whole; restore a copy, or begin anew with --overwrite"
-            raise InputError(f"{self.path}: {told}")
+            advice = "restore a copy, or start again with overwrite=True"
+            raise InputError(f"{self.path}: every saved step is damaged; {advice}")
         return None
 
     def restore_best(self, names: tuple[str, ...] = ()) -> Any:
-        """What was saved at the best epoch's end; the newest step if no epoch ended.
+        """Return the state at the end of the best epoch, or the newest if no epoch has ended.
 
         Args:
-            names: the keys of the state to restore; all if empty.
+            names: Parts of the state to load; empty for all.
 
         Raises:
-            InputError: no step was saved, or none is whole.
+            InputError: no step was saved, or every saved step is damaged.
         """
-        whole = list(self.steps.whole())
-        if not whole:
-            told = "no saved step is whole; restore a copy, or train again"
-            told = told if self.steps.saved() else "holds no saved step; let the training run reach one"
-            raise InputError(f"{self.path}: {told}")
-        figures = self._figures(self._position(whole[0]))
-        measured = [step for step in whole if step in figures]  # on equal figures, the earliest
-        best = min(measured, key=lambda step: (figures[step], step), default=whole[0])
-        saved = self.steps.kinds(best)
+        valid = list(self.steps.valid())
+        if not valid:
+            reason = "holds no saved step; let the training run reach one"
+            if self.steps.saved():
+                reason = "every saved step is damaged; restore a copy, or train again"
+            raise InputError(f"{self.path}: {reason}")
+        figures = self._monitored(self._position(valid[0]))
+        measured = [step for step in valid if step in figures]
+        best = min(measured, key=lambda step: (figures[step], step), default=valid[0])
+        saved = self.steps.shapes(best)
         missing = set(names) - saved.keys()
         if missing:
             raise InputError(f"{self.steps.path / str(best)}: holds no {', '.join(missing)}; train again")
         return self.steps.load(best, {name: saved[name] for name in names or saved})
 
     def wait(self) -> None:
-        """Wait for the save under way.
-
-        Raises:
-            InputError: it failed.
-        """
+        """Wait until the current save has finished; see `StepStore.wait`."""
         self.steps.wait()
 
+    def last_saved(self) -> int | None:
+        """Return the newest saved step, see `StepStore.last_saved`."""
+        return self.steps.last_saved()
+
     def close(self) -> None:
-        """Wait for the save under way, and let others write to the folder."""
+        """Wait until the current save has finished, and unlock the folder."""
         try:
             self.steps.close()
         finally:
             self._lock.release()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return every setting that differs, with its old and new value.
+
+    Example:
+        >>> changes({"model": {"cells": 4}, "seed": 0}, {"model": {"cells": 8}, "seed": 0})
+        {'model.cells': '4 -> 8'}
+    """
+    found: dict[str, str] = {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= {f"{name}.{inner}": change for inner, change in changes(old, new).items()}
+        elif old != new:
+            found[name] = f"{old!r} -> {new!r}"
+    return found
+
+
+def fixed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `changes` of settings that must not change when a run is resumed.
+
+    Example:
+        >>> fixed_changes({"epochs": 1, "data": {"data_dir": "a"}}, {"epochs": 2, "data": {"data_dir": "b"}})
+        {}
+    """
+    changed = changes(before, now)
+    free = _FREE if changed.keys() & _DIGESTS else _FREE | PLACES
+    return {name: change for name, change in changed.items() if name not in free}

@@ -3,6 +3,7 @@
 A loss function is pure: ``loss_fn(params, batch, key) -> (loss, metrics)``. Metrics are sums and counts.
 """
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -212,6 +213,7 @@ def compile_steps(
         shardings = of_state, replicated(mesh)
     options = compiler_options(isinstance(loss_fn, MatmulBound))
     optimizer = as_step_optimizer(optimizer)
+    take_step = inspect.unwrap(train_step)  # without the wrapper for old argument names
 
     @partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=options)
     def run_steps(state: TrainState, frozen: Params, batches: Any, count: Array, key: Array):
@@ -219,7 +221,7 @@ def compile_steps(
 
         @partial(jax.jit, inline=True)  # used twice below, but traced once
         def step(state: TrainState, batch: Any, key: Array, enabled: Array | bool):
-            return train_step(state, batch, key, loss_fn, optimizer, enabled)
+            return take_step(state, batch, key, loss_fn, optimizer, enabled)
 
         def is_enabled(i: Array | int) -> Array | bool:
             return i < count if all_steps else True

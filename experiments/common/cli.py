@@ -36,11 +36,10 @@ from elmo_jax.data.batching import BatchStream, Documents
 from elmo_jax.data.characters import CHARACTERS
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Dtype, Elmo
-from elmo_jax.errors import InputError
+from elmo_jax.errors import InputError, Interrupted
 from elmo_jax.parallel import check_same_on_all_processes, is_first_process, run_on_first
 from elmo_jax.storage.files import CONFIG, write_atomically
 from elmo_jax.training.checkpoint import EVENTS, RESULTS, Run
-from elmo_jax.training.loop import Interrupted
 from experiments.common.memory import process_peak, tame_malloc
 
 C = TypeVar("C")
@@ -366,7 +365,6 @@ def create_run(
     output: str,
     monitor: str,
     files: Mapping[str, str] | None = None,
-    remedy: str | None = None,
     **more: Any,
 ) -> Run:
     """The run's folder, with everything in its configuration but how it was started.
@@ -376,7 +374,6 @@ def create_run(
         output: the folder.
         monitor: see `Run`.
         files: see `Run.create`.
-        remedy: see `StepStore`.
         more: for the configuration, beside the flags.
     """
     if config.resume and config.overwrite:
@@ -388,11 +385,10 @@ def create_run(
     run = Run.create(Path(output), settings, monitor, *started, files=files)
     if nothing:
         say(f"{output}: holds no run to go on with; this one begins anew")
-    run.steps.remedy = remedy
     begun()
 
     def clear() -> None:
-        if run.steps.saved() and next(run.steps.whole(), None) is None:
+        if run.steps.saved() and next(run.steps.valid(), None) is None:
             return  # it cannot be gone on with, which `Run.restore` will say; what it made is good
         for name in reversed(PRODUCTS):
             (run.path / name).unlink(missing_ok=True)

@@ -34,8 +34,8 @@ from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
-from elmo_jax.storage.files import CONFIG, PACING, PLACES, changes, read_config, tree_digest, write_atomically
-from elmo_jax.training.checkpoint import METRICS, RESULTS, VOCABULARY
+from elmo_jax.storage.files import CONFIG, read_config, tree_digest, write_atomically
+from elmo_jax.training.checkpoint import METRICS, PACING, PLACES, RESULTS, VOCABULARY, changes
 from elmo_jax.training.objectives import init_params
 from experiments import downstream, pretrain, vectors
 from experiments.common import cli

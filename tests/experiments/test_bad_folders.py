@@ -210,7 +210,7 @@ def test_runs(run, tmp_path, monkeypatch, refused):
     for path in (run / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    refused(downstream.main, args, "no saved step is whole")
+    refused(downstream.main, args, "every saved step is damaged")
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     refused(downstream.main, args, "holds no saved step")
     (run / "checkpoints").write_text("")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from elmo_jax.training.loop import Interrupted
+from elmo_jax.errors import Interrupted
 from experiments.common import cli
 
 ROOT = Path(__file__).parents[2]

@@ -130,9 +130,9 @@ def test_a_run_is_not_lost_by_accident_and_can_be_continued(pretrained, corpus, 
     flags = ["--dataset", corpus, "--output", pretrained, *TINY]
     before = records(pretrained)
     assert call(pretrain.main, monkeypatch, *flags) == 2
-    assert "holds a run; go on with --resume" in capsys.readouterr().err
+    assert "already exists; pass" in capsys.readouterr().err
     assert call(pretrain.main, monkeypatch, *flags, "--cells", "5", "--resume") == 2
-    assert "was run with other settings (model.cells 4 -> 5)" in capsys.readouterr().err
+    assert "was started with other settings (model.cells 4 -> 5)" in capsys.readouterr().err
     assert call(pretrain.main, monkeypatch, *flags, "--epochs", "3", "--resume") == 0
     assert records(pretrained)[:2] == before and len(records(pretrained)) == 3
 

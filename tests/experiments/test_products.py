@@ -168,7 +168,7 @@ def test_what_cannot_be_gone_on_with_keeps_what_it_made(corpus, tmp_path, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert call(vectors.main, monkeypatch, *flags, "--resume") == 2
-    assert "no saved step is whole" in capsys.readouterr().err
+    assert "every saved step is damaged" in capsys.readouterr().err
     assert {name: (tmp_path / "run" / name).read_bytes() for name in made} == made
 
 

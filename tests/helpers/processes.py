@@ -35,7 +35,7 @@ def wait_for(condition):
 
 def outcome(path):
     run = Run.open(path)
-    (newest, *_), lines = run.steps.whole(), (path / "metrics.jsonl").read_text().splitlines()
+    (newest, *_), lines = run.steps.valid(), (path / "metrics.jsonl").read_text().splitlines()
     times = {"seconds", "tokens_per_second"}
     records = [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
-    return newest, records, run.steps.load(newest, run.steps.kinds(newest))
+    return newest, records, run.steps.load(newest, run.steps.shapes(newest))

@@ -119,12 +119,11 @@ except Exception as error:
 RUN = """
 import contextlib, io, json, sys, warnings
 from pathlib import Path
-from elmo_jax.training.checkpoint import Run
-from elmo_jax.training.checkpoint import Steps
+from elmo_jax.training.checkpoint import Run, StepStore
 from experiments import pretrain
 
 data, disk = map(Path, sys.argv[1:])
-path, filler, look = disk / "run", disk / "filler", Steps._make_room
+path, filler, look = disk / "run", disk / "filler", StepStore._check_free_space
 flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --resume --softmax full".split()
 
 def call(epochs):
@@ -134,7 +133,7 @@ def call(epochs):
         code = pretrain.main()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        steps = list(Run.open(path).steps.whole())
+        steps = list(Run.open(path).steps.valid())
     records = [json.loads(line)["epoch"] for line in (path / "metrics.jsonl").read_text().splitlines()]
     parts = [p.name for p in (path / "checkpoints").glob("*.part")]
     return {"code": code, "said": said.getvalue(), "steps": steps, "records": records, "parts": parts}
@@ -149,9 +148,9 @@ def then_fill(steps, state):
     fill(10**9)
 
 outcomes = [call(1)]
-Steps._make_room = then_fill
+StepStore._check_free_space = then_fill
 outcomes.append(call(3))
-Steps._make_room = look
+StepStore._check_free_space = look
 fill(3 * 2**20 // 4096)
 outcomes.append(call(3))
 filler.unlink()
@@ -179,7 +178,7 @@ def test_a_small_disk_that_fills_up_in_a_save(tmp_path):
     assert whole["code"] == 0 and whole["records"] == [1]
     for told, reason in ((full, "No space left on device"), (refused, r"\d+ MB are free, \d+ MB needed")):
         assert told["code"] == 2 and told["said"].count("\n") == 1
-        step = rf"run/checkpoints/{2 * first}: could not be saved \({reason}\); the steps before are kept"
+        step = rf"run/checkpoints/{2 * first}: could not be saved \({reason}\); earlier steps are kept"
         assert re.search(step, told["said"]), told["said"]
         assert (told["steps"], told["records"], told["parts"]) == ([first], [1], [])
     assert after["code"] == 0 and after["records"] == [1, 2, 3] and after["steps"][0] == 3 * first

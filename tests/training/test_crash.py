@@ -18,11 +18,11 @@ import pytest
 from processes import PROCESSES, finish, outcome, steps, wait_for
 
 from elmo_jax.data.batching import BatchStream, Documents
-from elmo_jax.errors import InputError
+from elmo_jax.errors import InputError, Interrupted
 from elmo_jax.parallel import Plan
 from elmo_jax.training import checkpoint as steps_module
 from elmo_jax.training.checkpoint import Position, Run
-from elmo_jax.training.loop import Interrupted, fit
+from elmo_jax.training.loop import fit
 from elmo_jax.training.step import TrainState
 from experiments import pretrain
 
@@ -147,7 +147,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_steps_before(tmp_pat
     before = outcome(path)
     assert finish(start(path, 2, file_limit=100_000)) == 2
     said = Path(f"{path}.error").read_text()
-    assert "could not be saved (File too large); the steps before are kept" in said and "\n" not in said
+    assert "could not be saved (File too large); earlier steps are kept" in said and "\n" not in said
     after = outcome(path)
     assert after[:2] == before[:2]
     jax.tree.map(np.testing.assert_array_equal, after[2], before[2])

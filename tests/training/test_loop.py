@@ -13,10 +13,11 @@ from regression import EPOCHS, begin, lines, loss_fn, run_fit, same, without_tim
 
 from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import BatchStream
+from elmo_jax.errors import Interrupted
 from elmo_jax.parallel import Plan
 from elmo_jax.training import checkpoint as steps, loop
 from elmo_jax.training.checkpoint import Run
-from elmo_jax.training.loop import Interrupted, fit
+from elmo_jax.training.loop import fit
 from elmo_jax.training.optimizers import make_optimizer
 from elmo_jax.training.step import TrainState, compile_steps
 
@@ -48,7 +49,7 @@ def test_a_hook_gets_every_new_epochs_whole_record(documents, tmp_path):
 
 def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tmp_path, monkeypatch):
     told = []
-    chunks, add = BatchStream.chunks, loop._add
+    chunks, add = BatchStream.chunks, loop._add_metrics
 
     def watched(self, first, last):
         for made in chunks(self, first, last):
@@ -66,7 +67,7 @@ def test_the_next_batches_are_placed_before_anything_is_waited_for(documents, tm
         return called
 
     monkeypatch.setattr(loop, "compile_steps", make)
-    monkeypatch.setattr(loop, "_add", lambda *args: (told.append("waited"), add(*args)))
+    monkeypatch.setattr(loop, "_add_metrics", lambda *args: (told.append("waited"), add(*args)))
     monkeypatch.setattr(BatchStream, "chunks", watched)
     run_fit(documents, tmp_path / "run", epochs=1)
     assert told[:7] == ["made", "called", "made", "called", "made", "waited", "called"]

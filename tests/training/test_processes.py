@@ -14,7 +14,7 @@ import optax
 from processes import PROCESSES, finish, outcome, wait_for
 
 from elmo_jax.data.batching import BatchStream, Documents
-from elmo_jax.errors import InputError
+from elmo_jax.errors import InputError, Interrupted
 from elmo_jax.parallel import (
     DATA,
     MODEL,
@@ -25,7 +25,7 @@ from elmo_jax.parallel import (
     run_on_first,
 )
 from elmo_jax.training.checkpoint import Run
-from elmo_jax.training.loop import Interrupted, fit
+from elmo_jax.training.loop import fit
 from elmo_jax.training.step import TrainState
 
 
