@@ -447,12 +447,14 @@ class Run:
             listed = "; ".join(f"{name} {change}" for name, change in changed.items())
             advice = "resume with those" + (", or pass allow_config_change=True" if is_allowable else "")
             raise InputError(f"{self.path}: was started with other settings ({listed}); {advice}")
-        newest = next(self.steps.valid(), None)
+        order_changes = changed.keys() & _BETWEEN_EPOCHS
+        fewer = config.get("epochs", 0) < before.get("epochs", 0)
+        newest = next(self.steps.valid(), None) if order_changes or fewer else None
         if newest is not None:
             position = self._position(newest)
-            if changed.keys() & _BETWEEN_EPOCHS and not position.is_epoch_end:
+            if order_changes and not position.is_epoch_end:
                 raise InputError(f"{self.path}: stopped within an epoch; keep the seed until it has ended")
-            if config.get("epochs", 0) < min(before.get("epochs", 0), finished := len(position.records)):
+            if fewer and config["epochs"] < (finished := len(position.records)):
                 raise InputError(f"{self.path}: has run {finished} epochs; give at least as many epochs")
         for name, data in texts.items():
             if before["files"].get(name) != digest(data):
