@@ -225,7 +225,7 @@ def _skipped_error(
     """Return the error about skipped steps, with the learning rate and the documents of the last one."""
     rates = optax.tree.get(state.opt_state, "hyperparams", {})
     details = [f"learning rate {float(rates['learning_rate']):g}"] if "learning_rate" in rates else []
-    documents = stream.rows(position.step - 1)
+    documents = stream.document_indices(position.step - 1)
     if len(documents):
         details.append(f"documents {', '.join(map(str, documents))}")
     cause = f" ({', '.join(details)})" if details else ""
