@@ -1,4 +1,4 @@
-"""One word in its contexts, and what each layer finds alike: python -m experiments.neighbours."""
+"""Find the occurrences of a word that each layer considers similar: python -m experiments.neighbours."""
 
 import itertools
 import os
@@ -7,195 +7,209 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 from tyro.conf import Positional, arg
 
-from elmo_jax.data.sample_corpus import sample_corpus
-from elmo_jax.data.text import read_lines, tokenize
-from elmo_jax.elmo import Dtype
+from elmo_jax.config import Dtype
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import move
 from experiments.common import cli
-from experiments.common.report import explain_numbers, plot_layers
 
-_AROUND = 4  # words shown on either side
-_BLOCK = 256  # sentences at a time
+if TYPE_CHECKING:
+    from elmo_jax.elmo import Elmo
+
+_CONTEXT = 4  # words printed on either side
+_SENTENCES_PER_CALL = 256
 
 
 @dataclass(frozen=True)
 class NeighboursConfig:
-    """The same word in different contexts: which of its occurrences each layer finds alike."""
+    """Print the most similar occurrences of a word by layer."""
 
     word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"
     """The word, as the model's texts write it."""
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT ...")] = ()
-    """Texts, a sentence a line; the embedded corpus's test part, which names senses, if none is given."""
+    """Text files, one sentence per line; the test part of the sample corpus, which names the sense of
+    each ambiguous word, if none is given."""
     pretrained: str | None = None
-    """Run of experiments.pretrain, or a folder that save_pretrained wrote."""
+    """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format."""
     precision: Dtype | None = None
-    """Of the products; what the model was trained with, or float32, if not given."""
+    """Matmul dtype; the model's own if not given."""
     tokenize: bool = False
-    """Split raw text as the training commands do; else lines are tokens with spaces between."""
+    """Tokenize raw text as the training commands do. Without it, spaces separate the tokens of a line."""
     nearest: int = 3
-    """How many neighbours to show."""
+    """Number of neighbours to print."""
     most: int = 500
-    """Occurrences looked at; the first."""
+    """Use the first occurrences up to this number."""
     picture: str | None = None
-    """PNG to draw the occurrences into, a panel a layer."""
+    """PNG file for a plot of the occurrences, one panel per layer."""
     overwrite: bool = False
-    """Replace that PNG."""
+    """Replace that PNG file."""
 
 
-class Place(NamedTuple):
-    """Where a word stands: its sentence, its place there, where that is from, and its sense if known."""
+class Occurrence(NamedTuple):
+    """One occurrence of a word: its sentence, position, source, and sense if known."""
 
     sentence: list[str]
-    at: int
+    position: int
     source: str
     sense: str | None
 
-    def shown(self) -> str:
-        """The words around it, itself in brackets."""
-        before, after = self.sentence[: self.at][-_AROUND:], self.sentence[self.at + 1 :][:_AROUND]
-        return " ".join([*before, f"[{self.sentence[self.at]}]", *after])
+    def __str__(self) -> str:
+        before = self.sentence[: self.position][-_CONTEXT:]
+        after = self.sentence[self.position + 1 :][:_CONTEXT]
+        return " ".join([*before, f"[{self.sentence[self.position]}]", *after])
 
 
 def neighbours(config: NeighboursConfig) -> list[float]:
-    """Run the command; returns, of texts that name senses, how often neighbours share theirs by layer."""
-    picture = None if config.picture is None else _new(Path(config.picture), config.overwrite)
+    """Run the command.
+
+    Returns:
+        For texts that name senses: by layer, the fraction of nearest neighbours with the same sense.
+    """
+    picture = None if config.picture is None else _check_picture(Path(config.picture), config.overwrite)
     elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
-    places = list(itertools.islice(_places(config), config.most))
-    if len(places) < 2:
-        raise InputError(
-            f"{config.word!r} stands in the texts {len(places)} times; give a more frequent word"
-        )
-    vectors = _vectors(elmo, places)
-    near = [similarity(layer) for layer in vectors]
-    names = ["token vectors", *(f"LSTM layer {i}" for i in range(1, len(near)))]
-    senses = [place.sense for place in places]
-    shares = [] if None in senses else [_agreement(layer, senses, config.nearest) for layer in near]
-    cli.say(f"{config.word}: {len(places)} occurrences; nearest by cosine similarity")
-    asked = _queries(near[-1], senses)
-    for i in asked:
-        _show(i, places, near, names, config.nearest)
-    if shares:
-        told = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, shares, strict=True))
-        cli.say(f"\nof the same sense among the {config.nearest} nearest: {told}")
-        of_same = [f"{share:.0%} of neighbours share the sense" for share in shares]
-        names = [f"{name}\n{told}" for name, told in zip(names, of_same, strict=True)]
+    found = list(itertools.islice(_find_occurrences(config), config.most))
+    if len(found) < 2:
+        raise InputError(f"{config.word!r} occurs {len(found)} times in the texts; give a more frequent word")
+    vectors = _embed(elmo, found)
+    cosines = [cosine_similarity(layer) for layer in vectors]
+    titles = ["token vectors", *(f"LSTM layer {i}" for i in range(1, len(cosines)))]
+    senses = [occurrence.sense for occurrence in found]
+    cli.say(f"{config.word}: {len(found)} occurrences; nearest by cosine similarity")
+    queries = _choose_queries(cosines[-1], senses)
+    for query in queries:
+        _show(query, found, cosines, titles, config.nearest)
+    agreement = []
+    if None not in senses:
+        agreement = [sense_agreement(layer, senses, config.nearest) for layer in cosines]
+        by_layer = ", ".join(f"{title} {part:.0%}" for title, part in zip(titles, agreement, strict=True))
+        cli.say(f"\nsame sense among the {config.nearest} nearest: {by_layer}")
+        titles = [
+            f"{title}\n{part:.0%} of neighbours share the sense"
+            for title, part in zip(titles, agreement, strict=True)
+        ]
     if picture is not None:
-        examples = {places[i].sense: f"{places[i].sense}: {places[i].shown()}" for i in asked}
+        examples = {found[i].sense: f"{found[i].sense}: {found[i]}" for i in queries}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
-        _draw([flat(layer) for layer in vectors], groups, names, picture)
-        if numbers := explain_numbers(list(dict.fromkeys(groups)), "word"):
-            cli.say(f"\n{numbers}")
+        _plot([principal_components(layer) for layer in vectors], groups, titles, picture)
         cli.say(f"\nwritten to {picture}")
-    return shares
+    return agreement
 
 
-def _new(picture: Path, overwrite: bool) -> Path:
-    """The picture's path, if it can be written."""
+def _check_picture(picture: Path, overwrite: bool) -> Path:
+    """Return the path if a picture can be written there."""
     if picture.suffix.lower() != ".png":
-        raise InputError(f"--picture must be a file whose name ends in .png, not {str(picture)!r}")
-    if picture.is_dir() or not picture.parent.is_dir() or not os.access(picture.parent, os.W_OK):
-        told = "is a folder" if picture.is_dir() else "is in no folder that can be written to"
-        raise InputError(f"{picture}: {told}; give another --picture")
+        raise InputError(f"--picture must name a .png file, not {str(picture)!r}")
+    if picture.is_dir():
+        raise InputError(f"--picture {picture}: is a folder; give the path of a file")
+    if not picture.parent.is_dir() or not os.access(picture.parent, os.W_OK):
+        raise InputError(f"--picture {picture}: its folder is missing or not writable; give another path")
     if picture.exists() and not overwrite:
-        raise InputError(f"{picture}: is there already; replace it with --overwrite")
+        raise InputError(f"--picture {picture}: already exists; replace it with --overwrite")
     return picture
 
 
-def _draw(points: list[np.ndarray], groups: list[str], names: list[str], picture: Path) -> None:
-    """Write the picture, whole or not at all."""
+def _plot(points: list[np.ndarray], groups: list[str], titles: list[str], picture: Path) -> None:
+    """Write the complete picture, or nothing."""
+    from experiments.common import report
+
     with tempfile.TemporaryDirectory(dir=picture.parent, prefix=".picture-") as folder:
         part = Path(folder) / "part.png"
-        plot_layers(points, groups, names, part)
-        move(part, picture)
+        report.plot_layers(points, groups, titles, part)
+        part.replace(picture)
+    if numbers := report.explain_numbers(list(dict.fromkeys(groups)), "word"):
+        cli.say(f"\n{numbers}")
 
 
-def _places(config: NeighboursConfig) -> Iterator[Place]:
-    """Every occurrence of the word."""
+def _find_occurrences(config: NeighboursConfig) -> Iterator[Occurrence]:
+    from elmo_jax.data.sample_corpus import sample_corpus
+    from elmo_jax.data.text import read_lines, tokenize
+
     if not config.texts:
         for n, text in enumerate(sample_corpus().test):
-            of = {at: name.partition("/")[2] for at, name in text.senses}
+            senses = {position: name.partition("/")[2] for position, name in text.senses}
             words = text.text.split()
-            for at in (at for at, word in enumerate(words) if word == config.word):
-                yield Place(words, at, f"sample:{n + 1}", of.get(at, config.word))
-    split = tokenize if config.tokenize else str.split
+            for i in _positions(words, config.word):
+                yield Occurrence(words, i, f"sample:{n + 1}", senses.get(i, config.word))
     for name in config.texts:
-        for i, words in read_lines(Path(name), split):
-            for at in (at for at, word in enumerate(words) if word == config.word):
-                yield Place(words, at, f"{name}:{i + 1}", None)
+        for n, words in read_lines(Path(name), tokenize if config.tokenize else str.split):
+            for i in _positions(words, config.word):
+                yield Occurrence(words, i, f"{name}:{n + 1}", None)
 
 
-def _vectors(elmo: Any, places: list[Place]) -> np.ndarray:
-    """The word's vectors ``[L, N, F]``."""
+def _positions(words: list[str], word: str) -> list[int]:
+    return [i for i, other in enumerate(words) if other == word]
+
+
+def _embed(elmo: "Elmo", found: list[Occurrence]) -> np.ndarray:
+    """Return the word's vectors ``[L, N, F]``."""
     columns = []
-    for i in range(0, len(places), _BLOCK):
-        part = places[i : i + _BLOCK]
-        layers = elmo.embed([place.sentence for place in part])
-        columns += [layer[:, place.at] for place, layer in zip(part, layers, strict=True)]
+    for i in range(0, len(found), _SENTENCES_PER_CALL):
+        part = found[i : i + _SENTENCES_PER_CALL]
+        layers = elmo.embed([occurrence.sentence for occurrence in part])
+        columns += [layer[:, o.position] for o, layer in zip(part, layers, strict=True)]
     return np.stack(columns, axis=1)
 
 
-def similarity(x: np.ndarray) -> np.ndarray:
-    """Cosines ``[N, N]`` of vectors ``[N, F]``; -1 of each with itself, which is no neighbour.
+def cosine_similarity(x: np.ndarray) -> np.ndarray:
+    """Return cosines ``[N, N]`` of vectors ``[N, F]``, with -1 on the diagonal.
 
     Example:
-        >>> similarity(np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
+        >>> cosine_similarity(np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [[-1.0, 0.0, 1.0], [0.0, -1.0, 0.0], [1.0, 0.0, -1.0]]
     """
     unit = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosines = unit @ unit.T
-    np.fill_diagonal(cosines, -1)
+    np.fill_diagonal(cosines, -1)  # a vector is not its own neighbour
     return cosines
 
 
-def flat(x: np.ndarray) -> np.ndarray:
-    """The two principal components ``[N, 2]`` of vectors ``[N, F]``."""
-    centred = x - x.mean(0)
-    left, size, _ = np.linalg.svd(centred, full_matrices=False)
+def principal_components(x: np.ndarray) -> np.ndarray:
+    """Return the first two principal components ``[N, 2]`` of vectors ``[N, F]``."""
+    left, size, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     points = np.zeros((len(x), 2))
     points[:, : min(2, len(size))] = (left * size)[:, :2]
     return points
 
 
-def _agreement(near: np.ndarray, senses: list[Any], k: int) -> float:
-    """How many of the k nearest, and of those as near as they, share the sense; the mean over all."""
+def sense_agreement(cosines: np.ndarray, senses: list[str], k: int) -> float:
+    """Return the mean fraction of the k nearest occurrences, ties included, that share the sense."""
     same = np.array(senses)[:, None] == np.array(senses)[None]
-    last = np.sort(near, axis=1)[:, -min(k, len(near) - 1)]
-    chosen = near >= last[:, None] - 1e-6
+    kth = np.sort(cosines, axis=1)[:, -min(k, len(cosines) - 1)]
+    chosen = cosines >= kth[:, None] - 1e-6
     np.fill_diagonal(chosen, False)
     return float(np.mean((same & chosen).sum(1) / chosen.sum(1)))
 
 
-def _queries(near: np.ndarray, senses: list[Any]) -> list[int]:
-    """The first occurrence of every sense; or the first of all, and that least like it at the top."""
+def _choose_queries(cosines: np.ndarray, senses: list[str | None]) -> list[int]:
+    """Return the first occurrence of every sense, or the first of all and the least similar one."""
     if None not in senses and len(set(senses)) > 1:
         return [senses.index(sense) for sense in dict.fromkeys(senses)]
-    return [0, 1 + int(near[0, 1:].argmin())]
+    return [0, 1 + int(cosines[0, 1:].argmin())]
 
 
-def _show(i: int, places: list[Place], near: list[np.ndarray], names: list[str], k: int) -> None:
-    cli.say(f"\n{places[i].shown()}" + (f"  ({places[i].sense})" if places[i].sense else ""))
-    for name, cosines in zip(names, near, strict=True):
-        cli.say(f"  {name}")
-        others = cosines[i]
-        if np.isclose(np.delete(others, i), 1, atol=1e-5).all():
-            why = "no context is known here" if name == names[0] else "their contexts are alike"
+def _show(query: int, found: list[Occurrence], cosines: list[np.ndarray], titles: list[str], k: int) -> None:
+    """Print an occurrence and its nearest neighbours by layer."""
+    cli.say(f"\n{found[query]}" + (f"  ({found[query].sense})" if found[query].sense else ""))
+    for title, layer in zip(titles, cosines, strict=True):
+        cli.say(f"  {title}")
+        others = layer[query]
+        if np.isclose(np.delete(others, query), 1, atol=1e-5).all():
+            why = "this layer has no context" if title == titles[0] else "all contexts are similar"
             cli.say(f"     1.00  every occurrence: {why}")
             continue
-        for j in np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]:  # the last is itself
-            sense = f", {places[j].sense}" if places[j].sense else ""
-            cli.say(f"    {others[j]:5.2f}  {places[j].shown()}  ({places[j].source}{sense})")
+        nearest = np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]
+        for i in nearest:
+            sense = f", {found[i].sense}" if found[i].sense else ""
+            cli.say(f"    {others[i]:5.2f}  {found[i]}  ({found[i].source}{sense})")
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.run(NeighboursConfig, neighbours, "experiments.neighbours")
 
 
