@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -176,7 +176,7 @@ def principal_components(x: np.ndarray) -> np.ndarray:
     return points
 
 
-def sense_agreement(cosines: np.ndarray, senses: list[str], k: int) -> float:
+def sense_agreement(cosines: np.ndarray, senses: Sequence[str | None], k: int) -> float:
     """Return the mean fraction of the k nearest occurrences, ties included, that share the sense."""
     same = np.array(senses)[:, None] == np.array(senses)[None]
     kth = np.sort(cosines, axis=1)[:, -min(k, len(cosines) - 1)]
@@ -185,7 +185,7 @@ def sense_agreement(cosines: np.ndarray, senses: list[str], k: int) -> float:
     return float(np.mean((same & chosen).sum(1) / chosen.sum(1)))
 
 
-def _choose_queries(cosines: np.ndarray, senses: list[str | None]) -> list[int]:
+def _choose_queries(cosines: np.ndarray, senses: Sequence[str | None]) -> list[int]:
     """Return the first occurrence of every sense, or the first of all and the least similar one."""
     if None not in senses and len(set(senses)) > 1:
         return [senses.index(sense) for sense in dict.fromkeys(senses)]
