@@ -1,108 +1,121 @@
-"""Write the layers of every token of a text: python -m experiments.embed."""
+"""Write the layers of every token of a text to HDF5: python -m experiments.embed."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from elmo_jax.elmo import Dtype, Elmo
-from elmo_jax.embed_file import Dump, DumpConfig
+from elmo_jax.config import CombinerConfig, DumpConfig, Dtype
 from elmo_jax.errors import InputError
-from elmo_jax.models.combiners import CombinerConfig, Mix, make_combiner
-from elmo_jax.storage.files import read_config, structure, tree_digest
-from elmo_jax.training.checkpoint import RESULTS, Run, check_shapes
-from elmo_jax.training.loop import ProgressBar
 from experiments.common import cli
-from experiments.common.features import SourceConfig, official
+
+if TYPE_CHECKING:
+    from elmo_jax.elmo import Elmo
+    from elmo_jax.models.combiners import Mix
 
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Write the layers of every token of a text, a sentence a line, into an HDF5 file."""
+    """Write the layers of every token of a text, one sentence per line, to an HDF5 file."""
 
     input: Annotated[Positional[str], arg(metavar="TEXT")]
-    """The text, UTF-8."""
+    """The text file, UTF-8."""
     out: Annotated[Positional[str], arg(metavar="OUT.h5")]
-    """The HDF5 file to write. Until it is done it takes twice its size on the disk."""
+    """The HDF5 file to write. Writing needs twice its size on disk."""
     pretrained: str | None = None
-    """Run of experiments.pretrain, or a folder that save_pretrained wrote."""
+    """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format."""
     dump: Annotated[DumpConfig, OmitArgPrefixes] = DumpConfig()
     precision: Dtype | None = None
-    """Of the products; what the model was trained with, or float32, if not given."""
+    """Matmul dtype; the model's own if not given."""
     mix_from: str | None = None
-    """Run of experiments.downstream whose lambdas --layers mix takes, with its layer norm, and with its
-    language model if it was finetuned."""
+    """Run of downstream whose lambdas --layers mix uses, with its layer norm and, if it was fine-tuned,
+    its language model."""
     resume: bool = False
-    """Go on with a file that was not finished, also one that is to replace what is there."""
+    """Continue an unfinished file, also one that replaces an existing file."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace an existing file."""
 
 
 def embed(config: EmbedConfig) -> None:
     """Run the command."""
+    from elmo_jax.embed_file import Dump
+    from elmo_jax.training.loop import ProgressBar
+
     elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
     if (config.dump.layers == "mix") != (config.mix_from is not None):
         raise InputError("--layers mix and --mix-from RUN need each other; give both or neither")
     mix = None
     if config.mix_from is not None:
-        elmo, mix = mixed(elmo, Path(config.mix_from))
+        elmo, mix = load_mix(elmo, Path(config.mix_from))
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.begin(config.resume, config.overwrite)
     cli.begun()
-    with ProgressBar(dump.tokens, "token", scale=True) as meter:
-        dump.write(meter.add)
+    with ProgressBar(dump.tokens, "token", scale=True) as progress:
+        dump.write(progress.add)
     cli.say(f"written to {config.out}")
 
 
-def mixed(elmo: Elmo, path: Path) -> tuple[Elmo, Mix]:
-    """The language model and the mix of its layers that a run of experiments.downstream ended with.
+def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
+    """Return the language model and the mix of its layers of a downstream run.
 
     Raises:
-        InputError: it is no such run, has no lambdas, or is of another language model.
+        InputError: the folder is not such a run, has no lambdas, or uses another language model.
     """
+    from elmo_jax.elmo import Elmo
+    from elmo_jax.models.combiners import Mix, make_combiner
+    from elmo_jax.storage.files import read_config, structure, tree_digest
+    from elmo_jax.training.checkpoint import Run, check_kinds
+    from experiments.common.features import SourceConfig, official
+
     config = read_config(path)
     if "source" not in config or "combiner" not in config:
-        raise InputError(f"{path}: is not a run of experiments.downstream; give one that has lambdas")
+        raise InputError(f"--mix-from {path}: is not a run of downstream; give one that has lambdas")
     combiner = structure(CombinerConfig, config["combiner"], f"{path}: combiner")
     source = structure(SourceConfig, config["source"], f"{path}: source")
     if source.untrained:
-        raise InputError(f"{path}: had a language model without training; give a run with a trained one")
-    try:
-        lambdas = json.loads((path / RESULTS).read_text(encoding="utf-8"))["lambdas"]
-        weights = [float(value) for value in lambdas]
-        if not np.isfinite(weights).all():
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"--mix-from {path}: its language model is untrained; give another run")
+    weights = _read_lambdas(path / "results.json")
+    layers = elmo.shape(0)[0]
+    if len(weights) != layers:
         raise InputError(
-            f"{path / RESULTS}: holds no lambdas; give a run of experiments.downstream that has some"
-        ) from None
-    if len(weights) != elmo.shape(0)[0]:
-        told = f"has {len(weights)} lambdas for a model of {elmo.shape(0)[0]} layers"
-        raise InputError(f"{path / RESULTS}: {told}; give the model it was trained on")
+            f"--mix-from {path}: has {len(weights)} lambdas for a model of {layers} layers; "
+            "give the model it was trained on"
+        )
     options = official(elmo.model.config)["options"]
     if config.get("model") != tree_digest(elmo.params) or config.get("options", options) != options:
-        raise InputError(f"{path}: is of another language model than the one given; give the one it names")
+        raise InputError(f"--mix-from {path}: uses another language model; give the one it names")
     params = Run.open(path).restore_best(("params",))["params"]
     trained = make_combiner(combiner).lambdas(params.get("combiner", {}))
     if trained is None or not np.allclose(weights, trained, rtol=1e-5, atol=1e-7):
-        told = "its lambdas are not those of the saved parameters"
-        raise InputError(f"{path / RESULTS}: {told}; restore it, or go on with that run by --resume")
+        raise InputError(
+            f"{path / 'results.json'}: its lambdas differ from the saved parameters; continue that run"
+        )
     if source.finetune:
-        tuned = params.get("bilm", {})
-        check_shapes(tuned, elmo.params, str(path))
-        elmo = Elmo(elmo.model, tuned, elmo.vocabulary)
+        finetuned = params.get("bilm", {})
+        check_kinds(finetuned, elmo.params, str(path))
+        elmo = Elmo(elmo.model, finetuned, elmo.vocabulary)
     return elmo, Mix(weights, combiner.layer_norm)
 
 
+def _read_lambdas(path: Path) -> list[float]:
+    try:
+        weights = [float(value) for value in json.loads(path.read_text(encoding="utf-8"))["lambdas"]]
+        if np.isfinite(weights).all():
+            return weights
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{path}: has no lambdas; give a run of downstream that has some")
+
+
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.run(EmbedConfig, embed, "experiments.embed")
 
 

@@ -185,9 +185,9 @@ def downstream_run(path, elmo, lambdas, results=True, trained=None, **source):
 
 def test_a_mix_is_the_one_that_was_trained(elmo, tmp_path):
     path = downstream_run(tmp_path / "down", elmo, [0.5, -1, 2])
-    same, mix = embed.mixed(elmo, path)
+    same, mix = embed.load_mix(elmo, path)
     assert same is elmo and mix == Mix([0.5, -1.0, 2.0], layer_norm=True)
-    tuned, mix = embed.mixed(elmo, downstream_run(path, elmo, [1, 1, 1], finetune=True))
+    tuned, mix = embed.load_mix(elmo, downstream_run(path, elmo, [1, 1, 1], finetune=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b + 0.1, atol=1e-6), tuned.params, elmo.params)
     assert tuned.vocabulary is elmo.vocabulary and mix.layer_norm
 
@@ -195,28 +195,28 @@ def test_a_mix_is_the_one_that_was_trained(elmo, tmp_path):
 @pytest.mark.parametrize(
     ("lambdas", "source", "said"),
     [
-        ([float("nan"), 1, 1], {"trained": [1, 1, 1]}, "holds no lambdas"),
+        ([float("nan"), 1, 1], {"trained": [1, 1, 1]}, "has no lambdas"),
         ([1, 1], {}, "has 2 lambdas for a model of 3 layers"),
-        ([1, 1, 9], {"trained": [1, 1, 1]}, "lambdas are not those of the saved parameters"),
-        (None, {}, "holds no lambdas"),
-        ([1, 1, 1], {"results": False}, "holds no lambdas"),
-        ([1, 1, 1], {"untrained": True}, "had a language model without training"),
+        ([1, 1, 9], {"trained": [1, 1, 1]}, "lambdas differ from the saved parameters"),
+        (None, {}, "has no lambdas"),
+        ([1, 1, 1], {"results": False}, "has no lambdas"),
+        ([1, 1, 1], {"untrained": True}, "its language model is untrained"),
     ],
 )
 def test_a_mix_that_cannot_be_had_is_named(elmo, tmp_path, lambdas, source, said):
     with pytest.raises(InputError, match=said):
-        embed.mixed(elmo, downstream_run(tmp_path / "down", elmo, lambdas, **source))
+        embed.load_mix(elmo, downstream_run(tmp_path / "down", elmo, lambdas, **source))
 
 
 def test_a_mix_of_another_model_is_named(elmo, tmp_path):
     path = downstream_run(tmp_path / "down", elmo, [1, 1, 1], finetune=True)
     wider = BiLM(replace(elmo.model.config, cells=6), len(elmo.vocabulary))
     other = Elmo(wider, init_params(wider, jax.random.key(0)), elmo.vocabulary)
-    with pytest.raises(InputError, match="is of another language model"):
-        embed.mixed(other, path)
+    with pytest.raises(InputError, match="uses another language model"):
+        embed.load_mix(other, path)
     elmo.save_pretrained(tmp_path / "export")
-    with pytest.raises(InputError, match=r"is not a run of experiments\.downstream"):
-        embed.mixed(elmo, tmp_path / "export")
+    with pytest.raises(InputError, match=r"is not a run of downstream"):
+        embed.load_mix(elmo, tmp_path / "export")
 
 
 def test_evaluate_keeps_the_least_likely_words_and_sentences(rng):

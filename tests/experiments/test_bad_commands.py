@@ -75,7 +75,7 @@ EMBED = {
     ),
     "a mix from a model": (
         ["--pretrained", "model", "--layers", "mix", "--mix-from", "model"],
-        "is not a run of experiments.downstream",
+        "is not a run of downstream",
     ),
     "a million tokens": (["--pretrained", "model", "--long", "refuse"], "in.txt:3: has 1,000,000 tokens"),
 }
@@ -131,7 +131,7 @@ def test_weights_of_a_mix(name, model, text, tmp_path, refused):
     write_config(run, settings, {})
     (run / "results.json").write_bytes(LAMBDAS[name])
     args = [text, tmp_path / "out.h5", "--pretrained", model, "--layers", "mix", "--mix-from", run]
-    refused(embed.main, args, "results.json: holds no lambdas")
+    refused(embed.main, args, "results.json: has no lambdas")
 
 
 EVALUATE = {
