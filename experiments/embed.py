@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from elmo_jax.config import CombinerConfig, DumpConfig, Dtype
+from elmo_jax.config import CombinerConfig, Dtype, DumpConfig
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
