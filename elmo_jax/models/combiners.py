@@ -133,7 +133,7 @@ def make_combiner(config: CombinerConfig) -> Any:
         InputError: `COMBINERS` has no such name.
     """
     if config.combiner not in COMBINERS:
-        raise InputError(f"combiner {config.combiner!r} is unknown; use one of {', '.join(COMBINERS)}")
+        raise InputError(f'combiner "{config.combiner}" is unknown; use one of {", ".join(COMBINERS)}')
     return COMBINERS[config.combiner](config)
 
 

@@ -1,8 +1,4 @@
-"""The biLM's parameters before training, and it as a task: to train, to measure, to build on.
-
-Nouns: a *task* is a pure function of parameters and a batch, as `fit` and `evaluate` take it.
-Axes: B batch, T time, L layers, F features, C characters.
-"""
+"""Objectives of the biLM: loss functions for training, metrics for evaluation, features for other models."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from elmo_jax._moved import renamed_arguments
 from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import DIRECTIONS, Batch, Window
 from elmo_jax.data.characters import CHARACTERS
@@ -23,169 +20,161 @@ from elmo_jax.parallel import all_gather
 from elmo_jax.training.optimizers import Optimizer, RowSparse, make_optimizer
 from elmo_jax.training.step import LossFn, MatmulBound
 
-FEW = 32  # Adam goes by rows on a CPU where no more than one of so many classes is drawn
+# Row-sparse gradients make Adam faster only on a CPU and if the vocabulary is this many times the negatives.
+ROW_SPARSE_ADAM_RATIO = 32
 
 
 def init_params(model: BiLM, key: Array) -> dict[str, Any]:
-    """The parameters before training, whether the model reads words or characters."""
+    """Return the initial parameters of a model of words or of characters."""
     example = replace(Batch.of([[]]), chars=np.zeros((1, 2, CHARACTERS), np.int32))
     return jax.jit(model.init)(key, example)["params"]
 
 
-def bilm_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
-    """The pre-training task: mean -log p a token, both directions, with dropout.
+@renamed_arguments(rowwise="row_sparse")
+def bilm_loss(model: BiLM, negatives: int | None = None, row_sparse: bool = False) -> LossFn:
+    """Return the loss function of the biLM: mean -log p(next token) over both directions, with dropout.
 
     Args:
-        model: the language model.
-        negatives: of the sampled softmax; None is the full one.
-        rowwise: whether the tables among the parameters are but the rows of `bilm_rows`.
+        model: The language model.
+        negatives: Number of negative samples of the sampled softmax; None uses the full softmax.
+        row_sparse: The parameters hold only the rows `bilm_rows` of each vocabulary table.
 
     Returns:
-        A pure ``(params, batch, key) -> (loss, sums)``.
+        A pure function ``(params, batch, key) -> (loss, metrics)``; metrics as in `BiLM.nll`.
     """
 
-    def loss(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        small, batch, draw = _prepare(model, negatives, rowwise, batch, key)
+    def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        used, batch, samples = _sample_softmax(model, negatives, row_sparse, batch, key)
         rngs = {"dropout": jax.random.split(key)[0]}
-        sums: Any = small.apply({"params": params}, batch, True, draw, rngs=rngs, method="nll")
-        return _a_token(sums)
+        metrics: Any = used.apply({"params": params}, batch, True, samples, rngs=rngs, method="nll")
+        return _divide_loss(metrics)
 
-    return MatmulBound(loss) if negatives is None else loss
+    return MatmulBound(loss_fn) if negatives is None else loss_fn
 
 
-def bilm_window_loss(model: BiLM, negatives: int | None = None, rowwise: bool = False):
-    """`bilm_loss` over the windows of a `ContiguousStream`; the carried ``state`` is among params."""
+def bilm_window_loss(model: BiLM, negatives: int | None = None, row_sparse: bool = False) -> LossFn:
+    """Return `bilm_loss` for windows of a `ContiguousStream`; the LSTM state is ``params["state"]``."""
 
-    def loss(params: Any, window: Window, key: Array) -> tuple[Array, dict[str, Any]]:
-        ends = jnp.sum(window.words[0, :, 1:] == EOS).astype(jnp.float32)
-        small, window, draw = _prepare(model, negatives, rowwise, window, key)
+    def loss_fn(params: Any, window: Window, key: Array) -> tuple[Array, dict[str, Any]]:
+        sentences = jnp.sum(window.words[0, :, 1:] == EOS).astype(jnp.float32)
+        used, window, samples = _sample_softmax(model, negatives, row_sparse, window, key)
         rngs = {"dropout": jax.random.split(key)[0]}
-        state, weights = params["state"], {n: p for n, p in params.items() if n != "state"}
-        sums: Any = small.apply({"params": weights}, window, state, draw, rngs=rngs, method="window_nll")
-        return _a_token(sums | {"words": sums["tokens"] - ends})
+        state, weights = params["state"], {name: p for name, p in params.items() if name != "state"}
+        metrics: Any = used.apply({"params": weights}, window, state, samples, rngs=rngs, method="window_nll")
+        return _divide_loss(metrics | {"words": metrics["tokens"] - sentences})
 
-    return MatmulBound(loss) if negatives is None else loss
+    return MatmulBound(loss_fn) if negatives is None else loss_fn
 
 
-def _a_token(sums: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-    """The mean loss, which is to fall, and the other sums."""
-    mean = sums["loss"] / jnp.maximum(DIRECTIONS * sums["tokens"], 1)
-    return mean, {name: value for name, value in sums.items() if name != "loss"}
+def _divide_loss(metrics: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+    """Return the mean loss per predicted token, and the metrics without the loss."""
+    mean = metrics["loss"] / jnp.maximum(DIRECTIONS * metrics["tokens"], 1)
+    return mean, {name: value for name, value in metrics.items() if name != "loss"}
 
 
 def bilm_training(
     model: BiLM, config: OptimizerConfig, steps: int, negatives: int | None = None, windows: bool = False
 ) -> tuple[LossFn, Optimizer]:
-    """The pre-training task, and the optimiser for it.
+    """Return the loss function of the biLM and the optimizer for it.
 
-    With a sampled softmax both go by the rows of the tables that a step touches. Adam does so on
-    a CPU alone, and where they are few, for it is only faster by it: its results are the same
-    either way but for rounding.
+    With the sampled softmax, adagrad and lazy_adam are row-sparse, and so is adam where that is faster.
 
     Args:
-        model: the language model.
-        config: of the optimiser.
-        steps: of the run.
-        negatives: of the sampled softmax; None, or as many as there are classes, is the full one.
-        windows: whether batches are the windows of a `ContiguousStream`.
-
-    Returns:
-        The task, and the optimiser for `TrainState.create`, `train_step` and `fit`.
+        model: The language model.
+        config: Optimizer and schedule.
+        steps: Optimizer steps of the whole run.
+        negatives: Number of negative samples; None, or at least the vocabulary, uses the full softmax.
+        windows: Train on the windows of a `ContiguousStream` instead of batches of documents.
 
     Raises:
-        InputError: lazy_adam is asked for with the full softmax, which touches every row.
+        InputError: lazy_adam is combined with the full softmax, which uses every row.
+
+    Example:
+        >>> from elmo_jax import BiLMConfig
+        >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
+        >>> loss_fn, optimizer = bilm_training(model, OptimizerConfig(), steps=100, negatives=5)
     """
-    loss = bilm_window_loss if windows else bilm_loss
-    optimizer, adam = make_optimizer(config, steps), config.optimizer == "adam"
+    make_loss = bilm_window_loss if windows else bilm_loss
+    optimizer, is_adam = make_optimizer(config, steps), config.optimizer == "adam"
     if negatives is None or negatives >= model.vocabulary:
         if config.optimizer == "lazy_adam":
             raise InputError(
-                "--optimizer lazy_adam needs the sampled softmax, with fewer --negatives than the "
-                f"vocabulary's {model.vocabulary:,} words; else give --optimizer adam"
+                'optimizer "lazy_adam" needs the sampled softmax, with fewer negatives than the '
+                f'{model.vocabulary:,} words of the vocabulary; use "adam"'
             )
-        return loss(model), optimizer
-    if adam and (negatives >= model.vocabulary // FEW or jax.default_backend() != "cpu"):
-        return loss(model, negatives), optimizer
-    return loss(model, negatives, rowwise=True), RowSparse(optimizer, bilm_rows(model, negatives), dense=adam)
+        return make_loss(model), optimizer
+    is_large = negatives < model.vocabulary // ROW_SPARSE_ADAM_RATIO and jax.default_backend() == "cpu"
+    if is_adam and not is_large:
+        return make_loss(model, negatives), optimizer
+    return make_loss(model, negatives, True), RowSparse(optimizer, bilm_rows(model, negatives), dense=is_adam)
 
 
 def bilm_rows(model: BiLM, negatives: int):
-    """The rows of the model's tables that a step of the sampled softmax touches, for `RowSparse`.
+    """Return ``(batch, key) -> {path of a table: rows}``, the vocabulary rows of a step, for `RowSparse`.
 
-    Args:
-        model: the language model.
-        negatives: of the sampled softmax.
-
-    Returns:
-        ``(batch, key) -> {path of a table: its rows}``, the rows ``[R]`` int32 rising, each
-        once; the places left over hold V.
+    The rows are int32 ``[R]``, unique and ascending, filled up with V.
     """
 
-    def rows(batch: Batch | Window, key: Array) -> dict[str, Array]:
-        used = _used(model, batch, _draw(model, negatives, key))
+    def find_rows(batch: Batch | Window, key: Array) -> dict[str, Array]:
+        used = _find_used_words(model, batch, _sample_negatives(model, negatives, key))
         return dict.fromkeys(bilm_tables(model), used)
 
-    return rows
+    return find_rows
 
 
 def bilm_tables(model: BiLM) -> tuple[str, ...]:
-    """The paths of the parameters that have a row a word of the vocabulary."""
+    """Return the paths of the parameters that have one row per word of the vocabulary."""
     by_word = model.config.input == "words"
-    table = ("softmax_table",) * (not (by_word and model.config.tie))
-    return ("softmax_bias", *table, *("embedder/table",) * by_word)
+    softmax_table = () if by_word and model.config.tie else ("softmax_table",)
+    return ("softmax_bias", *softmax_table, *(("embedder/table",) if by_word else ()))
 
 
-def _draw(model: BiLM, negatives: int, key: Array) -> Negatives:
+def _sample_negatives(model: BiLM, negatives: int, key: Array) -> Negatives:
     return log_uniform_negatives(jax.random.split(key)[1], model.vocabulary, negatives)
 
 
-def _used(model: BiLM, batch: Batch | Window, draw: Negatives) -> Array:
-    """The words of a batch and of a draw, ``[R]``, each once."""
-    words = jnp.concatenate([jnp.ravel(all_gather(batch.words)), draw.classes])
-    ordered = jnp.sort(words)  # by hand, for jnp.unique takes four times as long on a CPU
-    place = jnp.cumsum(jnp.diff(ordered, prepend=ordered[:1]) != 0)
-    left = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)
-    return left.at[place].set(ordered)
+def _find_used_words(model: BiLM, batch: Batch | Window, samples: Negatives) -> Array:
+    """Return the unique words ``[R]`` of a batch and its negative samples, ascending, filled up with V."""
+    words = jnp.concatenate([jnp.ravel(all_gather(batch.words)), samples.classes])
+    ordered = jnp.sort(words)  # jnp.unique takes four times as long on a CPU
+    index = jnp.cumsum(jnp.diff(ordered, prepend=ordered[:1]) != 0)
+    unused = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)
+    return unused.at[index].set(ordered)
 
 
-def _prepare(model: BiLM, negatives: int | None, rowwise: bool, batch: Any, key: Array):
-    """The model, the batch and the draw; rowwise, in terms of a vocabulary of the used words alone."""
-    if negatives is None:
-        return model, batch, None
-    draw = _draw(model, negatives, key)
-    if not rowwise:
-        return model, batch, draw
-    used = _used(model, batch, draw)
-    place = lambda ids: jnp.searchsorted(used, ids).astype(jnp.int32)  # noqa: E731
-    draw = Negatives(place(draw.classes), jnp.take(draw.log_expected, used, mode="clip"))
-    return replace(model, vocabulary=len(used)), replace(batch, words=place(batch.words)), draw
+def _sample_softmax(model: BiLM, negatives: int | None, row_sparse: bool, batch: Any, key: Array):
+    """Return the model, the batch and the negative samples, renumbered to the used words if row-sparse."""
+    samples = None if negatives is None else _sample_negatives(model, negatives, key)
+    if samples is None or not row_sparse:
+        return model, batch, samples
+    used = _find_used_words(model, batch, samples)
+    renumber = lambda ids: jnp.searchsorted(used, ids).astype(jnp.int32)  # noqa: E731
+    samples = Negatives(renumber(samples.classes), jnp.take(samples.log_expected, used, mode="clip"))
+    return replace(model, vocabulary=len(used)), replace(batch, words=renumber(batch.words)), samples
 
 
 def bilm_sums(model: BiLM):
-    """The evaluation task: the same sums without dropout and with the full softmax."""
+    """Return the evaluation function ``(params, batch) -> metrics``: full softmax, without dropout."""
 
-    def sums(params: Any, batch: Batch) -> dict[str, Array]:
-        sums: Any = model.apply({"params": params}, batch, method="nll")
-        return {name: value for name, value in sums.items() if name != "loss"}
+    def compute_metrics(params: Any, batch: Batch) -> dict[str, Array]:
+        metrics: Any = model.apply({"params": params}, batch, method="nll")
+        return {name: value for name, value in metrics.items() if name != "loss"}
 
-    return sums
+    return compute_metrics
 
 
 def bilm_features(model: BiLM, finetune: bool = False):
-    """Layer states as features of another task; the language model's parameters are "bilm".
+    """Return ``(params, batch, key) -> [L, B, T, F]``, which computes layers as features of another model.
 
     Args:
-        model: the language model.
-        finetune: whether it trains along, with its dropout; if not, no gradient reaches it.
-
-    Returns:
-        ``(params, batch, key) -> [L, B, T, F]``; no key, no dropout.
+        model: The language model; its parameters are ``params["bilm"]``.
+        finetune: Train the language model too, with dropout if there is a key; otherwise it gets no gradient.
     """
 
-    def features(params: Any, batch: Batch, key: Array | None) -> Array:
+    def compute_layers(params: Any, batch: Batch, key: Array | None) -> Array:
         train = finetune and key is not None
         rngs: Any = {"dropout": key} if train else {}
         layers, _ = model.apply({"params": params["bilm"]}, batch, train=train, rngs=rngs)
         return layers if finetune else jax.lax.stop_gradient(layers)
 
-    return features
+    return compute_layers

@@ -35,7 +35,7 @@ FLAGS = {
     "--batch-size=1000000000": "--batch-size must be at most 65536",
     "--embedding=1000000000": "--embedding must be at most 65536",
     "--layers=1000000000": "--layers must be at most 64",
-    "--optimizer=lazy_adam --softmax=full": "--optimizer lazy_adam needs the sampled softmax",
+    "--optimizer=lazy_adam --softmax=full": 'optimizer "lazy_adam" needs the sampled softmax',
     "--negatives=9 --softmax=full": "--negatives has no effect with --softmax full; leave it out, or give",
     "--highway=1": "--highway has no effect with --input words; leave it out, or give --input characters",
     "--tie --input=characters": "--tie has no effect with --input characters; leave it out, or give --input",

@@ -86,7 +86,7 @@ def test_readmes_combiner_runs_and_another_model_or_text_is_refused(
     finally:
         COMBINERS.pop("top", None)
     assert call(downstream.main, monkeypatch, *flags, "--combiner", "top") == 2
-    assert "combiner 'top' is unknown" in capsys.readouterr().err
+    assert 'combiner "top" is unknown' in capsys.readouterr().err
 
     other = ["--dataset", corpus, *TINY, "--seed", "7", "--overwrite", "--output", pretrained]
     assert call(downstream.main, monkeypatch, *flags, "--overwrite") == 0

@@ -152,7 +152,7 @@ def in_child(path):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     softmax._most_rows, softmax._ROWS = lambda classes: CHUNK, 1
-    tasks.FEW = 1  # Adam goes by rows
+    tasks.ROW_SPARSE_ADAM_RATIO = 1  # Adam goes by rows
     found = {}
     ones = {name: walk(name, None) for name in CASES}
     for name, model in RUNS:
