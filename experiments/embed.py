@@ -71,7 +71,7 @@ def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
     from elmo_jax.elmo import Elmo
     from elmo_jax.models.combiners import Mix, make_combiner
     from elmo_jax.storage.files import read_config, structure, tree_digest
-    from elmo_jax.training.checkpoint import Run, check_kinds
+    from elmo_jax.training.checkpoint import Run, check_shapes
     from experiments.common.features import SourceConfig, official
 
     config = read_config(path)
@@ -99,7 +99,7 @@ def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
         )
     if source.finetune:
         finetuned = params.get("bilm", {})
-        check_kinds(finetuned, elmo.params, str(path))
+        check_shapes(finetuned, elmo.params, str(path))
         elmo = Elmo(elmo.model, finetuned, elmo.vocabulary)
     return elmo, Mix(weights, combiner.layer_norm)
 

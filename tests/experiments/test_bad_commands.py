@@ -140,7 +140,7 @@ EVALUATE = {
     "no run": (["in.txt", "in.txt"], "in.txt: holds no run"),
     "words": (["model", "in.txt", "--top", "0"], "--top must be at least 1"),
     "a blank text": (["model", "blank.txt"], "no sentences; give a text"),
-    "scores where a run is": (["model", "in.txt", "--output", "model"], "model: holds a run or scores"),
+    "scores where a run is": (["model", "in.txt", "--output", "model"], "run folder model already exists or scores"),
     "scores below a file": (["model", "in.txt", "--output", "in.txt/x"], "cannot be written"),
     "half a check": (["--selfcheck", "o", "w"], "--selfcheck takes OPTIONS WEIGHTS"),
 }
@@ -169,7 +169,7 @@ VECTORS = {
     ),
     "passes of a count": (["--method", "svd", "--epochs", "3"], "--epochs has no effect with --method svd;"),
     "an empty file": (["--dataset", "data"], "train.csv: holds no rows"),
-    "another's run": (["--output", "model"], "model: holds a run"),
+    "another's run": (["--output", "model"], "run folder model already exists"),
     "another's folder": (["--output", "data"], "data: is not empty and holds no run"),
     "a file": (["--output", "in.txt"], "in.txt: is a file"),
 }
@@ -195,7 +195,7 @@ COMPARE = {
     "no run": (["--pretrained", "none"], "none: holds no run"),
     "no finished run": (["--pretrained", "model"], "model: is not a finished run"),
     "a file": (["--output", "in.txt"], "in.txt: is a file"),
-    "another's run": (["--output", "model"], "model: holds a run of another command"),
+    "another's run": (["--output", "model"], "run folder model already exists of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
     "metrics of another": (
         ["--output", "old"],
