@@ -140,7 +140,10 @@ EVALUATE = {
     "no run": (["in.txt", "in.txt"], "in.txt: holds no run"),
     "words": (["model", "in.txt", "--top", "0"], "--top must be at least 1"),
     "a blank text": (["model", "blank.txt"], "no sentences; give a text"),
-    "scores where a run is": (["model", "in.txt", "--output", "model"], "run folder model already exists or scores"),
+    "scores where a run is": (
+        ["model", "in.txt", "--output", "model"],
+        "run folder model already exists or scores",
+    ),
     "scores below a file": (["model", "in.txt", "--output", "in.txt/x"], "cannot be written"),
     "half a check": (["--selfcheck", "o", "w"], "--selfcheck takes OPTIONS WEIGHTS"),
 }
