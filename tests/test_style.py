@@ -53,7 +53,7 @@ def comments_and_names(source: str):
 def docstrings(source: str):
     """Yield the line and text of every docstring, those of fields included."""
     for node in ast.walk(ast.parse(source)):
-        for statement in getattr(node, "body", None) or ():
+        for statement in body if isinstance(body := getattr(node, "body", ()), list) else ():
             if (
                 isinstance(statement, ast.Expr)
                 and isinstance(statement.value, ast.Constant)

@@ -142,7 +142,7 @@ EVALUATE = {
     "a blank text": (["model", "blank.txt"], "no sentences; give a text"),
     "scores where a run is": (
         ["model", "in.txt", "--output", "model"],
-        "run folder model already exists or scores",
+        "model: holds a run or scores",
     ),
     "scores below a file": (["model", "in.txt", "--output", "in.txt/x"], "cannot be written"),
     "half a check": (["--selfcheck", "o", "w"], "--selfcheck takes OPTIONS WEIGHTS"),
@@ -198,7 +198,7 @@ COMPARE = {
     "no run": (["--pretrained", "none"], "none: holds no run"),
     "no finished run": (["--pretrained", "model"], "model: is not a finished run"),
     "a file": (["--output", "in.txt"], "in.txt: is a file"),
-    "another's run": (["--output", "model"], "run folder model already exists of another command"),
+    "another's run": (["--output", "model"], "model: holds a run of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
     "metrics of another": (
         ["--output", "old"],
