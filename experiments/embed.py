@@ -55,7 +55,7 @@ def embed(config: EmbedConfig) -> None:
         elmo, mix = load_mix(elmo, Path(config.mix_from))
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
-    dump.begin(config.resume, config.overwrite)
+    dump.prepare(config.resume, config.overwrite)
     cli.begun()
     with ProgressBar(dump.tokens, "token", scale=True) as progress:
         dump.write(progress.add)

@@ -25,7 +25,7 @@ from experiments.common.features import SourceConfig
 
 def write(elmo, text, mix=None, **settings):
     dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig(**settings), mix)
-    dump.begin(resume=True, overwrite=False)
+    dump.prepare(resume=True, overwrite=False)
     dump.write()
     with h5py.File(dump.target) as file:
         return {name: data[...] for name, data in file.items()}, dump
@@ -67,9 +67,9 @@ def test_a_damaged_part_is_made_again(elmo, text, monkeypatch, harm):
     monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     whole, _ = write(elmo, text)
     dump = Dump(elmo, text, text.with_name("again.h5"), DumpConfig())
-    dump.begin(resume=False, overwrite=False)
+    dump.prepare(resume=False, overwrite=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dump, "_join", lambda self: None)
+        patch.setattr(Dump, "_join_parts", lambda self: None)
         dump.write()
     part = sorted(dump.parts.glob("*.h5"))[0]
     data = bytearray(part.read_bytes())
@@ -83,8 +83,8 @@ def test_a_damaged_part_is_made_again(elmo, text, monkeypatch, harm):
     else:
         with h5py.File(part, "r+") as file:
             del file["0"]
-    dump.begin(resume=True, overwrite=False)
-    with pytest.warns(UserWarning, match=r"000000\.h5: is damaged, and is made again") as warned:
+    dump.prepare(resume=True, overwrite=False)
+    with pytest.warns(UserWarning, match=r"000000\.h5: is damaged and is written again") as warned:
         dump.write()
     assert len(warned) == 1
     with h5py.File(dump.target) as file:
@@ -119,7 +119,7 @@ def test_a_text_may_be_packed(elmo, text, monkeypatch):
     monkeypatch.setattr(module, "_INDEX_BYTES", 1)  # smaller than the text, and so than what is packed
     want, _ = write(elmo, text)
     dump = Dump(elmo, packed, text.with_name("packed.h5"), DumpConfig())
-    dump.begin(resume=False, overwrite=False)
+    dump.prepare(resume=False, overwrite=False)
     dump.write()
     with h5py.File(dump.target) as got:
         for name in want:
@@ -261,6 +261,6 @@ def test_products_in_bfloat16_are_near_and_another_dump(elmo, text, tmp_path, ca
     np.testing.assert_array_equal(half.embed([LINES[2].split()])[0], got[1])
     with pytest.raises(InputError, match="dtype must be float32 or bfloat16, not 'float16'"):
         Elmo.from_pretrained(tmp_path / "model", dtype="float16")
-    Dump(elmo, text, tmp_path / "c.h5", DumpConfig()).begin(resume=False, overwrite=False)
+    Dump(elmo, text, tmp_path / "c.h5", DumpConfig()).prepare(resume=False, overwrite=False)
     with pytest.raises(InputError, match="of another text, model or settings"):
-        Dump(half, text, tmp_path / "c.h5", DumpConfig()).begin(resume=True, overwrite=False)
+        Dump(half, text, tmp_path / "c.h5", DumpConfig()).prepare(resume=True, overwrite=False)

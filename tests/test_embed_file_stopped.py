@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
     monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
     dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
-    dump.begin(resume=False, overwrite=False)
+    dump.prepare(resume=False, overwrite=False)
     written, real = [], Dump._write_part
 
     def counted(self, path, lines):
@@ -37,15 +37,15 @@ def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         dump.write()
     with pytest.raises(InputError, match="--resume it or --overwrite it"):
-        dump.begin(resume=False, overwrite=False)
+        dump.prepare(resume=False, overwrite=False)
     other = Elmo(elmo.model, jax.tree.map(lambda a: a + 1, elmo.params), elmo.vocabulary)
     with pytest.raises(InputError, match="another text, model or settings"):
-        Dump(other, text, dump.target, DumpConfig()).begin(resume=True, overwrite=False)
+        Dump(other, text, dump.target, DumpConfig()).prepare(resume=True, overwrite=False)
     monkeypatch.setattr(
         Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
     )
     seen = []
-    dump.begin(resume=True, overwrite=False)
+    dump.prepare(resume=True, overwrite=False)
     dump.write(seen.append)
     assert sorted(written) == sorted(set(written)) and sum(seen) == dump.tokens
     with h5py.File(dump.target) as file:
@@ -55,14 +55,14 @@ def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
 def test_no_room_is_said_before_anything_is_written(elmo, text, monkeypatch):
     monkeypatch.setattr(Dump, "size", 10**18)
     for _ in range(2):  # the second meets nothing of the first's
-        with pytest.raises(InputError, match="GB are free"):
+        with pytest.raises(InputError, match="GB free"):
             begin(elmo, text)
     assert [path.name for path in text.parent.iterdir()] == ["in.txt"]
 
 
 def begin(elmo, text, resume=False, overwrite=False):
     dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig())
-    dump.begin(resume, overwrite)
+    dump.prepare(resume, overwrite)
     return dump
 
 
@@ -70,7 +70,7 @@ def unfinished(elmo, text, **more):
     """A dump that is stopped when all parts are written."""
     dump = begin(elmo, text, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dump, "_join", lambda self: None)
+        patch.setattr(Dump, "_join_parts", lambda self: None)
         dump.write()
     return dump
 
@@ -88,7 +88,7 @@ def test_what_is_there_is_not_lost(elmo, text):
     unfinished(elmo, text, overwrite=True)
     assert dump.target.read_bytes() == before  # until the new one is whole
     with pytest.raises(InputError, match="is the text itself"):
-        Dump(elmo, text, text, DumpConfig()).begin(resume=False, overwrite=True)
+        Dump(elmo, text, text, DumpConfig()).prepare(resume=False, overwrite=True)
     text.write_text(text.read_text().replace("rose", "bank"))  # as many lines and tokens
     dump.target.unlink()
     with pytest.raises(InputError, match="of another text"):
@@ -214,6 +214,6 @@ def test_who_begins_while_another_ends_keeps_what_is_his(elmo, text, monkeypatch
 
     monkeypatch.setattr(os, "unlink", unlink)
     first.write()
-    assert [path.name for path in later[0]._begun()] == ["settings.json"]
+    assert [path.name for path in later[0]._existing_files()] == ["settings.json"]
     later[0].write()
     assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "out.h5"]

@@ -150,7 +150,7 @@ def test_a_long_line_is_mixed_where_space_cannot_be_reserved(elmo, tmp_path, mon
     monkeypatch.setattr(dump, "_LONG", 8)
     for name in ("one", "other"):
         made = dump.Dump(elmo, text, tmp_path / name, dump.DumpConfig(layers="average"))
-        made.begin(resume=False, overwrite=False)
+        made.prepare(resume=False, overwrite=False)
         made.write()
         with dump.h5py.File(tmp_path / name) as file:
             layers.append(file["0"][...])
