@@ -10,7 +10,7 @@ from exported import WEIGHTS, WORDS, seal, weights
 from hypothesis import HealthCheck, given, settings, strategies as st
 from official import make
 
-from elmo_jax.data.csv_dataset import read_rows
+from elmo_jax.data.csv_dataset import read_csv
 from elmo_jax.data.text import Vocabulary, clean, tokenize
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -35,12 +35,12 @@ def test_any_bytes_are_a_vocabulary_or_an_error(tmp_path, data):
 def test_any_bytes_are_rows_or_an_error(tmp_path, data):
     (tmp_path / "f.csv").write_bytes(data)
     try:
-        rows = read_rows(tmp_path / "f.csv", "title+description")
+        rows = read_csv(tmp_path / "f.csv", "title+description")
     except InputError:
         return
     assert len(rows.labels) == len(rows.lines) == len(rows.offsets) - 1
-    again = read_rows(tmp_path / "f.csv", "title+description")  # from the cache
-    assert (again.types, again.labels) == (rows.types, rows.labels)
+    again = read_csv(tmp_path / "f.csv", "title+description")  # from the cache
+    assert again.header == rows.header and (again.tokens, again.labels) == (rows.tokens, rows.labels)
     np.testing.assert_array_equal(again.codes, rows.codes)
 
 

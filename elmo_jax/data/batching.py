@@ -125,7 +125,8 @@ class Documents:
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
-        return replace(self, ids=self.ids[positions], offsets=offsets, labels=self.labels[indices])
+        taken = {"ids": self.ids[positions], "offsets": offsets, "labels": self.labels[indices]}
+        return replace(self, **taken, max_length=None)  # the copied ids are truncated
 
     def subset(self, fraction: float, seed: int) -> "Documents":
         """Return a random fraction of every class, at least one document each, in the original order."""

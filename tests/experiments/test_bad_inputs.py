@@ -58,8 +58,8 @@ FLAGS = {
     "--dataset=/dev/null": "/dev/null: no such folder",
     "--dataset=a\0b": "--dataset holds a NUL character",
     "--dataset=ag_news --data-dir=/nowhere": "/nowhere: no such folder",
-    "--data-dir=/nowhere": "--data-dir is where --dataset ag_news lies",
-    "--dataset=/nowhere --data-dir=/nowhere": "--data-dir is where --dataset ag_news lies",
+    "--data-dir=/nowhere": "--data-dir needs --dataset ag_news",
+    "--dataset=/nowhere --data-dir=/nowhere": "--data-dir needs --dataset ag_news",
     "--dataset=ag_news --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
     "--data-dir=/nowhere --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
     "--output=/dev/null": "/dev/null: is a file",
@@ -84,8 +84,8 @@ CSVS = {
     "UTF-16": ("a,b\n".encode("utf-16"), "train.csv:1: byte 0xff is not UTF-8"),
     "Latin-1": (GOOD + b"a,caf\xe9\n", "train.csv:21: byte 0xe9 is not UTF-8"),
     "NUL": (GOOD + b"a,\0\n", "train.csv:21: byte 0x00 is not UTF-8"),
-    "one column": (GOOD + b"alone\n", "train.csv:21: has 1 column"),
-    "a line of 50 MB": (GOOD + b"x" * 50_000_000, "train.csv:21: has 1 column"),
+    "one column": (GOOD + b"alone\n", "train.csv:21: 1 column, expected 2"),
+    "a line of 50 MB": (GOOD + b"x" * 50_000_000, "train.csv:21: 1 column, expected 2"),
     "a label of 50 MB": (GOOD + b"y" * 50_000_000 + b",a\n", "train.csv:21: is the only row of class 'yyy"),
     "an open quote": (GOOD + b'a,"open\n', "train.csv:21: not a row of CSV"),
     "no tokens": (GOOD + b"a, \n", "train.csv:21: the text has no tokens"),
@@ -93,9 +93,9 @@ CSVS = {
     "one class has one row": (GOOD + b"c,text\n", "train.csv:21: is the only row of class 'c'"),
     "a header alone": (b"label,text\n", "train.csv: holds no rows below its header"),
     "a header with no label": (b",text\n" + GOOD, "train.csv:1: the label is empty"),
-    "a comma without quotes": (GOOD + b"a,one,two\n", "train.csv:21: has 3 columns, not 2"),
+    "a comma without quotes": (GOOD + b"a,one,two\n", "train.csv:21: 3 columns, expected 2"),
     "5000 digits": ((b"1" * 5000 + b",a\n2,b\n") * 5, "test.csv:1: label 'a' is not one of"),
-    "tabs for commas": (GOOD.replace(b",", b"\t"), "train.csv:1: has 1 column"),
+    "tabs for commas": (GOOD.replace(b",", b"\t"), "train.csv:1: 1 column, expected 2"),
 }
 
 
