@@ -1,1 +1,1 @@
-"""Static word vectors to compare with: SVD, SGNS and their files."""
+"""Word vectors to compare ELMo with: SVD, SGNS and word-vector files."""

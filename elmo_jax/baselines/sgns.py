@@ -1,11 +1,9 @@
-"""Word vectors by skip-gram with negative sampling (Mikolov et al. 2013), as a task of the one loop.
+"""Word vectors from skip-gram with negative sampling (Mikolov et al. 2013), trained by the common loop.
 
-Nouns: a *span* is T neighbouring tokens of the text, of which each is a *centre*; its
-*context* are the tokens at most as many steps away as were drawn for it, in its document; a
-span's *negatives* are shared by its centres.
-So the pairs of a span are a band of the product of two matrices, which touch 2T + 2W + S rows.
-Axes: G spans a step, T centres, W window, C = T + 2W context tokens, S negatives, F features,
-V tokens of the vocabulary.
+Training reads the text in spans of T neighbouring tokens, the centres. A centre's context is the tokens of
+its document up to a sampled reach of at most W to either side, and all centres of a span share S negative
+samples. So the scores of a span's pairs are a band of one matrix product ``[T, F] x [F, T + 2W + S]``.
+Other axes: G spans of a step, C = T + 2W tokens of a span with its context.
 """
 
 from collections.abc import Iterator
@@ -23,40 +21,41 @@ from elmo_jax.data.batching import ALL, Documents, StepChunk
 from elmo_jax.data.text import UNK
 from elmo_jax.training.optimizers import RowSparseSGD
 
-SPAN = 32  # T: wider spans make products of which less is used, narrower ones share less
-SHARED = 32  # S
-_MOST = 5.0  # moves of a row a step, times the rate; training a vocabulary of 60 diverges from 12 on
+SPAN = 32  # T: longer spans use less of each product, shorter ones share less
+SHARED_NEGATIVES = 32  # S
+# Bound on the updates of a row in a step, times the learning rate. With 60 words, 12 diverges.
+_MAX_ROW_UPDATE = 5.0
 
 
 @struct.dataclass
 class Spans:
-    """G spans; a JAX pytree.
+    """Batch of G spans; a JAX pytree.
 
     Attributes:
-        words: ``[G, C]`` int32; the centres are W from either end.
-        left, right: ``[G, T]`` int32, context tokens of each centre before and behind it.
-        negatives: ``[G, S]`` int32.
+        words: int32 ``[G, C]``; the centres are all but the first and last W.
+        left, right: int32 ``[G, T]``, number of context tokens before and after each centre.
+        negatives: int32 ``[G, S]``.
     """
 
     words: Any
     left: Any
     right: Any
     negatives: Any
-    BATCH_AXIS: ClassVar[int] = 0  # the axis of G
+    BATCH_AXIS: ClassVar[int] = 0
 
 
 class SpanStream:
-    """A text as spans, in an order that seed and step give; frequent tokens are thinned out.
+    """Stream of spans; the batch of a step depends on (seed, step) alone.
 
-    Every epoch shuffles the documents, drops each token with the probability of its
-    frequency, and draws each centre's reach from 1 to W.
+    Each epoch shuffles the documents, drops frequent tokens at random and samples the reach of each centre
+    from 1 to the window.
 
     Args:
-        documents: at least one.
+        documents: At least one document.
         size: V.
-        window: W; the spans' own is no wider than the longest document.
-        config: of the thinning.
-        seed: of the order and the draws.
+        window: Largest reach; W is smaller if no document is that long.
+        config: Subsampling.
+        seed: Random seed of everything above and of the negative samples.
         spans: G.
         steps_per_call: K.
     """
@@ -71,78 +70,78 @@ class SpanStream:
         spans: int = 32,
         steps_per_call: int = 32,
     ):
-        self.documents, self._reach, self.seed, self.batch_size = documents, window, seed, spans
+        self.documents, self.seed, self.batch_size = documents, seed, spans
+        self.steps_per_call, self._max_reach = steps_per_call, window
         self.window = min(window, max(1, int(documents.lengths.max()) - 1))
-        self.steps_per_call = steps_per_call
         counts = np.bincount(documents.ids, minlength=size).astype(np.float64)
         with np.errstate(over="ignore"):
-            share = np.minimum(counts / counts.sum() / config.subsample, 1e300)
-        self._keep = np.minimum(1, (np.sqrt(share) + 1) / np.maximum(share, 1e-12))  # word2vec.c's
+            frequency = np.minimum(counts / counts.sum() / config.subsample, 1e300)
+        # Probability to keep a token, by the formula of word2vec.c.
+        self._keep = np.minimum(1, (np.sqrt(frequency) + 1) / np.maximum(frequency, 1e-12))
         noise = counts**0.75
         self._noise = np.cumsum(noise / noise.sum())
-        # The tokens an epoch keeps vary, its steps must not: room for four standard deviations.
+        # All epochs have the same number of steps, enough for four standard deviations above the mean.
         mean = float(counts @ self._keep)
-        room = mean + 4 * np.sqrt(float(counts @ (self._keep * (1 - self._keep))))
-        self.steps_per_epoch = max(1, int(np.ceil(room / (spans * SPAN))))
+        most = mean + 4 * np.sqrt(float(counts @ (self._keep * (1 - self._keep))))
+        self.steps_per_epoch = max(1, int(np.ceil(most / (spans * SPAN))))
         self.tokens_per_epoch = len(documents.ids)
 
-    def _epoch(self, epoch: int) -> Spans:
-        """The epoch's spans, leaves ``[steps, G, ...]``."""
+    def _make_epoch(self, epoch: int) -> Spans:
+        """Return all spans of an epoch, leaves ``[steps, G, ...]``."""
         rng = np.random.default_rng([self.seed, epoch])
         w, n = self.window, self.steps_per_epoch * self.batch_size * SPAN
         text = self.documents.take(rng.permutation(len(self.documents)))
         kept = np.flatnonzero(rng.random(len(text.ids), np.float32) < self._keep[text.ids])[:n]
-        owner = np.repeat(np.arange(len(text)), text.lengths)[kept]
-        lengths = np.bincount(owner, minlength=len(text))
-        place = np.arange(len(kept)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        reach = rng.integers(1, self._reach + 1, len(kept))
-        left = np.zeros(n, np.int32)
-        right = np.zeros(n, np.int32)
-        left[: len(kept)] = np.minimum(reach, place)
-        right[: len(kept)] = np.minimum(reach, lengths[owner] - 1 - place)
+        document = np.repeat(np.arange(len(text)), text.lengths)[kept]
+        lengths = np.bincount(document, minlength=len(text))
+        position = np.arange(len(kept)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        reach = rng.integers(1, self._max_reach + 1, len(kept))
+        left, right = np.zeros((2, n), np.int32)
+        left[: len(kept)] = np.minimum(reach, position)
+        right[: len(kept)] = np.minimum(reach, lengths[document] - 1 - position)
         words = np.full(n + 2 * w, UNK, np.int32)
         words[w : w + len(kept)] = text.ids[kept]
         windows = np.lib.stride_tricks.sliding_window_view(words, SPAN + 2 * w)[::SPAN]
         shape = (self.steps_per_epoch, self.batch_size)
-        drawn = np.searchsorted(self._noise, rng.random((*shape, SHARED)), side="right")
+        negatives = np.searchsorted(self._noise, rng.random((*shape, SHARED_NEGATIVES)), side="right")
         return Spans(
             windows.reshape(*shape, -1),
             left.reshape(*shape, SPAN),
             right.reshape(*shape, SPAN),
-            np.minimum(drawn, len(self._noise) - 1).astype(np.int32),
+            np.minimum(negatives, len(self._noise) - 1).astype(np.int32),
         )
 
     def shapes(self) -> list[Any]:
-        """None: there is one alone."""
+        """Return an empty list: all steps have the same shape."""
         return []
 
     def document_indices(self, step: int) -> np.ndarray:
-        """None: a span goes from one document into the next."""
+        """Return an empty array: a step cannot be attributed to documents."""
         return np.zeros(0, np.int64)
 
     def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
-        """See `elmo_jax.data.batching.Stream.chunks`."""
+        """Yield the batches of steps, see `elmo_jax.data.batching.Stream.chunks`."""
         step, k = first, self.steps_per_call
         while step < last:
             epoch, start = divmod(step, self.steps_per_epoch)
             end = min(self.steps_per_epoch, start + last - step)
-            spans = self._epoch(epoch)
+            spans = self._make_epoch(epoch)
             for begin in range(start, end, k):
-                # The last dispatch of an epoch is filled up with steps that are never run.
+                # An epoch's last chunk is filled up to K steps, which are not run.
                 steps = np.minimum(np.arange(begin, begin + k), end - 1)
-                count = min(k, end - begin)
-                yield StepChunk(jax.tree.map(lambda a, steps=steps: a[steps, rows], spans), count)
+                chunk = jax.tree.map(lambda a, steps=steps: a[steps, rows], spans)
+                yield StepChunk(chunk, min(k, end - begin))
             step += end - start
 
 
 def sgns_init(size: int, features: int, key: Array) -> dict[str, Array]:
-    """Centre vectors drawn from ±1 / 2F and context vectors of zeros, each ``[V, F]``."""
+    """Return the initial tables ``[V, F]``: uniform centre vectors in ±1 / 2F, context vectors of zeros."""
     centre = jax.random.uniform(key, (size, features), jnp.float32, -0.5 / features, 0.5 / features)
     return {"centre": centre, "context": jnp.zeros((size, features))}
 
 
 def sgns_rows(batch: Spans, key: Array) -> dict[str, Array]:
-    """Which rows of which table a batch touches: ``[G, T]`` and ``[G, C + S]``."""
+    """Return the rows of each table that a batch uses: centre ``[G, T]`` and context ``[G, C + S]``."""
     words, negatives = jnp.asarray(batch.words), jnp.asarray(batch.negatives)
     window = (words.shape[1] - batch.left.shape[1]) // 2
     return {
@@ -152,37 +151,33 @@ def sgns_rows(batch: Spans, key: Array) -> dict[str, Array]:
 
 
 def sgns_loss(config: SGNSConfig):
-    """Sum over pairs of -log σ(u·v) - k mean_s log σ(-u·v_s), where s are the span's negatives.
+    """Return the loss function of SGNS, summed over all pairs of a centre u and a context word v.
 
-    The mean over S shared negatives has the expectation of k independent draws for every
-    pair. As in the equation, a negative may happen to be the pair's own context.
+    For each pair it is -log σ(u·v) - k mean_s log σ(-u·v_s) over the S negative samples v_s of the span. The
+    mean has the expectation of k samples for each pair. As in the paper, v_s may be equal to v.
 
     Returns:
-        A pure ``(rows, batch, key) -> (loss, sums)``, `rows` being `sgns_rows` of the tables.
+        A pure function ``(rows, batch, key) -> (loss, metrics)`` of the rows `sgns_rows` of the tables.
     """
 
-    def loss(rows: Any, batch: Spans, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(rows: Any, batch: Spans, key: Array) -> tuple[Array, dict[str, Array]]:
         left, right = jnp.asarray(batch.left)[:, :, None], jnp.asarray(batch.right)[:, :, None]
-        spans, centres = batch.left.shape
-        context = batch.words.shape[1]
-        window = (context - centres) // 2
+        t, c, s = batch.left.shape[1], batch.words.shape[1], batch.negatives.shape[1]
         scores = jnp.einsum("gtf,gcf->gtc", rows["centre"], rows["context"])  # [G, T, C + S]
-        steps = jnp.arange(context)[None, :] - jnp.arange(centres)[:, None] - window  # [T, C]
-        paired = (steps != 0)[None] & (steps[None] >= -left) & (steps[None] <= right)
+        distance = jnp.arange(c)[None, :] - jnp.arange(t)[:, None] - (c - t) // 2  # [T, C]
+        is_pair = (distance != 0)[None] & (distance[None] >= -left) & (distance[None] <= right)
         pairs = (left + right).astype(scores.dtype)  # [G, T, 1]
-        share = config.negatives / batch.negatives.shape[1]
-        seen = jnp.sum(jnp.where(paired, jax.nn.softplus(-scores[:, :, :context]), 0))
-        noise = share * jnp.sum(pairs * jax.nn.softplus(scores[:, :, context:]))
-        total = jnp.sum(pairs)
-        return seen + noise, {"pairs": total}
+        positive = jnp.sum(jnp.where(is_pair, jax.nn.softplus(-scores[:, :, :c]), 0))
+        negative = config.negatives / s * jnp.sum(pairs * jax.nn.softplus(scores[:, :, c:]))
+        return positive + negative, {"pairs": jnp.sum(pairs)}
 
-    return loss
+    return loss_fn
 
 
 def sgns_optimizer(config: SGNSConfig, window: int, steps: int) -> RowSparseSGD:
-    """Stochastic gradient descent on the rows that a batch touches, its rate falling to 0.
+    """Return SGD on the rows that a batch uses, with a learning rate that falls to 0 over `steps`.
 
-    A place stands for up to window + 1 pairs in the mean, and a pair for 1 + negatives moves.
+    An occurrence of a word has window + 1 pairs on average, and each pair 1 + negatives updates.
     """
-    places = _MOST / (config.rate * (window + 1) * (1 + config.negatives))
-    return RowSparseSGD(optax.linear_schedule(config.rate, 0.0, steps), sgns_rows, places)
+    max_occurrences = _MAX_ROW_UPDATE / (config.rate * (window + 1) * (1 + config.negatives))
+    return RowSparseSGD(optax.linear_schedule(config.rate, 0.0, steps), sgns_rows, max_occurrences)

@@ -1,7 +1,4 @@
-"""Word vectors by counting: co-occurrence in a window, its weighting, and a truncated SVD.
-
-Axes: V tokens of the vocabulary, F dimensions kept.
-"""
+"""Word vectors from a truncated SVD of weighted co-occurrence counts."""
 
 import numpy as np
 from scipy import sparse
@@ -13,12 +10,12 @@ from elmo_jax.errors import InputError
 
 
 def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_matrix:
-    """How often two tokens stand at most `window` apart in one document.
+    """Count the pairs of tokens at most `window` positions apart in the same document.
 
     Args:
-        documents: token ids.
+        documents: Token ids in [0, size).
         size: V.
-        window: steps to either side.
+        window: Maximum distance.
 
     Returns:
         Symmetric counts ``[V, V]`` float64.
@@ -29,53 +26,57 @@ def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_mat
         [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
     ids = documents.ids
-    owner = np.repeat(np.arange(len(documents)), documents.lengths)
+    document = np.repeat(np.arange(len(documents)), documents.lengths)
     counts = sparse.csr_matrix((size, size), dtype=np.float64)
     for distance in range(1, min(window + 1, documents.lengths.max(initial=0))):
-        together = owner[:-distance] == owner[distance:]
-        pairs = ids[:-distance][together], ids[distance:][together]
+        same = document[:-distance] == document[distance:]
+        pairs = ids[:-distance][same], ids[distance:][same]
         ones = np.ones(len(pairs[0]))
         counts += sparse.coo_matrix((ones, pairs), shape=(size, size)).tocsr()
     return sparse.csr_matrix(counts + counts.T)
 
 
 def ppmi(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """max(0, log(n_ij n / (n_i n_j))), where n_i and n are the sums of row i and of all.
+    """Return positive pointwise mutual information, max(0, log(n_ij n / (n_i n_j))).
+
+    n_i is the sum of row i and n the sum of all counts.
 
     Args:
-        counts: symmetric ``[V, V]``.
+        counts: Symmetric n_ij, ``[V, V]``.
 
     Returns:
-        ``[V, V]``, without the entries that are 0.
+        ``[V, V]``, entries that are 0 left out.
+
+    Example:
+        >>> ppmi(sparse.csr_matrix([[0.0, 2.0], [2.0, 0.0]])).toarray().round(3).tolist()
+        [[0.0, 0.693], [0.693, 0.0]]
     """
-    rows = np.asarray(counts.sum(1)).ravel()
+    sums = np.asarray(counts.sum(1)).ravel()
     entries = counts.tocoo()
-    pmi = np.log(entries.data * rows.sum() / (rows[entries.row] * rows[entries.col]))
-    cells = np.maximum(pmi, 0), (entries.row, entries.col)
-    weighted = sparse.csr_matrix(cells, shape=counts.shape)
-    weighted.eliminate_zeros()
-    return weighted
+    pmi = np.log(entries.data * sums.sum() / (sums[entries.row] * sums[entries.col]))
+    positive = sparse.csr_matrix((np.maximum(pmi, 0), (entries.row, entries.col)), shape=counts.shape)
+    positive.eliminate_zeros()
+    return positive
 
 
 def svd_vectors(
     documents: Documents, size: int, window: int, dimensions: int, config: SVDConfig, seed: int = 0
 ) -> np.ndarray:
-    """U_F Σ_F^p of the weighted co-occurrence matrix U Σ V^T (Levy et al. 2015).
+    """Return U_F Σ_F^p of the weighted co-occurrence matrix U Σ V^T (Levy et al. 2015).
 
     Args:
-        documents: token ids in [0, size).
+        documents: Token ids in [0, size).
         size: V.
-        window: steps to either side.
+        window: Maximum distance of a counted pair.
         dimensions: F.
-        config: weighting and p.
-        seed: of the randomised decomposition.
+        config: Weighting and exponent p.
+        seed: Random seed of the randomized SVD.
 
     Returns:
-        float32 ``[V, F]``; a token that was never seen has a vector of zeros, and so has what is
-        beyond the V - 1 dimensions of so few tokens.
+        float32 ``[V, F]``. Tokens without pairs and dimensions beyond V - 1 are zeros.
 
     Raises:
-        InputError: the vectors would be of no use: of infinite length, or all 0.
+        InputError: No pair has a positive weight, or the vectors overflow or vanish with this exponent.
 
     Example:
         >>> documents = Documents(np.array([0, 1, 2, 1]), np.array([0, 4]), np.array([0]))
@@ -86,17 +87,15 @@ def svd_vectors(
     if config.weighting == "ppmi":
         matrix = ppmi(matrix)
     if not matrix.nnz:
-        raise InputError("no two tokens stand together, or none more often than by chance; give longer texts")
+        raise InputError("no two tokens occur together more often than by chance; use longer texts")
     svd = TruncatedSVD(min(dimensions, size - 1), random_state=seed)
     scaled = svd.fit_transform(matrix.astype(np.float32))  # U Σ
     sigma = svd.singular_values_
-    kept = sigma > 1e-6 * sigma[0]  # a matrix of lower rank has no further directions
+    is_nonzero = sigma > 1e-6 * sigma[0]  # beyond the rank of the matrix there is only noise
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = np.where(kept, np.where(kept, sigma, 1.0) ** (config.exponent - 1), 0.0)
+        scale = np.where(is_nonzero, np.where(is_nonzero, sigma, 1.0) ** (config.exponent - 1), 0.0)
         vectors = (scaled * scale).astype(np.float32)
-        lengths = np.linalg.norm(vectors, axis=1)  # by which the vectors are compared
-    if not np.isfinite(lengths).all() or not lengths.any():
-        raise InputError(
-            f"--exponent {config.exponent:g} makes vectors of infinite length, or of 0; lower it"
-        )
+        norms = np.linalg.norm(vectors, axis=1)
+    if not np.isfinite(norms).all() or not norms.any():
+        raise InputError(f"exponent {config.exponent:g} gives vectors of infinite or zero length; lower it")
     return np.pad(vectors, ((0, 0), (0, dimensions - vectors.shape[1])))

@@ -1,1 +1,1 @@
-"""Flax Linen modules."""
+"""Flax Linen modules: embedders, LSTM layers, the biLM, combiners and the classifier."""

@@ -143,7 +143,7 @@ def test_frequent_tokens_are_thinned_and_negatives_follow_the_counts(rng):
     stream = SpanStream(documents, 8, WINDOW, SGNSConfig(subsample=0.01), seed=0, spans=4)
     seen, drawn = np.zeros(8), np.zeros(8)
     for epoch in range(8):
-        spans = stream._epoch(epoch)
+        spans = stream._make_epoch(epoch)
         real = (spans.left + spans.right) > 0
         seen += np.bincount(spans.words[:, :, WINDOW:-WINDOW][real], minlength=8) / 8
         drawn += np.bincount(spans.negatives.ravel(), minlength=8)
@@ -161,7 +161,7 @@ def test_spans_are_no_wider_than_a_document_needs_and_hold_the_same_pairs(docume
 
     def spans(window):
         stream = SpanStream(documents, V, window, every, seed=0, spans=2)
-        return stream._epoch(0), stream.window
+        return stream._make_epoch(0), stream.window
 
     for window in (1, longest - 1):
         made, width = spans(window)

@@ -64,14 +64,14 @@ def test_a_window_beyond_every_document_is_the_longest_ones(documents):
 
 @pytest.mark.parametrize("exponent", [200.0, 1e300])
 def test_vectors_out_of_bounds_are_refused(documents, exponent):
-    with pytest.raises(InputError, match=r"--exponent .* makes vectors of infinite length, or of 0"):
+    with pytest.raises(InputError, match=r"exponent .* gives vectors of infinite or zero length"):
         svd_vectors(documents, 50, WINDOW, 6, SVDConfig(exponent=exponent))
 
 
 @pytest.mark.parametrize("weighting", ["ppmi", "counts"])
 def test_texts_of_one_token_are_refused(weighting):
     alone = Documents(np.array([4, 5, 6, 4], np.int32), np.arange(5), np.zeros(4, np.int32))
-    with pytest.raises(InputError, match="no two tokens stand together"):
+    with pytest.raises(InputError, match="no two tokens occur together"):
         svd_vectors(alone, 8, WINDOW, 2, SVDConfig(weighting))
 
 

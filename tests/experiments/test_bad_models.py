@@ -111,7 +111,7 @@ NPZ = {
     "no matrix": (lambda path: np.savez(path, tokens=NUMBERS, matrix=np.zeros(2)), "holds no word vectors"),
     "a token twice": (
         lambda path: np.savez(path, tokens=np.frombuffer(b"a\na", np.uint8), matrix=np.zeros((2, 1))),
-        "a token stands twice",
+        "a token occurs twice",
     ),
     "objects": (
         lambda path: np.savez(path, tokens=np.array(["a", None], object), matrix=np.zeros((2, 1))),

@@ -31,7 +31,7 @@ REFUSED = {
         ["--subsample", "1e-320"],
         "no epoch held two neighbouring tokens; raise",
     ),
-    "a power that overflows": (["--method", "svd", "--exponent", "1e6"], "--exponent 1e+06 makes vectors"),
+    "a power that overflows": (["--method", "svd", "--exponent", "1e6"], "exponent 1e+06 gives vectors"),
 }
 
 
