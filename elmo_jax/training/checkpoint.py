@@ -56,6 +56,25 @@ _KEPT_STEPS = 2  # the newest ones; the best epoch is kept too
 _SPARE_BYTES = 2**24  # disk space needed beside a saved state
 
 
+@dataclass
+class Position:
+    """Progress of a run.
+
+    Attributes:
+        step: Optimizer steps, skipped ones included.
+        sums: Metrics of the current epoch, summed in float64.
+        seconds: Time spent in the current epoch.
+        records: Records of the finished epochs, as in ``metrics.jsonl``.
+        skipped: Number of most recent steps that were skipped in a row.
+    """
+
+    step: int = 0
+    sums: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+
+
 class StepStore:
     """The saved steps of a run, written in the background and checked when they are read.
 
@@ -67,9 +86,9 @@ class StepStore:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     steps = StepStore(Path(folder) / "steps")
         ...     for step in (3, 6, 9, 12):
-        ...         steps.save(step, {"w": jnp.ones(2)}, {"step": step}, {3: 1.5, 6: 0.5})
+        ...         steps.save({"w": jnp.ones(2)}, Position(step), {3: 1.5, 6: 0.5})
         ...     steps.close()
-        ...     steps.saved(), [steps.position(step)["step"] for step in steps.valid()]
+        ...     steps.saved(), [steps.position(step).step for step in steps.valid()]
         ([6, 9, 12], [12, 9, 6])
     """
 
@@ -116,13 +135,12 @@ class StepStore:
         for part in self.path.glob(f"*{_PART}"):
             shutil.rmtree(part, ignore_errors=True)
 
-    def save(self, step: int, state: Any, position: Any, figures: Mapping[int, float]) -> None:
+    def save(self, state: Any, position: Position, figures: Mapping[int, float]) -> None:
         """Copy a state and write it in the background, after the previous save has finished.
 
         Args:
-            step: Number of the step, larger than every saved one.
             state: Pytree of arrays; they may be donated once this returns.
-            position: JSON to save with the state.
+            position: Progress to save with the state; its step must be later than every saved one.
             figures: Monitored figure of earlier steps. The step with the lowest one is kept, and the
                 newest two.
 
@@ -130,26 +148,32 @@ class StepStore:
             InputError: the disk is full, or this save or the previous one failed. Earlier steps are kept.
             NotFiniteError: the state contains a number that is not finite.
         """
-        previous = self.last_saved()
+        step, previous = position.step, self.last_saved()
         if not _is_finite(state):
             raise NotFiniteError(f"{self.path}: step {step} has numbers that are not finite", previous)
         if previous is not None and step <= previous:
             raise ValueError(f"step {step} is not later than step {previous}, which is saved")
-        run_on_first(lambda: self._begin(step, state, position))
         with self._one_line_errors(step), _no_warnings():
+            run_on_first(lambda: self._begin(state, position))
             self._saver = self._saver or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
             args = ocp.args.PyTreeSave(jax.tree.map(_view_on_host, state))
             self._saver.save(self.path / f"{step}{_PART}" / _STATE, args=args)
         self._saving = step, self._background.submit(self._finish, step, self._saver, dict(figures))
 
-    def _begin(self, step: int, state: Any, position: Any) -> None:
-        """Make the folder of a step and write its position."""
-        part = self.path / f"{step}{_PART}"
-        with self._one_line_errors(step):
-            self._check_free_space(state)
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            (part / _POSITION).write_text(json.dumps(position, allow_nan=False))
+    def _begin(self, state: Any, position: Position) -> None:
+        """Check the free space, make the folder of a step and write its position."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
+        free = self._free_bytes()
+        if free < needed:
+            raise OSError(f"{free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB needed")
+        part = self.path / f"{position.step}{_PART}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        text = json.dumps(asdict(position), allow_nan=False, default=np.ndarray.tolist)
+        (part / _POSITION).write_text(text)
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.path.parent).free
 
     def _finish(self, step: int, saver: ocp.AsyncCheckpointer, figures: dict[int, float]) -> None:
         """Write the manifest, rename the folder, and only then remove older steps."""
@@ -164,12 +188,6 @@ class StepStore:
         for old in set(steps[:-_KEPT_STEPS]) - {best}:
             part = (self.path / str(old)).rename(self.path / f"{old}{_PART}")
             shutil.rmtree(part, ignore_errors=True)
-
-    def _check_free_space(self, state: Any) -> None:
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
-        free = shutil.disk_usage(self.path.parent).free
-        if free < needed:
-            raise OSError(f"{free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB needed")
 
     @contextlib.contextmanager
     def _one_line_errors(self, step: int) -> Iterator[None]:
@@ -194,20 +212,19 @@ class StepStore:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            run_on_all(lambda: self._wait_for(*saving))
-
-    def _wait_for(self, step: int, saving: Future[None]) -> None:
-        with self._one_line_errors(step):
-            saving.result()
+            with self._one_line_errors(saving[0]):
+                run_on_all(saving[1].result)
 
     def last_saved(self) -> int | None:
         """Return the newest saved step after waiting for the current save; None if there is none."""
         self.wait()
         return max(self.saved(), default=None)
 
-    def position(self, step: int) -> Any:
-        """Return the position of a valid step as JSON."""
-        return json.loads((self.path / str(step) / _POSITION).read_text(encoding="utf-8"))
+    def position(self, step: int) -> Position:
+        """Return the progress saved with a valid step."""
+        position = Position(**json.loads((self.path / str(step) / _POSITION).read_text(encoding="utf-8")))
+        position.sums = {name: np.asarray(value, np.float64) for name, value in position.sums.items()}
+        return position
 
     def shapes(self, step: int) -> Any:
         """Return the state of a valid step as shapes and dtypes in nested dictionaries."""
@@ -304,39 +321,6 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@dataclass
-class Position:
-    """Progress of a run.
-
-    Attributes:
-        step: Optimizer steps, skipped ones included.
-        sums: Metrics of the current epoch, summed in float64.
-        seconds: Time spent in the current epoch.
-        records: Records of the finished epochs, as in ``metrics.jsonl``.
-        skipped: Number of most recent steps that were skipped in a row.
-    """
-
-    step: int = 0
-    sums: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-
-    @property
-    def is_epoch_end(self) -> bool:
-        """Return whether the last step was the last of an epoch."""
-        return bool(self.records) and self.records[-1]["step"] == self.step
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"sums": {name: np.asarray(a).tolist() for name, a in self.sums.items()}}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Position":
-        position = cls(**data)
-        position.sums = {name: np.asarray(a, np.float64) for name, a in position.sums.items()}
-        return position
 
 
 class Run:
@@ -451,11 +435,12 @@ class Run:
         fewer = config.get("epochs", 0) < before.get("epochs", 0)
         newest = next(self.steps.valid(), None) if order_changes or fewer else None
         if newest is not None:
-            position = self._position(newest)
-            if order_changes and not position.is_epoch_end:
+            position = self.steps.position(newest)
+            ended = [record["step"] for record in position.records]
+            if order_changes and position.step != max(ended, default=None):
                 raise InputError(f"{self.path}: stopped within an epoch; keep the seed until it has ended")
-            if fewer and config["epochs"] < (finished := len(position.records)):
-                raise InputError(f"{self.path}: has run {finished} epochs; give at least as many epochs")
+            if fewer and config["epochs"] < len(ended):
+                raise InputError(f"{self.path}: has run {len(ended)} epochs; give at least as many epochs")
         for name, data in texts.items():
             if before["files"].get(name) != digest(data):
                 raise InputError(f"{self.path / name}: differs from the text of now; use the same texts")
@@ -496,15 +481,12 @@ class Run:
 
     def save(self, state: Any, position: Position) -> None:
         """Save a step in the background; see `StepStore.save`."""
-        self.steps.save(position.step, state, position.to_json(), self._monitored(position))
+        self.steps.save(state, position, self._monitored(position))
 
     def _monitored(self, position: Position) -> dict[int, float]:
         """Return the monitored figure of every finished epoch by its last step."""
         records = (record for record in position.records if {"step", self.monitor} <= record.keys())
         return {record["step"]: record[self.monitor] for record in records}
-
-    def _position(self, step: int) -> Position:
-        return Position.from_json(self.steps.position(step))
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
         """Return the newest valid step, or None if none was saved.
@@ -519,7 +501,7 @@ class Run:
         step = max_over_processes(-1 if newest is None else newest)
         if step >= 0:
             check_shapes(self.steps.shapes(step), template, f"{self.steps.path / str(step)}")
-            return self.steps.load(step, template), self._position(step)
+            return self.steps.load(step, template), self.steps.position(step)
         if self.steps.saved():
             advice = "restore a copy, or start again with overwrite=True"
             raise InputError(f"{self.path}: every saved step is damaged; {advice}")
@@ -540,7 +522,7 @@ class Run:
             if self.steps.saved():
                 reason = "every saved step is damaged; restore a copy, or train again"
             raise InputError(f"{self.path}: {reason}")
-        figures = self._monitored(self._position(valid[0]))
+        figures = self._monitored(self.steps.position(valid[0]))
         measured = [step for step in valid if step in figures]
         best = min(measured, key=lambda step: (figures[step], step), default=valid[0])
         saved = self.steps.shapes(best)

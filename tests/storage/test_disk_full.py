@@ -121,7 +121,7 @@ from elmo_jax.training.checkpoint import Run, StepStore
 from experiments import pretrain
 
 data, disk = map(Path, sys.argv[1:])
-path, filler, look = disk / "run", disk / "filler", StepStore._check_free_space
+path, filler, look = disk / "run", disk / "filler", StepStore._free_bytes
 flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --resume --softmax full".split()
 
 def call(epochs):
@@ -141,14 +141,15 @@ def fill(count):
         for _ in range(count):
             file.write(bytes(4096))
 
-def then_fill(steps, state):
-    look(steps, state)
+def then_fill(steps):
+    free = look(steps)
     fill(10**9)
+    return free
 
 outcomes = [call(1)]
-StepStore._check_free_space = then_fill
+StepStore._free_bytes = then_fill
 outcomes.append(call(3))
-StepStore._check_free_space = look
+StepStore._free_bytes = look
 fill(3 * 2**20 // 4096)
 outcomes.append(call(3))
 filler.unlink()

@@ -180,7 +180,7 @@ def test_a_saved_state_may_be_large_and_training_goes_on_meanwhile(tmp_path):
     steps, order = StepStore(tmp_path / "steps"), []
     finish = steps._finish
     steps._finish = lambda *args: (time.sleep(0.2), finish(*args), order.append("written"))
-    steps.save(1, state(1), {}, {})
+    steps.save(state(1), Position(1), {})
     order.append("returned")
     steps.close()
     assert order == ["returned", "written"]
