@@ -1,7 +1,4 @@
-"""A scikit-learn transformer from texts to vectors.
-
-Axes: N texts, L layers, F features.
-"""
+"""Scikit-learn transformer that turns texts into vectors."""
 
 import contextlib
 import reprlib
@@ -29,25 +26,26 @@ from elmo_jax.training.loop import fit
 from elmo_jax.training.objectives import bilm_training, init_params
 from elmo_jax.training.step import TrainState
 
-_BLOCK = 1024  # texts whose layers are in memory at once
+_BLOCK_TEXTS = 1024  # bounds the memory for layers
 
 
 class ElmoVectorizer(TransformerMixin, BaseEstimator):
-    """Texts to vectors: layers of a biLM, pooled over each text's tokens.
+    """Transformer from texts to vectors: layers of a biLM, pooled over the tokens of each text.
 
     Args:
-        pretrained: an `Elmo`, a folder for `Elmo.from_pretrained`, or the (options, weights)
-            of a model in the official format; None trains a new one on the texts of `fit`.
-        layers: "top", "average", "all" (side by side), or the number of one.
-        pooling: over the tokens: "mean", "max", or "mean+max" side by side. A text without
-            tokens is zeros.
-        embedding, cells, epochs, batch_size, negatives, min_count: of the new model, each at
-            least 1.
-        random_state: its seed, a `numpy.random.RandomState`, or None for another one each time.
+        pretrained: An `Elmo`, a folder for `Elmo.from_pretrained`, or the files (options, weights) of a model
+            in the official format. None trains a new model on the texts of `fit`.
+        layers: "top", "average", "all" (concatenated), or the index of a layer.
+        pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
+        embedding, cells: Width of the token vectors and LSTM cells per direction of a new model.
+        epochs, batch_size: Passes over the texts and texts per batch in training.
+        negatives: Negative samples of the sampled softmax in training.
+        min_count: Rarer tokens become unknown to a new model.
+        random_state: Random seed of training, a `numpy.random.RandomState`, or None for a new seed each time.
 
     Attributes:
-        elmo_: the model.
-        n_features_out_: width of the vectors.
+        elmo_: The model.
+        n_features_out_: Width of the vectors.
 
     Example:
         >>> from sklearn.linear_model import LogisticRegression
@@ -84,50 +82,50 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> "ElmoVectorizer":
-        """Load the model, or train it on these texts.
+        """Load the pretrained model, or train a new one on these texts.
 
         Args:
-            X: texts, or lists of tokens.
-            y: ignored.
+            X: N texts, or N lists of tokens.
+            y: Ignored.
 
         Raises:
-            InputError: an argument has no meaning, or the texts hold no token.
+            InputError: An argument is invalid, or there is no token to train on.
         """
         for name in ("embedding", "cells", "epochs", "batch_size", "negatives", "min_count"):
             value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not _is_integer(value) or value < 1:
+                raise InputError(f"{name} is {value!r}; use an integer of at least 1")
         if self.pooling not in ("mean", "max", "mean+max"):
-            raise InputError(f"pooling must be mean, max or mean+max, not {self.pooling!r}")
+            raise InputError(f"pooling is {self.pooling!r}; use mean, max or mean+max")
         if self.pretrained is None:
-            self.elmo_ = self._train(_tokens(X))
+            self.elmo_ = self._train_model(_tokenize_texts(X))
         elif isinstance(self.pretrained, Elmo):
             self.elmo_ = self.pretrained
         elif isinstance(self.pretrained, tuple | list):
             self.elmo_ = Elmo.from_bilm(*self.pretrained)
         else:
             self.elmo_ = Elmo.from_pretrained(self.pretrained)
-        self.n_features_out_ = self._pool(np.zeros(self.elmo_.shape(1), np.float32)).shape[0]
+        self.n_features_out_ = self._pool_tokens(np.zeros(self.elmo_.shape(1), np.float32)).shape[0]
         return self
 
     def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`fit`, then `transform`; texts that can be read but once are read once."""
-        sentences = _tokens(X)
+        """Call `fit` and `transform` with the same texts, which may be an iterator."""
+        sentences = _tokenize_texts(X)
         return self.fit(sentences, y).transform(sentences)
 
     def transform(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
-        """Texts, or lists of tokens, to float32 ``[N, n_features_out_]``."""
+        """Return the vectors of N texts, or of N lists of tokens, float32 ``[N, n_features_out_]``."""
         check_is_fitted(self)
-        sentences = _tokens(X)
+        sentences = _tokenize_texts(X)
         out = np.zeros((len(sentences), self.n_features_out_), np.float32)
-        for start in range(0, len(sentences), _BLOCK):
-            for i, layers in enumerate(self.elmo_.embed(sentences[start : start + _BLOCK]), start):
+        for start in range(0, len(sentences), _BLOCK_TEXTS):
+            for i, layers in enumerate(self.elmo_.embed(sentences[start : start + _BLOCK_TEXTS]), start):
                 if layers.shape[1]:
-                    out[i] = self._pool(layers)
+                    out[i] = self._pool_tokens(layers)
         return out
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """``elmo0``, ``elmo1``, ..."""
+        """Return the names ``elmo0``, ``elmo1`` and so on."""
         check_is_fitted(self)
         return np.array([f"elmo{i}" for i in range(self.n_features_out_)], object)
 
@@ -136,68 +134,58 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         tags.input_tags.string, tags.input_tags.two_d_array = True, False
         return tags
 
-    def _pool(self, layers: np.ndarray) -> np.ndarray:
-        """``[L, tokens, F]`` to one vector."""
-        number: Any = self.layers if _is_whole(self.layers) else -1
-        if 0 <= number < len(layers):
-            x = layers[number]
+    def _pool_tokens(self, layers: np.ndarray) -> np.ndarray:
+        """Return the vector of one text from its layers ``[L, T, F]``."""
+        index: Any = self.layers if _is_integer(self.layers) else -1
+        if 0 <= index < len(layers):
+            x = layers[index]
         elif self.layers == "all":
-            x = np.concatenate(list(layers), -1)  # [tokens, L F]
+            x = np.concatenate(list(layers), -1)  # [T, L F]
         elif self.layers == "average":
             x = layers.mean(0)
         elif self.layers == "top":
             x = layers[-1]
         else:
-            raise InputError(
-                f"layers must be top, average, all or a number below {len(layers)}, not {self.layers!r}"
-            )
-        pooled = {"mean": [x.mean(0)], "max": [x.max(0)], "mean+max": [x.mean(0), x.max(0)]}
-        return np.concatenate(pooled[self.pooling])
+            raise InputError(f"layers is {self.layers!r}; use top, average, all or 0 to {len(layers) - 1}")
+        return np.concatenate([x.mean(0) if name == "mean" else x.max(0) for name in self.pooling.split("+")])
 
-    def _train(self, sentences: list[list[str]]) -> Elmo:
+    def _train_model(self, sentences: list[list[str]]) -> Elmo:
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         counts = Counter(token for sentence in sentences for token in sentence)
         if not counts:
-            raise InputError("the texts hold no token to train on; give others, or a pretrained model")
+            raise InputError("the texts have no tokens to train on; use other texts or a pretrained model")
         vocabulary = Vocabulary.from_counts(counts, self.min_count)
         ids = [vocabulary.ids(sentence) for sentence in sentences]
-        offsets = np.cumsum([0, *map(len, ids)])
-        documents = Documents(np.concatenate(ids), offsets, np.zeros(len(ids), np.int32))
+        offsets, labels = np.cumsum([0, *map(len, ids)]), np.zeros(len(ids), np.int32)
+        documents = Documents(np.concatenate(ids), offsets, labels)
         stream = BatchStream(documents, int(self.batch_size), seed, steps_per_call=8)
         model = BiLM(BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)), len(vocabulary))
-        steps = int(self.epochs) * stream.steps_per_epoch
-        task, optimizer = bilm_training(model, OptimizerConfig(), steps, int(self.negatives))
-        key = jax.random.key(seed)
+        epochs = int(self.epochs)
+        steps = epochs * stream.steps_per_epoch
+        loss_fn, optimizer = bilm_training(model, OptimizerConfig(), steps, int(self.negatives))
+        plan = Plan(lambda: TrainState.create(init_params(model, jax.random.key(seed)), optimizer))
+        on_epoch = lambda state, metrics: {}  # noqa: E731
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:
                 state, _ = fit(
-                    Plan(lambda: TrainState.create(init_params(model, key), optimizer)),
-                    task,
-                    optimizer,
-                    stream,
-                    run,
-                    epochs=int(self.epochs),
-                    seed=seed,
-                    on_epoch=lambda state, sums: {},
+                    plan, loss_fn, optimizer, stream, run, epochs=epochs, seed=seed, on_epoch=on_epoch
                 )
         return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _tokens(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
-    if isinstance(texts, str | bytes):
-        raise InputError("the texts are one string; give a list of strings")
-    if not isinstance(texts, Iterable):
-        raise InputError(f"the texts are {reprlib.repr(texts)}; give a list of strings")
-    return [_tokens_of(text, i) for i, text in enumerate(texts)]
+def _tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise InputError(f"the texts are {reprlib.repr(texts)}; pass a list of strings")
+    return [_tokenize_text(text, i) for i, text in enumerate(texts)]
 
 
-def _tokens_of(text: Any, i: int) -> list[str]:
+def _tokenize_text(text: Any, i: int) -> list[str]:
     if isinstance(text, str):
         return tokenize(text)
     if isinstance(text, bytes) or not isinstance(text, Iterable):
-        raise InputError(f"text {i} is {reprlib.repr(text)}; give a string, or a list of its tokens")
+        raise InputError(f"text {i} is {reprlib.repr(text)}; pass a string or a list of tokens")
     return list(text)

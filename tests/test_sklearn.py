@@ -96,25 +96,25 @@ def test_seeds_are_those_of_scikit_learn(monkeypatch):
 
 def test_wrong_arguments_are_named(elmo):
     for settings, said in [
-        ({"layers": 3}, "layers must be"),
-        ({"layers": True}, "layers must be"),
-        ({"pooling": "sum"}, "pooling must be"),
-        ({"embedding": 0}, "embedding must be a whole number of at least 1, not 0"),
-        ({"cells": 0}, "cells must be"),
-        ({"epochs": 0}, "epochs must be"),
-        ({"batch_size": 0}, "batch_size must be"),
-        ({"negatives": -1}, "negatives must be"),
-        ({"min_count": 1.5}, "min_count must be"),
+        ({"layers": 3}, "layers is"),
+        ({"layers": True}, "layers is"),
+        ({"pooling": "sum"}, "pooling is"),
+        ({"embedding": 0}, "embedding is 0; use an integer of at least 1"),
+        ({"cells": 0}, "cells is"),
+        ({"epochs": 0}, "epochs is"),
+        ({"batch_size": 0}, "batch_size is"),
+        ({"negatives": -1}, "negatives is"),
+        ({"min_count": 1.5}, "min_count is"),
     ]:
         with pytest.raises(InputError, match=said):
             ElmoVectorizer(elmo, **settings).fit(TEXTS)
-    with pytest.raises(InputError, match="one string"):
+    with pytest.raises(InputError, match="the texts are 'a text'"):
         ElmoVectorizer(elmo).fit(TEXTS).transform("a text")
     for odd in (None, float("nan"), 3, b"abc"):
-        with pytest.raises(InputError, match=r"text 1 is .*; give a string, or a list of its tokens"):
+        with pytest.raises(InputError, match=r"text 1 is .*; pass a string or a list of tokens"):
             ElmoVectorizer(elmo).fit(TEXTS).transform(["a", odd])
     for odd in (5, b"a text"):
-        with pytest.raises(InputError, match=r"the texts are .*; give a list of strings"):
+        with pytest.raises(InputError, match=r"the texts are .*; pass a list of strings"):
             ElmoVectorizer(elmo).fit_transform(odd)
-    with pytest.raises(InputError, match="hold no token"):
+    with pytest.raises(InputError, match="have no tokens"):
         ElmoVectorizer().fit(["", " "])
