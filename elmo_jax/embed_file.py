@@ -64,8 +64,8 @@ class Dump:
         self.lines = self.tokens = 0
         for i, line in read_lines(self.source, self._split):
             if config.long == "refuse" and len(line) > config.max_length:
-                excess = f"has {len(line):,} tokens, more than --max-length {config.max_length:,}"
-                raise InputError(f"{source}:{i + 1}: {excess}; cut the line, or give --long split")
+                excess = f"has {len(line):,} tokens, more than max_length={config.max_length}"
+                raise InputError(f"{source}:{i + 1}: {excess}; cut it, or use long='split'")
             self.lines, self.tokens = i + 1, self.tokens + len(line)
 
     @property
@@ -85,7 +85,7 @@ class Dump:
                 text, model or config, another process writes the target, or the disk is too full.
         """
         if resume and overwrite:
-            raise InputError("--resume and --overwrite are two different things; give one")
+            raise InputError("resume=True and overwrite=True contradict each other; pass one")
         if self.target.exists() and self.target.samefile(self.source):
             raise InputError(f"{self.target}: is the text itself; give another file to write")
         try:
@@ -121,7 +121,7 @@ class Dump:
             self._join_parts()
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
-            raise InputError(f"{self.target}: cannot be written ({reason}); make room and --resume") from None
+            raise InputError(f"{self.target}: cannot be written ({reason}); make room and pass resume=True") from None
         finally:
             self._lock.release(force=True)
 
@@ -140,19 +140,19 @@ class Dump:
                 before = dict(json.loads(path.read_text(encoding="utf-8")))
         overwrite = before.pop("overwrite", overwrite)
         if self.target.exists() and not overwrite:
-            remedy = "move it elsewhere to --resume" if before else "replace it with --overwrite"
-            raise InputError(f"{self.target}: is there already; {remedy}")
+            advice = "move it away to resume" if before else "pass overwrite=True to replace it"
+            raise InputError(f"{self.target}: already exists; {advice}")
         if existing and not (resume or overwrite):
-            raise InputError(f"{self.parts}: holds an unfinished dump; --resume it or --overwrite it")
+            raise InputError(f"{self.parts}: is unfinished; pass resume=True or overwrite=True")
         if existing and resume and before != json.loads(json.dumps(settings)):
-            raise InputError(f"{self.parts}: is of another text, model or settings; give --overwrite")
+            raise InputError(f"{self.parts}: has another text, model or settings; pass overwrite=True")
         for file in () if resume else existing:
             file.unlink()
         done = sum(file.stat().st_size for file in self.parts.iterdir())
         need, free = 2 * self.size - done, shutil.disk_usage(self.parts).free  # the parts and their copy
         if need > free:
-            remedy = "make room, or give --dtype float16 or --layers top"
-            raise InputError(f"{self.target}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free; {remedy}")
+            advice = "make room, or use dtype=float16 or layers=top"
+            raise InputError(f"{self.target}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free; {advice}")
         write_atomically(path, json.dumps(settings | {"overwrite": overwrite}) + "\n")
 
     def _existing_files(self) -> list[Path]:

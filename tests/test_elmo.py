@@ -88,7 +88,7 @@ def test_a_run_is_not_exported_over(elmo, tmp_path):
     elmo.save_pretrained(tmp_path / "out")  # an export may be renewed
     Run.create(tmp_path / "run", {"model": {}}, monitor="perplexity").close()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    with pytest.raises(InputError, match="run: holds a run, which would be lost; give another folder"):
+    with pytest.raises(InputError, match="run: holds a run that would be lost; give another folder"):
         elmo.save_pretrained(tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 

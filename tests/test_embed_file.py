@@ -143,7 +143,7 @@ def test_commands(elmo, text, tmp_path, capsys, monkeypatch):
     assert run(embed, text, out, "--pretrained", tmp_path / "model", "--layers", "top") == 0
     assert out.exists() and "5 lines, 27 tokens" in capsys.readouterr().out
     assert run(embed, text, out, "--pretrained", tmp_path / "model") == 2
-    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert "out.h5: already exists" in capsys.readouterr().err
     assert run(embed, text, out) == 2
     assert "give one of --pretrained RUN and --bilm" in capsys.readouterr().err
     assert run(embed, text, out, "--pretrained", tmp_path / "model", "--layers", "mix") == 2
@@ -262,5 +262,5 @@ def test_products_in_bfloat16_are_near_and_another_dump(elmo, text, tmp_path, ca
     with pytest.raises(InputError, match="dtype must be float32 or bfloat16, not 'float16'"):
         Elmo.from_pretrained(tmp_path / "model", dtype="float16")
     Dump(elmo, text, tmp_path / "c.h5", DumpConfig()).prepare(resume=False, overwrite=False)
-    with pytest.raises(InputError, match="of another text, model or settings"):
+    with pytest.raises(InputError, match="another text, model or settings"):
         Dump(half, text, tmp_path / "c.h5", DumpConfig()).prepare(resume=True, overwrite=False)

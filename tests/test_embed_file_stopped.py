@@ -36,7 +36,7 @@ def test_a_stopped_dump_goes_on_where_it_was(elmo, text, monkeypatch):
     monkeypatch.setattr(Dump, "_write_part", counted)
     with pytest.raises(KeyboardInterrupt):
         dump.write()
-    with pytest.raises(InputError, match="--resume it or --overwrite it"):
+    with pytest.raises(InputError, match="is unfinished; pass resume=True or overwrite=True"):
         dump.prepare(resume=False, overwrite=False)
     other = Elmo(elmo.model, jax.tree.map(lambda a: a + 1, elmo.params), elmo.vocabulary)
     with pytest.raises(InputError, match="another text, model or settings"):
@@ -79,10 +79,10 @@ def test_what_is_there_is_not_lost(elmo, text):
     dump = begin(elmo, text)
     dump.write()
     before = dump.target.read_bytes()
-    with pytest.raises(InputError, match="two different things"):
+    with pytest.raises(InputError, match="contradict each other"):
         begin(elmo, text, resume=True, overwrite=True)
     for resume in (False, True):
-        with pytest.raises(InputError, match=r"out\.h5: is there already; replace it with --overwrite"):
+        with pytest.raises(InputError, match=r"out\.h5: already exists; pass overwrite=True to replace it"):
             begin(elmo, text, resume=resume)
         assert not dump.parts.exists()
     unfinished(elmo, text, overwrite=True)
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_lost(elmo, text):
         Dump(elmo, text, text, DumpConfig()).prepare(resume=False, overwrite=True)
     text.write_text(text.read_text().replace("rose", "bank"))  # as many lines and tokens
     dump.target.unlink()
-    with pytest.raises(InputError, match="of another text"):
+    with pytest.raises(InputError, match="another text"):
         begin(elmo, text, resume=True)
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_came_since_is_replaced_only_with_leave(elmo, text):
     dump = unfinished(elmo, text)
     dump.target.write_bytes(b"mine")
     parts = sorted(dump.parts.iterdir())
-    with pytest.raises(InputError, match=r"out\.h5: is there already; move it elsewhere to --resume"):
+    with pytest.raises(InputError, match=r"out\.h5: already exists; move it away to resume"):
         begin(elmo, text, resume=True)
     assert dump.target.read_bytes() == b"mine" and sorted(dump.parts.iterdir()) == parts
     dump.target.unlink()
@@ -112,7 +112,7 @@ def test_parts_of_an_unknown_text_are_not_taken_for_this_one(elmo, text, mark):
     before, settings = text.read_text(), unfinished(elmo, text).parts / "settings.json"
     settings.unlink() if mark is None else settings.write_bytes(mark)
     text.write_text(before.replace("rose", "bank"))  # the parts' shapes are this one's, too
-    with pytest.raises(InputError, match="of another text, model or settings; give --overwrite"):
+    with pytest.raises(InputError, match="another text, model or settings; pass overwrite=True"):
         begin(elmo, text, resume=True)
     dump = begin(elmo, text, overwrite=True)
     dump.write()

@@ -1,6 +1,5 @@
-"""A language model in a folder: a run's best epoch, or its own three files."""
+"""Language models in folders: exported models and the best epochs of pre-training runs."""
 
-import reprlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from elmo_jax.config import BiLMConfig, Kernel
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.models.bilm import BiLM, BiLMConfig
-from elmo_jax.models.lstm import Kernel
+from elmo_jax.models.bilm import BiLM
 from elmo_jax.storage.files import (
     CONFIG,
     check_files,
@@ -31,50 +30,49 @@ _WEIGHTS = "model.safetensors"
 
 
 def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
-    """The model of a run of ``experiments.pretrain``, at its best epoch, or of `save_folder`.
+    """Load the best epoch of a pre-training run, or a folder that `save_folder` wrote.
 
     Args:
-        path: the folder.
-        kernel: of the model's LSTM layers.
+        path: Folder.
+        kernel: LSTM kernel, see `LSTM.choose`.
 
     Returns:
-        The model, its parameters and its vocabulary; None if it reads characters and has
-        no softmax.
+        The model, its parameters and its vocabulary, which is None for a model that reads characters and
+        has no softmax.
 
     Raises:
-        InputError: it is neither, its files are damaged, they do not fit each other, or the
-            kernel does not run such layers.
+        InputError: The folder holds no language model, or its files are damaged or inconsistent.
     """
     config = read_config(path)
-    if not isinstance(config.get("model"), dict):  # a classifier's run has the digest of one
-        raise InputError(f"{path}: holds no language model; give a run of experiments.pretrain")
+    if not isinstance(config.get("model"), dict):  # in a classifier's run it is a digest
+        raise InputError(f"{path}: holds no language model; give a pre-training run or an exported model")
     check_files(path)
-    settings = _model_config(config["model"], f"{path}: model")
-    without = settings.input == "characters" and VOCABULARY not in config["files"]
-    vocabulary = None if without else Vocabulary.load(path / VOCABULARY)
-    model = BiLM(settings, len(vocabulary or ()), kernel)
+    sizes = structure(BiLMConfig, config["model"], f"{path}: model")
+    vocabulary = None
+    if sizes.input == "words" or VOCABULARY in config["files"]:
+        vocabulary = Vocabulary.load(path / VOCABULARY)
+    model = BiLM(sizes, len(vocabulary or ()), kernel)
     if _WEIGHTS in config["files"]:
         arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
-    enabled = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    check_shapes(arrays, enabled, str(path))
-    for name, a in arrays.items():
-        if not np.isfinite(a).all():
+    expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    check_shapes(arrays, expected, str(path))
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")
     return model, unflatten_dict(arrays, sep="/"), vocabulary
 
 
 def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | None) -> None:
-    """Write ``config.json``, ``model.safetensors`` and, if there is one, ``vocab.txt``.
+    """Write ``config.json``, ``model.safetensors`` and, if there is a vocabulary, ``vocab.txt``.
 
     Raises:
-        InputError: the folder holds a run, or something else with a configuration, or cannot
-            be written.
+        InputError: The folder holds a run, or cannot be written.
     """
     if (path / CONFIG).exists() and _WEIGHTS not in read_config(path).get("files", {}):
-        raise InputError(f"{path}: holds a run, which would be lost; give another folder")
-    arrays = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
+        raise InputError(f"{path}: holds a run that would be lost; give another folder")
+    arrays = {name: np.asarray(array) for name, array in flatten_dict(params, sep="/").items()}
     files = {_WEIGHTS: save(arrays)}
     if vocabulary is not None:
         files[VOCABULARY] = vocabulary.text.encode()
@@ -88,19 +86,9 @@ def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | N
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def _model_config(data: Any, source: str) -> BiLMConfig:
-    config = structure(BiLMConfig, data, source)
-    if not (
-        config.embedding > 0 and config.cells > 0 and 0 < config.layers <= 64 and 0 <= config.dropout < 1
-    ):
-        raise InputError(f"{source}: these are no sizes of a model: {reprlib.repr(data)}; train again")
-    return config
-
-
 def _read_weights(path: Path) -> dict[str, Any]:
-    """The arrays of a safetensors file."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read ({reason}); export it again") from None
+        raise InputError(f"{path}: cannot be read ({reason}); export the model again") from None

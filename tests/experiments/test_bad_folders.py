@@ -1,4 +1,4 @@
-"""Exported folders and runs that are not what they should be, with digests that are right."""
+"""Damaged or hostile exported folders and runs, most of them with valid digests."""
 
 import json
 import os
@@ -11,10 +11,12 @@ from exported import CONFIGURATION, MODEL, PARAMS, WEIGHTS, WORDS, seal, weights
 
 from elmo_jax.data.csv_dataset import DataConfig
 from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
 from elmo_jax.pretrained.folder import VOCABULARY
 from elmo_jax.storage.files import CONFIG, read_config, write_config
 from elmo_jax.training.checkpoint import Position, Run
 from experiments import downstream
+from experiments.common.features import data_of
 
 
 @pytest.fixture
@@ -22,6 +24,12 @@ def exported(tmp_path):
     folder = tmp_path / "exported"
     Elmo(MODEL, PARAMS, WORDS).save_pretrained(folder)
     return folder
+
+
+def assert_refused(folder, message):
+    with pytest.raises(InputError) as info:
+        Elmo.from_pretrained(folder)
+    assert message in str(info.value) and "\n" not in str(info.value) and len(str(info.value)) < 1000
 
 
 def header(**entries):
@@ -55,30 +63,30 @@ SAFETENSORS = {
     ),
     "another shape": (
         weights(**{BIAS: np.zeros(5, np.float32)}),
-        "softmax_bias is float32 [5] there, but float32 [6]",
+        "softmax_bias is float32 [5], expected float32 [6]",
     ),
     "another dtype": (
         weights(**{BIAS: np.zeros(6, np.float64)}),
-        "softmax_bias is float64 [6] there, but float32",
+        "softmax_bias is float64 [6], expected float32",
     ),
-    "an array less": (weights(**{BIAS: None}), "softmax_bias is missing there"),
+    "an array less": (weights(**{BIAS: None}), "softmax_bias is missing"),
     "a path for a name": (
         weights(**{"../../etc/passwd": np.zeros(1, np.float32)}),
         "../../etc/passwd is float32 [1]",
     ),
     "a name in a name": (
         weights(**{f"{BIAS}/x": np.zeros(1, np.float32)}),
-        "softmax_bias/x is float32 [1] there, but none",
+        "softmax_bias/x is float32 [1], expected nothing",
     ),
 }
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)
-def test_safetensors(name, exported, refused):
-    data, said = SAFETENSORS[name]
+def test_weights_are_refused(name, exported):
+    data, message = SAFETENSORS[name]
     (exported / WEIGHTS).write_bytes(data)
     seal(exported)
-    refused(downstream.main, ["--pretrained", exported], said)
+    assert_refused(exported, message)
 
 
 VOCABULARIES = {
@@ -97,11 +105,11 @@ VOCABULARIES = {
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_vocabularies(name, exported, refused):
-    data, said = VOCABULARIES[name]
+def test_vocabulary_is_refused(name, exported):
+    data, message = VOCABULARIES[name]
     (exported / VOCABULARY).write_bytes(data)
     seal(exported)
-    refused(downstream.main, ["--pretrained", exported], said)
+    assert_refused(exported, message)
 
 
 CONFIGS = {
@@ -116,38 +124,48 @@ CONFIGS = {
     "a wrong seal": (b'{"model": {}, "sha256": []}', "config.json: is not what was saved"),
     "no model": ({"model": None}, "holds no language model"),
     "a model of text": ({"model": {"cells": "4"}}, "model: Expected `int`, got `str`"),
-    "a model of 10**30": ({"model": {"cells": 10**30}}, "model: cells is"),
-    "a model of 2 billion layers": ({"model": {"layers": 2_000_000_000}}, "no sizes of a model"),
-    "a model of no cells": ({"model": {"cells": 0}}, "no sizes of a model"),
-    "a model of NaN": ({"model": {"dropout": float("nan")}}, "model: dropout is nan"),
-    "a model of unknown parts": ({"model": {"__class__": "os"}}, "'__class__' is not known"),
-    "data of text": ({"data": "x"}, "data: Expected `object`, got `str`"),
-    "data of a number": ({"data": {"dataset": 5}}, "data: Expected `str`, got `int`"),
-    "data with NUL": ({"data": {"dataset": "a\0b"}}, "--dataset holds a NUL character"),
-    "data of -1 tokens": ({"data": {"max_length": -1}}, "--max-length must be at least 1"),
+    "10**30 cells": ({"model": {"cells": 10**30}}, "model: Expected `int` <= 65536 - at `$.cells`"),
+    "2 billion layers": ({"model": {"layers": 2_000_000_000}}, "`int` <= 64 - at `$.layers`"),
+    "no cells": ({"model": {"cells": 0}}, "`int` >= 1 - at `$.cells`"),
+    "NaN": ({"model": {"dropout": float("nan")}}, "at `$.dropout`"),
+    "unknown settings": ({"model": {"__class__": "os"}}, "'__class__' is not known"),
     "files of a number": ({"files": 5}, "config.json lists no files"),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations(name, exported, refused):
-    data, said = CONFIGS[name]
+def test_configuration_is_refused(name, exported):
+    data, message = CONFIGS[name]
     if isinstance(data, bytes):
         (exported / CONFIG).write_bytes(data)
     elif "files" in data:
         write_config(exported, {"model": asdict(CONFIGURATION)}, {})
     else:
         seal(exported, **data)
-    refused(downstream.main, ["--pretrained", exported], said)
+    assert_refused(exported, message)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("../../../etc/passwd", "not below it"), ("/etc/passwd", "not below it"), ("a\0b", "not below it")],
-)
-def test_digests_name_no_file_outside(name, said, exported, refused):
+DATA = {
+    "text": ("x", "data: Expected `object`, got `str`"),
+    "a number": ({"dataset": 5}, "data: Expected `str`, got `int`"),
+    "NUL": ({"dataset": "a\0b"}, "holds a NUL character"),
+    "-1 tokens": ({"max_length": -1}, "data: Expected `int` >= 1 - at `$.max_length`"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_set_is_refused(name, exported):
+    data, message = DATA[name]
+    seal(exported, data=data)
+    with pytest.raises(InputError) as info:
+        data_of(exported)
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a\0b"])
+def test_digests_name_no_file_outside(name, exported):
     write_config(exported, {"model": asdict(CONFIGURATION)}, {name: {"size": 1, "sha256": ""}})
-    refused(downstream.main, ["--pretrained", exported], said)
+    assert_refused(exported, "not below it")
 
 
 def pipe(folder):
@@ -178,21 +196,14 @@ FOLDERS = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors is missing"),
     "no vocabulary": (lambda folder: (folder / VOCABULARY).unlink(), "vocab.txt is missing"),
     "weights of another time": (lambda f: (f / WEIGHTS).write_bytes(weights(**{BIAS: None})), "(size)"),
-    "no data set": (lambda folder: write_config(folder, *sealed(folder)), "give one by --dataset"),
 }
 
 
-def sealed(folder):
-    config = read_config(folder)
-    files = config.pop("files")
-    return config, files
-
-
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders(name, exported, refused):
-    change, said = FOLDERS[name]
+def test_folder_is_refused(name, exported):
+    change, message = FOLDERS[name]
     change(exported)
-    refused(downstream.main, ["--pretrained", exported], said)
+    assert_refused(exported, message)
 
 
 @pytest.fixture
@@ -204,16 +215,21 @@ def run(tmp_path):
     return run.path
 
 
-def test_runs(run, tmp_path, monkeypatch, refused):
-    args = ["--pretrained", run]
+def test_run_without_valid_steps_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
     for path in (run / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    refused(downstream.main, args, "every saved step is damaged")
+    assert_refused(run, "every saved step is damaged")
     (run / "checkpoints").rename(tmp_path / "elsewhere")
-    refused(downstream.main, args, "holds no saved step")
+    assert_refused(run, "holds no saved step")
     (run / "checkpoints").write_text("")
-    refused(downstream.main, args, "holds no saved step")
-    for path, said in ((run / CONFIG, "holds no run"), (tmp_path / "none", "holds no run"), ("", "is empty")):
-        refused(downstream.main, ["--pretrained", path], said)
+    assert_refused(run, "holds no saved step")
+    for path in (run / CONFIG, tmp_path / "none"):
+        assert_refused(path, "holds no run")
+
+
+def test_command_needs_a_data_set(exported, refused):
+    config = read_config(exported)
+    write_config(exported, config, config.pop("files"))
+    refused(downstream.main, ["--pretrained", exported], "--dataset")
