@@ -121,7 +121,9 @@ class Dump:
             self._join_parts()
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
-            raise InputError(f"{self.target}: cannot be written ({reason}); make room and pass resume=True") from None
+            raise InputError(
+                f"{self.target}: cannot be written ({reason}); make room and pass resume=True"
+            ) from None
         finally:
             self._lock.release(force=True)
 
