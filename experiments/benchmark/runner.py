@@ -161,14 +161,14 @@ def summarize(
     """Return a case's figures as ``benchmark.json`` holds them, from the phases of its unit of work."""
     least = sum(phase.seconds(rates) for phase in work) if rates and work else None
     flops, moved = sum(phase.flops for phase in work), sum(phase.bytes for phase in work)
-    found: dict[str, Any] = {}
+    ours, found = workers[0], {}
     for worker in workers:
         if worker.error is not None or not worker.seconds:
             found[worker.name] = {"not_timed": worker.error, **worker.info}
             continue
         median = statistics.median(worker.seconds)
-        spread = (max(worker.seconds) - min(worker.seconds)) / 2 / median
-        record = {"seconds": worker.seconds, "median": median, "spread": spread, **worker.info}
+        record: dict[str, Any] = {"seconds": worker.seconds, "median": median, **worker.info}
+        record["spread"] = (max(worker.seconds) - min(worker.seconds)) / 2 / median
         if "tokens" in counts:
             record["tokens_per_second"] = counts["tokens"] / median
         # The recipe's baseline has the full softmax, which its roofline does not count.
@@ -176,8 +176,10 @@ def summarize(
             record["roofline_fraction"] = least / median
         if rates and flops:
             record["matmul_fraction"] = flops / rates.flops / median
-        if worker.name != OURS and len(workers[0].seconds) == len(worker.seconds):
-            record["speedup"] = speedup(worker.seconds, workers[0].seconds)
+        if worker is not ours and len(ours.seconds) == len(worker.seconds):
+            record["speedup"] = speedup(worker.seconds, ours.seconds)
+            peaks = [each.info.get("peak_bytes", 0) for each in (ours, worker)]
+            record |= {"memory": peaks[0] / peaks[1]} if all(peaks) else {}  # 0 stands for unknown
         found[worker.name] = record
     totals = {"roofline_seconds": least, "flops": flops, "bytes": moved}
     return {"case": dataclasses.asdict(case), "counts": dict(counts), **totals, "implementations": found}

@@ -6,7 +6,8 @@ runs a Python loop over time steps, as AllenNLP does, because no fused LSTM of P
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,7 @@ def _make_stack(case: Case, arrays: Arrays, d: int) -> nn.LSTM:
     return lstm
 
 
-def _read_gradients(
-    case: Case, stacks: Sequence[Any], gradient: Callable[[Tensor], Any]
-) -> dict[str, np.ndarray]:
+def _read_gradients(case: Case, stacks: Any, gradient: Callable[[Any], Any]) -> dict[str, np.ndarray]:
     """Return the gradients of all layers under elmo_jax's names; `gradient` returns a parameter's."""
     names = (("input_kernel", "weight_ih"), ("recurrent_kernel", "weight_hh"), ("bias", "bias_ih"))
     read = lambda parameter: _swap_gates(gradient(parameter).float().cpu().numpy().T)  # noqa: E731
@@ -116,13 +115,7 @@ def build_lstm(case: Case, arrays: Arrays) -> Workload:
     return Workload(check, [(_repeat(step), 1.0)])
 
 
-def _sampled_loss(
-    h: Tensor,
-    rows: Callable[[Tensor], tuple[Tensor, Tensor]],
-    targets: Tensor,
-    negatives: Tensor,
-    log_expected: Tensor,
-) -> Tensor:
+def _sampled_loss(h: Tensor, rows: Any, targets: Tensor, negatives: Tensor, log_expected: Tensor) -> Tensor:
     """Return the summed loss of `elmo_jax.sampled_nll`; `rows` maps classes to vectors and biases."""
     vectors, biases = rows(targets)
     true = (h * vectors).sum(-1) + biases - log_expected[targets]
@@ -157,7 +150,7 @@ def build_softmax(case: Case, arrays: Arrays) -> Workload:
 
 
 class LanguageModel(nn.Module):
-    """Token vectors, a stack for each direction and a full softmax, which may share the vectors' table."""
+    """Token vectors, a stack for each direction, a full softmax (perhaps of the same table), and Adam."""
 
     def __init__(self, case: Case, arrays: Arrays):
         super().__init__()
@@ -166,6 +159,8 @@ class LanguageModel(nn.Module):
         self.softmax = self.table if case.tied else nn.Parameter(_to_device(arrays["softmax_table"]))
         self.bias = nn.Parameter(_to_device(arrays["softmax_bias"]))
         self.stacks = nn.ModuleList(_make_stack(case, arrays, d) for d in range(DIRECTIONS))
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, cases.LEARNING_RATE, fused=True)
 
     def forward(self, d: int, ids: Tensor, valid: Tensor) -> Tensor:
         """Return half the mean loss of a direction, for ids ``[T + 1, B]`` in the direction's order.
@@ -179,6 +174,17 @@ class LanguageModel(nn.Module):
         targets = ids[1:].flatten().index_select(0, valid)
         return F.cross_entropy(logits.float(), targets, reduction="mean") / DIRECTIONS
 
+    def step(self, words: list[Tensor], valid: Tensor) -> Tensor:
+        """Train on a batch; one direction's backward pass runs before the other's logits exist."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=_DEVICE)
+        for d in range(DIRECTIONS):
+            loss = self(d, words[d], valid)
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step()
+        return total
+
 
 def _order_words(words: np.ndarray, lengths: np.ndarray) -> tuple[list[Tensor], Tensor]:
     """Return ids ``[T + 1, B]`` in each direction's order, and the indices of valid targets."""
@@ -189,39 +195,17 @@ def _order_words(words: np.ndarray, lengths: np.ndarray) -> tuple[list[Tensor], 
     return [_to_device(w.T) for w in (words, backward)], _to_device(np.flatnonzero(mask))
 
 
-def _make_step(model: LanguageModel, optimizer: Any, words: list[Tensor], valid: Tensor) -> Any:
-    """Return a training step that runs one direction's backward pass before the other's logits exist."""
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros((), device=_DEVICE)
-        for d in range(DIRECTIONS):
-            loss = model(d, words[d], valid)
-            loss.backward()
-            total += loss.detach()
-        optimizer.step()
-        return total
-
-    return step
-
-
-def _make_model(case: Case, arrays: Arrays) -> tuple[LanguageModel, torch.optim.Adam]:
-    model = LanguageModel(case, arrays)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.Adam(trained, cases.LEARNING_RATE, fused=True)
-
-
 def build_step(case: Case, arrays: Arrays) -> Workload:
     """Time training steps with the full softmax and fused Adam."""
-    model, optimizer = _make_model(case, arrays)
-    run = _repeat(_make_step(model, optimizer, *_order_words(arrays["words"], arrays["lengths"])))
+    model = LanguageModel(case, arrays)
+    run = _repeat(partial(model.step, *_order_words(arrays["words"], arrays["lengths"])))
 
     def first_gradient(p: Tensor) -> Tensor:
-        return optimizer.state[p]["exp_avg"] / (1 - cases.ADAM_B1)  # after one step
+        return model.optimizer.state[p]["exp_avg"] / (1 - cases.ADAM_B1)  # after one step
 
     def check() -> dict[str, np.ndarray]:
         first = run(1)
-        out = _read_gradients(case, list(model.stacks), first_gradient)
+        out = _read_gradients(case, model.stacks, first_gradient)
         out["d:softmax_bias"] = first_gradient(model.bias).cpu().numpy()
         return out | {"loss": np.array([float(loss) for loss in (*first, *run(2))])}
 
@@ -230,20 +214,19 @@ def build_step(case: Case, arrays: Arrays) -> Workload:
 
 def build_recipe(case: Case, arrays: Arrays) -> Workload:
     """Time the recipe with the full softmax; check its loss without dropout."""
-    model, optimizer = _make_model(case, arrays)
+    model = LanguageModel(case, arrays)
     bounds = arrays["bounds"].tolist()
     batches = [_order_words(arrays[f"words:{bound}"][0], arrays[f"lengths:{bound}"][0]) for bound in bounds]
-    runs = [_repeat(_make_step(model, optimizer, *batch)) for batch in batches]
 
     def check() -> dict[str, np.ndarray]:
         with torch.no_grad():
             words, valid = batches[0]
             loss = np.array(sum(float(model(d, words[d], valid)) for d in range(DIRECTIONS)))
-        model.dropout = 0.1
-        for stack in model.stacks:
-            stack.dropout = 0.1  # type: ignore[assignment]
+        for module in (model, *model.stacks):
+            module.dropout = 0.1  # type: ignore[assignment]
         return {"loss": loss}
 
+    runs = [_repeat(partial(model.step, *batch)) for batch in batches]
     return Workload(check, list(zip(runs, arrays["steps"].tolist(), strict=True)))
 
 
@@ -296,9 +279,7 @@ class OfficialModel(nn.Module):
             steps[t] = F.pad(new_h, (0, 0, 0, len(x) - n))
         return torch.stack([s for s in steps if s is not None], dim=1), (c, h)
 
-    def run_direction(
-        self, d: int, x: Tensor, lengths: list[int], states: list[State]
-    ) -> tuple[list[Tensor], list[State]]:
+    def run_direction(self, d: int, x: Tensor, lengths: list[int], states: list[State]) -> tuple[Any, Any]:
         """Return every layer's output ``[B, T, P]`` in one direction, and every layer's last state."""
         outputs, after = [], []
         for i in range(self.case.layers):

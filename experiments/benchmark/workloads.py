@@ -17,7 +17,7 @@ from jax import Array
 from elmo_jax.baselines.sgns import SGNSConfig, SpanStream, sgns_init, sgns_loss, sgns_optimizer
 from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, Documents, Window
-from elmo_jax.data.characters import find_unique_words
+from elmo_jax.data.characters import GROUP_SIZE, find_unique_words
 from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
 from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.models.lstm import LSTM, Kernel
@@ -32,7 +32,7 @@ from experiments.benchmark import cases
 from experiments.benchmark.cases import STEPS_PER_CALL, Arrays, Case, Workload
 
 
-def make_model(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> BiLM:
+def make_model(case: Case, kernel: Kernel = "auto", dropout: float = 0.0) -> BiLM:
     """Return the language model of a case, without a softmax where none is needed."""
     characters = CharCNNConfig(case.filters, case.characters, highway=1) if case.filters else CharCNNConfig()
     config = BiLMConfig(
@@ -160,9 +160,9 @@ def first_gradients(opt_state: Any) -> dict[str, np.ndarray]:
     return {f"d:{name}": np.array(moment) / (1 - cases.ADAM_B1) for name, moment in checked.items()}
 
 
-def _make_objective(case: Case, dropout: float = 0.0, kernel: Kernel = "auto") -> tuple[BiLM, Any, Any]:
-    """Return the model, its loss function and the optimizer."""
-    model, windows = make_model(case, dropout, kernel), case.part == "official"
+def _make_objective(case: Case, kernel: Kernel = "auto") -> tuple[BiLM, Any, Any]:
+    """Return the model, its loss function and the optimizer; the default recipe has dropout."""
+    model, windows = make_model(case, kernel, dropout=0.1 if case.tied else 0.0), case.part == "official"
     name = "adagrad" if windows else "adam"
     settings = OptimizerConfig(optimizer=name, learning_rate=cases.LEARNING_RATE, schedule="constant")
     return model, *bilm_training(model, settings, 1, case.negatives, windows=windows)
@@ -173,39 +173,53 @@ def _make_batch(arrays: Arrays, end: str = "") -> Batch:
     return Batch(arrays[f"words{end}"], lengths, None, (lengths > 0).astype(np.float32))
 
 
-def _time_steps(
-    case: Case, arrays: Arrays, batch: Any, kernel: Kernel = "auto", carry: Any = None
-) -> tuple[Workload, list[TrainState]]:
-    """Time training steps on one batch, compiled before there is a state, as `fit` compiles them.
+def _start_training(
+    case: Case, arrays: Arrays, kernel: Kernel = "auto", carry: Any = None, ahead: Any = ()
+) -> tuple[list[TrainState], Callable[[Any], np.ndarray]]:
+    """Return a list that holds the state, and a function that trains it on chunks and returns their losses.
 
-    Returns the workload, which checks the first losses and gradients, and a list that holds the state.
+    Programs for batches `ahead` are compiled before there is a state, as `fit` compiles them.
     """
-    model, loss_fn, optimizer = _make_objective(case, kernel=kernel)
+    model, loss_fn, optimizer = _make_objective(case, kernel)
     key = jax.random.key(0)
-    batches = jax.device_put(jax.tree.map(lambda a: np.stack([np.asarray(a)] * STEPS_PER_CALL), batch))
     create = lambda params: TrainState.create(params, optimizer, carry=carry)  # noqa: E731
     like = jax.eval_shape(lambda: create(init_params(model, key)))
-    call = compile_steps(loss_fn, optimizer, like, [batches])
+    call = compile_steps(loss_fn, optimizer, like, ahead)
     held = [create(load_weights(arrays))]
 
-    def run(n: int) -> dict[str, Array]:
-        metrics: dict[str, Array] = {}
-        for start in range(0, n, STEPS_PER_CALL):
-            held[0], metrics = call(held[0], batches, min(STEPS_PER_CALL, n - start), key)
-        return jax.block_until_ready((held[0], metrics))[1]
+    def train(chunks: Any) -> np.ndarray:
+        losses = []
+        for batches, count in chunks:
+            held[0], metrics = call(held[0], batches, count, key)
+            losses.append((metrics["loss"], count))
+        jax.block_until_ready(held)
+        return np.concatenate([np.asarray(loss)[:count] for loss, count in losses])
+
+    return held, train
+
+
+def _time_steps(
+    case: Case, arrays: Arrays, batch: Any, kernel: Kernel = "auto", carry: Any = None
+) -> tuple[list[TrainState], Workload]:
+    """Time training steps on one batch; check the first losses and gradients."""
+    batches = jax.device_put(jax.tree.map(lambda a: np.stack([np.asarray(a)] * STEPS_PER_CALL), batch))
+    held, train = _start_training(case, arrays, kernel=kernel, carry=carry, ahead=[batches])
+
+    def run(n: int) -> np.ndarray:
+        return train([(batches, min(STEPS_PER_CALL, n - i)) for i in range(0, n, STEPS_PER_CALL)])
 
     def check() -> dict[str, np.ndarray]:
-        first = run(1)["loss"][:1]
+        first = run(1)
         gradients = first_gradients(held[0].opt_state)
-        return {"loss": np.concatenate([first, run(2)["loss"][:2]])} | gradients
+        return {"loss": np.concatenate([first, run(2)])} | gradients
 
     steps = STEPS_PER_CALL if training.runs_all_steps() else 1  # an accelerator runs all steps of every call
-    return Workload(check, [(lambda n: run(n * steps), 1 / steps)]), held
+    return held, Workload(check, [(lambda n: run(n * steps), 1 / steps)])
 
 
 def build_step(case: Case, arrays: Arrays, kernel: Kernel = "auto") -> Workload:
     """Time training steps with the full softmax and Adam."""
-    return _time_steps(case, arrays, _make_batch(arrays), kernel)[0]
+    return _time_steps(case, arrays, _make_batch(arrays), kernel)[1]
 
 
 build_lstm_scan = partial(build_lstm, kernel="fast")
@@ -214,13 +228,13 @@ build_step_scan = partial(build_step, kernel="fast")
 
 def build_official(case: Case, arrays: Arrays) -> Workload:
     """Time bilm-tf's recipe without dropout; check the full softmax of the window's first two rows."""
-    words, weight, chars, types = (
-        _to_batch_major(arrays[name]) for name in ("words", "weight", "chars", "types")
-    )
-    window = Window(words, weight, chars, find_unique_words(types, axes=3))
+    data = {name: _to_batch_major(arrays[name]) for name in ("words", "weight", "chars", "types")}
+    group = GROUP_SIZE if jax.default_backend() == "cpu" else 4 * GROUP_SIZE
+    unique = find_unique_words(data["types"], axes=3, group_size=group)
+    window = Window(data["words"], data["weight"], data["chars"], unique)
     model = make_model(case)
     zero = lambda rows: {"state": zero_state(model.config, rows)}  # noqa: E731
-    workload, held = _time_steps(case, arrays, window, carry=zero(case.batch))
+    held, workload = _time_steps(case, arrays, window, carry=zero(case.batch))
 
     def check() -> dict[str, np.ndarray]:
         rows = jax.tree.map(lambda a: a[:, :2], replace(window, unique_words=None))
@@ -232,22 +246,15 @@ def build_official(case: Case, arrays: Arrays) -> Workload:
 
 def build_recipe(case: Case, arrays: Arrays) -> Workload:
     """Time the default recipe in full calls; check the full softmax without dropout."""
-    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
-    call, key = compile_steps(loss_fn, optimizer), jax.random.key(0)
-    held = [TrainState.create(load_weights(arrays), optimizer)]
+    held, train = _start_training(case, arrays)
     batches = [jax.device_put(_make_batch(arrays, f":{bound}")) for bound in arrays["bounds"].tolist()]
 
-    def run(batch: Batch, n: int) -> None:
-        for _ in range(n):
-            held[0], _ = call(held[0], batch, STEPS_PER_CALL, key)
-        jax.block_until_ready(held)
-
     def check() -> dict[str, np.ndarray]:
-        first = jax.tree.map(lambda a: a[0], batches[0])
+        first, key = jax.tree.map(lambda a: a[0], batches[0]), jax.random.key(0)
         return {"loss": np.array(jax.jit(bilm_loss(make_model(case)))(held[0].params, first, key)[0])}
 
-    calls = arrays["steps"] / STEPS_PER_CALL
-    return Workload(check, [(partial(run, b), float(n)) for b, n in zip(batches, calls, strict=True)])
+    runs = [lambda n, batch=batch: train([(batch, STEPS_PER_CALL)] * n) for batch in batches]
+    return Workload(check, list(zip(runs, (arrays["steps"] / STEPS_PER_CALL).tolist(), strict=True)))
 
 
 class _NoRun:
@@ -263,7 +270,7 @@ class _NoRun:
 
 def build_fit(case: Case, arrays: Arrays) -> Workload:
     """Time epochs of `fit`, which runs in a thread and waits after each epoch until the next is asked for."""
-    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
+    _, loss_fn, optimizer = _make_objective(case)
     begin = Plan(lambda: TrainState.create(load_weights(arrays), optimizer))
     stream = cases.stream_documents(case, arrays)
     asked: SimpleQueue[None] = SimpleQueue()
@@ -298,25 +305,12 @@ def build_fit(case: Case, arrays: Arrays) -> Workload:
 
 def build_replay(case: Case, arrays: Arrays) -> Workload:
     """Time the compiled calls of the first epoch of `fit` again and again, all batches on the device."""
-    _, loss_fn, optimizer = _make_objective(case, dropout=0.1)
-    call, key = compile_steps(loss_fn, optimizer), jax.random.key(0)
+    _, train = _start_training(case, arrays)
     stream = cases.stream_documents(case, arrays)
-    steps = stream.steps_per_epoch
-    chunks = [(jax.device_put(chunk.batches), chunk.count) for chunk in stream.chunks(0, steps)]
-    held = [TrainState.create(load_weights(arrays), optimizer)]
-
-    def run(n: int) -> float:
-        loss = 0.0
-        for _ in range(n):
-            losses = []
-            for batches, count in chunks:
-                held[0], metrics = call(held[0], batches, count, key)
-                losses.append((metrics["loss"], count))
-            jax.block_until_ready(held)
-            loss = sum(float(np.sum(each[:count])) for each, count in losses) / steps
-        return loss
-
-    return Workload(lambda: {"loss": np.array(run(1))}, [(run, 1.0)])
+    chunks = stream.chunks(0, stream.steps_per_epoch)
+    chunks = [(jax.device_put(chunk.batches), chunk.count) for chunk in chunks]
+    epoch = lambda: train(chunks).mean()  # noqa: E731
+    return Workload(lambda: {"loss": np.array(epoch())}, [(lambda n: [epoch() for _ in range(n)][-1], 1.0)])
 
 
 def build_embed(case: Case, arrays: Arrays) -> Workload:

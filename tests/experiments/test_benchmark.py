@@ -59,6 +59,13 @@ def test_a_phase_is_bound_by_the_slower_of_two_rates():
     assert [phase.seconds(rates) for phase in (Phase(200.0, 5.0), Phase(10.0, 30.0))] == [2, 3]
 
 
+@pytest.mark.parametrize("name", ["softmax-2048", "small", "embed"])
+def test_cases_without_a_jax_baseline_run(name):
+    workload = build(workloads, tiny(name))
+    assert all(np.isfinite(array).all() and np.any(array) for array in workload.check().values())
+    workload.timed[0][0](1)
+
+
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_torch_computes_what_elmo_jax_computes(name):
     pytest.importorskip("torch")
@@ -177,13 +184,15 @@ class FakeWorker:
 def test_an_implementation_with_another_loss_is_not_timed():
     right, wrong = {"loss": np.ones(3)}, {"loss": np.array([1, 1, 1.01])}
     workers = [FakeWorker(OURS, right), FakeWorker("flax", right), FakeWorker("torch", wrong)]
+    workers[0].info["peak_bytes"], workers[1].info["peak_bytes"] = 1, 4
     reject_different(BY_NAME["step"], workers)
     assert [worker.error is None for worker in workers] == [True, True, False]
     assert workers[2].error.startswith("its loss differs from elmo_jax's")
     counts = {"tokens": 10}
     found = runner.summarize(BY_NAME["step"], workers, counts, [Phase(3.0)], Rates(6.0, 1.0))
     records = found["implementations"]
-    assert "median" not in records["torch"] and records["flax"]["speedup"] == 1.0
+    assert "median" not in records["torch"]
+    assert records["flax"]["speedup"] == 1.0 and records["flax"]["memory"] == 0.25
     assert records[OURS]["roofline_fraction"] == records[OURS]["matmul_fraction"] == 0.5 / 1.5
 
 

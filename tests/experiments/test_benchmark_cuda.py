@@ -1,7 +1,6 @@
 """The benchmark command from flags to results, with a GPU's cases on a machine without one."""
 
 import json
-import struct
 import subprocess
 import sys
 import time
@@ -22,7 +21,6 @@ from experiments.benchmark.cases import (
     CASES,
     CUDNN,
     OURS,
-    REPLAY,
     SCAN,
     Rates,
     cuda_cases,
@@ -127,12 +125,6 @@ def _found(**records):
             "50% of the machine's matmul rate, goal at least 40%: met",
         ),
         (
-            Goal("x", "overhead", 0.02, REPLAY),
-            _found(replay={"speedup": 0.97}),
-            0.03,
-            "3.0% of fit's time outside compiled code, goal at most 2%: missed",
-        ),
-        (
             Goal("x", "median", 60),
             _found(elmo_jax={"median": 50.0}),
             50,
@@ -140,9 +132,9 @@ def _found(**records):
         ),
         (
             Goal("x", "memory", 0.5, "torch"),
-            _found(elmo_jax={"median": 1, "peak_bytes": 1}, torch={"median": 1, "peak_bytes": 4}),
+            _found(torch={"memory": 0.25}),
             0.25,
-            "peak memory 0.25x torch's, goal at most 0.5x: met",
+            "0.25x the peak memory of torch, goal at most 0.5x: met",
         ),
     ],
 )
@@ -153,22 +145,14 @@ def test_goals_are_judged(goal, found, value, text):
     assert judge(goal, {}) is None and judge(goal, _found(elmo_jax={"not_timed": "?"})) is None
 
 
-def test_an_unknown_peak_meets_no_goal():
-    known, unknown = {"median": 1, "peak_bytes": 4}, {"median": 1, "peak_bytes": 0}
-    for ours, other in ((known, unknown), (unknown, known)):
-        assert judge(Goal("x", "memory", 0.5, "torch"), _found(elmo_jax=ours, torch=other)) is None
-
-
 def test_a_ratio_within_the_noise_of_its_bound_says_so():
-    def verdict(goal, ratio):
-        found = _found(elmo_jax={"median": 1, "spread": 0.1}, torch={"speedup": ratio, "spread": 0.05})
-        return judge(goal, found)["line"].rpartition(": ")[2]
+    def verdict(ratio):
+        found = _found(elmo_jax={"spread": 0.1}, torch={"speedup": ratio, "spread": 0.05})
+        return judge(Goal("x", "speedup", 2.0, "torch"), found)["line"].rpartition(": ")[2]
 
-    speed, overhead = Goal("x", "speedup", 2.0, "torch"), Goal("x", "overhead", 0.02, "torch")
-    assert verdict(speed, 2.3) == verdict(speed, 2.35) == "met (within the noise)"
-    assert verdict(speed, 2.36) == "met" and verdict(speed, 1.7) == "missed"
-    assert verdict(speed, 1.8) == verdict(overhead, 0.9) == "missed (within the noise)"
-    assert verdict(overhead, 0.8) == "missed" and verdict(overhead, 1.2) == "met"
+    assert verdict(2.3) == verdict(2.35) == "met (within the noise)"
+    assert verdict(2.36) == "met" and verdict(1.7) == "missed"
+    assert verdict(1.8) == "missed (within the noise)"
 
 
 def test_cases_are_chosen_by_name():
@@ -242,19 +226,3 @@ print(sorted({"jax", "matplotlib"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_bars_of_many_implementations_look_different(tmp_path):
-    names = [f"baseline {i}" for i in range(8)]
-    import matplotlib.pyplot as plt
-
-    figures = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plt, "close", figures.append)
-        benchmark.plot_fractions({"step": dict.fromkeys(names, 0.5)}, tmp_path / "s.png")
-    (axes,) = figures[0].axes
-    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}) == 8
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
-    assert axes.get_legend().get_window_extent().width < 1.5 * figures[0].bbox.width
-    assert struct.unpack(">II", (tmp_path / "s.png").read_bytes()[16:24])[0] > 300
-    plt.close("all")
