@@ -164,11 +164,10 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         steps = epochs * stream.steps_per_epoch
         loss_fn, optimizer = bilm_training(model, OptimizerConfig(), steps, int(self.negatives))
         plan = Plan(lambda: TrainState.create(init_params(model, jax.random.key(seed)), optimizer))
-        on_epoch = lambda state, metrics: {}  # noqa: E731
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.closing(Run.create(Path(folder) / "run", {}, monitor="loss")) as run:
                 state, _ = fit(
-                    plan, loss_fn, optimizer, stream, run, epochs=epochs, seed=seed, on_epoch=on_epoch
+                    plan, loss_fn, optimizer, stream, run, epochs=epochs, seed=seed, on_epoch=lambda *_: {}
                 )
         return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary)
 

@@ -31,7 +31,7 @@ TERMS = {
     "obstacle": "unsupported_reason",
 }
 # Old names that a shim, an alias or a file format must keep.
-KEPT = {"dispatches", "steps_per_dispatch"}
+KEPT = {"dispatches", "rowwise", "steps_per_dispatch"}
 TERM = re.compile(r"\b(?:" + "|".join(TERMS) + r")\b", re.IGNORECASE)
 OPENING = re.compile(r"(What|Whether|Of|How|Where|Who|Which|It|They)\b")
 

@@ -1,4 +1,4 @@
-"""NumPy float64 oracles, written as the papers' equations read: one row and one step at a time."""
+"""NumPy float64 reference implementations that follow the papers' equations step by step."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def sigmoid(x):
 
 
 def lstm(x, w_x, w_h, b, w_p=None, c=None, h=None, cell_clip=np.inf, proj_clip=np.inf):
-    """One direction, one row: x [T, I] to c [T, H] and h [T, P]."""
+    """Return c [T, H] and h [T, P] of one direction for one row x [T, I]."""
     cells = w_h.shape[1] // 4
     c = np.zeros(cells) if c is None else c
     h = np.zeros(w_h.shape[0]) if h is None else h
@@ -33,7 +33,7 @@ def tree64(tree):
 
 
 def bilm(params, ids):
-    """One document with <S> and </S>: layers [L, T, F], and -log p of each direction's targets."""
+    """Return layers [L, T, F] and -log p of each direction's targets, for ids with <S> and </S>."""
     p = tree64(params)
     table = p["embedder"]["table"]
     layers = sum(name.startswith("lstm") for name in p)
@@ -53,14 +53,14 @@ def bilm(params, ids):
 
 
 def characters(word):
-    """Ids of one word by the official table, without the + 1."""
+    """Return the official character ids of a word, without the + 1."""
     marker = {"<S>": [256], "</S>": [257]}
     inside = marker.get(word) or list(word.encode())[:48]
     return ([258, *inside, 259] + [260] * 50)[:50]
 
 
 def char_cnn(file, words, activation):
-    """Token vectors [N, E] of words, from the datasets of an official file."""
+    """Return token vectors [N, E] of words, from the datasets of an official file."""
     f = {name: np.asarray(a, np.float64) for name, a in file.items()}
     act = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[activation]
     out = []
@@ -87,7 +87,7 @@ def char_cnn(file, words, activation):
 
 
 def official(options, file, sentence, state=None):
-    """Layers [L, tokens, 2P] of one sentence as the official format defines them, and the last states."""
+    """Return layers [L, T, 2P] of a sentence by the official format, and the last states."""
     tokens = ["<S>", *sentence, "</S>"]
     lstm_options = options["lstm"]
     clips = lstm_options.get("cell_clip") or np.inf, lstm_options.get("proj_clip") or np.inf

@@ -1,3 +1,5 @@
+"""Combiners against their equations."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ def run(params=None, **config):
     return combiner, params, np.asarray(combiner.apply({"params": params}, LAYERS), np.float64)
 
 
-def test_trainable_is_the_weighted_sum_and_learns_its_weights():
+def test_trainable_is_the_weighted_sum_with_gradient():
     weights = jnp.array([0.2, -1.0, 3.0])
     combiner, _, y = run({"weights": weights})
     np.testing.assert_allclose(y, sum(w * x for w, x in zip(weights.tolist(), X, strict=True)), atol=1e-5)
@@ -24,7 +26,7 @@ def test_trainable_is_the_weighted_sum_and_learns_its_weights():
     np.testing.assert_allclose(g, X.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
-def test_softmax_normalised_is_equation_1_of_the_paper():
+def test_softmax_normalized_is_equation_1_of_the_paper():
     w, gamma = np.array([0.2, -1.0, 3.0]), 1.7
     params = {"weights": jnp.float32(w), "gamma": jnp.float32(gamma)}
     combiner, _, y = run(params, normalize="softmax")
@@ -34,11 +36,11 @@ def test_softmax_normalised_is_equation_1_of_the_paper():
 
 
 @pytest.mark.parametrize("normalize", ["none", "softmax"])
-def test_training_begins_at_the_mean(normalize):
+def test_training_starts_at_the_mean(normalize):
     np.testing.assert_allclose(run(normalize=normalize)[2], X.mean(0), atol=1e-6)
 
 
-def test_frozen_is_drawn_by_seed_and_has_no_gradient():
+def test_frozen_weights_depend_on_the_seed_and_have_no_gradient():
     combiner, params, y = run(combiner="frozen")
     weights = np.asarray(combiner.lambdas(params), np.float64)
     np.testing.assert_allclose(y, np.tensordot(weights, X, 1), atol=1e-5)
@@ -51,7 +53,7 @@ def test_frozen_is_drawn_by_seed_and_has_no_gradient():
 
 
 @pytest.mark.parametrize("combiner", ["trainable", "frozen"])
-def test_layer_norm_is_of_every_token_on_its_own(combiner):
+def test_layer_norm_normalizes_each_token(combiner):
     weights = jnp.array([0.2, -1.0, 3.0])
     _, _, y = run({"weights": weights}, combiner=combiner, layer_norm=True)
     normed = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
@@ -59,27 +61,21 @@ def test_layer_norm_is_of_every_token_on_its_own(combiner):
 
 
 @pytest.mark.parametrize(("activation", "f"), [("relu", lambda x: np.maximum(x, 0)), ("tanh", np.tanh)])
-def test_function_is_a_linear_map_of_all_layers(activation, f):
+def test_function_is_a_dense_layer_over_all_layers(activation, f):
     combiner, params, y = run(combiner="function", activation=activation)
-    beside = np.concatenate(list(X), axis=-1)
+    concatenated = np.concatenate(list(X), axis=-1)
     w, b = (np.asarray(params["linear"][n], np.float64) for n in ("kernel", "bias"))
     assert w.shape == (18, 6)
-    np.testing.assert_allclose(y, f(beside @ w + b), atol=1e-5)
+    np.testing.assert_allclose(y, f(concatenated @ w + b), atol=1e-5)
     assert combiner.lambdas(params) is None
 
 
-def test_every_combiner_has_its_name():
-    assert {"trainable", "frozen", "function"} <= set(COMBINERS)
-    for name in COMBINERS:
-        assert run(combiner=name)[2].shape == (2, 4, 6)
-
-
-def test_what_is_said_to_be_read_is_read_and_nothing_else():
+def test_combiner_options_are_those_that_change_the_combiner():
     others = {"normalize": "softmax", "layer_norm": True, "activation": "tanh"}
     for name in COMBINERS:
-        (_, weights, plain), read = run(combiner=name), set()
+        (_, weights, plain), used = run(combiner=name), set()
         for key, value in others.items():
             _, params, y = run(combiner=name, **{key: value})
             if params.keys() != weights.keys() or y.tolist() != plain.tolist():
-                read.add(key)
-        assert read == COMBINER_OPTIONS[name]
+                used.add(key)
+        assert used == COMBINER_OPTIONS[name]
