@@ -1,4 +1,4 @@
-"""Text in, host batches out. Nothing here touches a device."""
+"""Text files to batches of NumPy arrays; nothing here uses a device."""
 
 from elmo_jax._moved import old_names
 

@@ -21,7 +21,6 @@ DIRECTIONS = 2  # forward, then backward
 ALL = slice(None)  # all rows of a batch
 ROUND = 4  # bucket bounds are multiples of it
 _RUN = 8  # consecutive batches of one shape, so that one call can run several
-_SAMPLED_STEPS = 512  # steps that `BatchStream.shapes` looks at if shapes depend on unique words
 
 
 @struct.dataclass
@@ -60,7 +59,7 @@ class Batch:
         """Return a batch of these token ids, padded to `shape` [B, T], or to the longest row if None."""
         rows, steps = shape or (len(sentences), 2 + max(map(len, sentences), default=0))
         words = np.full((rows, steps), PAD, np.int32)
-        lengths, classes = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        lengths, classes = np.zeros((2, rows), np.int32)
         for i, ids in enumerate(sentences):
             lengths[i] = len(ids) + 2
             words[i, : lengths[i]] = BOS, *ids, EOS
@@ -124,9 +123,9 @@ class Documents:
         """Return the documents at these indices, in this order."""
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
-        taken = {"ids": self.ids[positions], "offsets": offsets, "labels": self.labels[indices]}
-        return replace(self, **taken, max_length=None)  # the copied ids are truncated
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
+        ids, labels = self.ids[index], self.labels[indices]
+        return replace(self, ids=ids, offsets=offsets, labels=labels, max_length=None)
 
     def subset(self, fraction: float, seed: int) -> "Documents":
         """Return a random fraction of every class, at least one document each, in the original order."""
@@ -138,13 +137,7 @@ class Documents:
     share = renamed_method("share", "subset")
 
     def batch(self, indices: np.ndarray, steps: int, unique: bool = False) -> Batch:
-        """Return a batch of documents, with leaves ``[..., B, T]``.
-
-        Args:
-            indices: Document numbers ``[..., B]``, -1 for filler rows.
-            steps: T.
-            unique: Find the `UniqueWords` of every step.
-        """
+        """Return documents ``[..., B]`` as a batch with leaves ``[..., B, T]``; index -1 is a filler row."""
         real = indices >= 0
         lengths = np.where(real, self.lengths[indices] + 2, 0).astype(np.int32)  # [..., B]
         t, n = np.arange(steps), lengths[..., None]
@@ -167,20 +160,15 @@ class Documents:
         """Return character ids ``[..., C]``, and the unique words of steps with this number of axes."""
         if self.character_ids is None:
             return None, None
-        unique = None if axes is None else find_unique_words(ids, axes, self.group_size)
+        unique = find_unique_words(ids, axes, self.group_size) if axes else None
         return self.character_ids[ids], unique
 
 
 class StepChunk(NamedTuple):
-    """Up to K batches of one shape, run by one multi-step call.
+    """Up to K batches of one shape, run by one multi-step call."""
 
-    Attributes:
-        batches: A `Batch` or another pytree with leaves ``[K, ...]``.
-        count: Number of batches to run; those from `count` on are padding.
-    """
-
-    batches: Any
-    count: int
+    batches: Any  # a Batch or another pytree, with leaves [K, ...]
+    count: int  # batches to run; the remaining ones are padding
 
 
 class Stream(Protocol):
@@ -206,9 +194,8 @@ class Stream(Protocol):
 class BatchStream:
     """Batches of padded documents; the batch of a step depends on (seed, step) alone.
 
-    An epoch contains every document once. Documents of similar length share a batch; those that do
-    not fill one join the next longer ones. Up to eight batches of one shape follow each other; all
-    else is shuffled every epoch.
+    An epoch contains every document once. Documents of similar length share a batch, and leftovers join
+    the next longer ones. Up to eight batches of one shape follow each other; the rest is shuffled.
 
     Args:
         documents: At least one document.
@@ -240,16 +227,15 @@ class BatchStream:
         self.bounds, self.steps_per_call = bounds, min(steps_per_call, _RUN)
         by_length = np.argsort(steps, kind="stable")
         ends = np.searchsorted(steps[by_length], bounds, "right")
-        self._buckets = np.split(by_length, ends[:-1])
-        self._batches = np.diff(_count_batches(ends, batch_size), prepend=0).tolist()  # per bucket
-        self.steps_per_epoch = sum(self._batches)
+        batches = np.diff(_count_batches(ends, batch_size), prepend=0).tolist()
+        self._buckets = list(zip(bounds, np.split(by_length, ends[:-1]), batches, strict=True))
+        self.steps_per_epoch = sum(batches)
         self.tokens_per_epoch = int(documents.lengths.sum())
 
     @property
     def padding(self) -> float:
         """Fraction of all positions, filler rows included, that hold no token."""
-        pairs = zip(self._batches, self.bounds, strict=True)
-        positions = sum(batches * self.batch_size * bound for batches, bound in pairs)
+        positions = sum(count * self.batch_size * bound for bound, _, count in self._buckets)
         return 1 - (self.tokens_per_epoch + 2 * len(self.documents)) / positions
 
     def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
@@ -273,15 +259,11 @@ class BatchStream:
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
         if self.documents.character_ids is not None:
-            chunks = self.chunks(0, min(_SAMPLED_STEPS, self.steps_per_epoch))
+            chunks = self.chunks(0, min(512, self.steps_per_epoch))  # all would take long
             found = {(b.words.shape, b.unique_words and b.unique_words.first.shape): b for b, _ in chunks}
             return list(found.values())
-        buckets = zip(self.bounds, self._buckets, self._batches, strict=True)
-        return [
-            self._stack([indices[: self.batch_size]], bound, ALL).batches
-            for bound, indices, n in buckets
-            if n
-        ]
+        buckets = [(bound, indices[: self.batch_size]) for bound, indices, count in self._buckets if count]
+        return [self._stack([indices], bound, ALL).batches for bound, indices in buckets]
 
     def order(self) -> np.ndarray:
         """Return the document numbers ``[N]`` in the order of the first epoch."""
@@ -291,7 +273,7 @@ class BatchStream:
         """Return runs of batches with one bound: the bound, and the document numbers of each batch."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         runs, leftover = [], np.array([], int)
-        for bound, bucket, count in zip(self.bounds, self._buckets, self._batches, strict=True):
+        for bound, bucket, count in self._buckets:
             indices = np.concatenate([leftover, bucket])
             indices = indices if rng is None else rng.permutation(indices)
             batches = [indices[i * self.batch_size :][: self.batch_size] for i in range(count)]
@@ -321,8 +303,7 @@ def bucket_bounds(
 
     Args:
         lengths: Steps per document ``[N]``, at least one.
-        batch_size: B.
-        max_buckets: Maximum number of bounds.
+        batch_size, max_buckets: B, and the maximum number of bounds.
         bucket_cost: Positions per epoch that another bucket must save to be worth its compilation.
 
     Example:
@@ -332,22 +313,19 @@ def bucket_bounds(
     counts = np.bincount(-(-lengths // ROUND))
     bound = np.flatnonzero(counts)  # candidates, in units of ROUND
     below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each candidate
-    # span[j, i]: positions of one bucket over candidates i to j. costs[k][j]: fewest positions of all
-    # documents up to candidate j in k + 1 buckets, of which the last starts at candidate starts[k][j].
     batches = _count_batches(below, batch_size)
+    # span[j, i]: positions of one bucket over candidates i to j.
     span = (batches[1:, None] - batches[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
     span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
-    costs, starts = [span[:, 0]], [np.zeros(len(bound), int)]
-    for _ in range(1, min(max_buckets, len(bound))):
-        total = np.concatenate([[np.inf], costs[-1][:-1]])[None] + span
-        costs.append(total.min(1))
-        starts.append(total.argmin(1))
-    buckets = int(np.argmin([cost[-1] + bucket_cost * k for k, cost in enumerate(costs)]))
-    bounds, j = [], len(bound) - 1
-    for k in range(buckets, -1, -1):
-        bounds.append(int(bound[j]) * ROUND)
-        j = int(starts[k][j]) - 1
-    return tuple(reversed(bounds))
+    # Of each candidate j: the fewest positions of all documents up to it, and the bounds that give them.
+    positions, bounds = span[:, 0], [(b,) for b in bound.tolist()]
+    found = [(positions[-1], bounds[-1])]
+    for buckets in range(1, min(max_buckets, len(bound))):
+        total = np.concatenate([[np.inf], positions[:-1]]) + span
+        positions, start = total.min(1), total.argmin(1)
+        bounds = [(*bounds[i - 1], b) for i, b in zip(start, bound.tolist(), strict=True)]
+        found.append((positions[-1] + bucket_cost * buckets, bounds[-1]))
+    return tuple(b * ROUND for b in min(found, key=lambda pair: pair[0])[1])
 
 
 class ContiguousStream:
@@ -357,14 +335,11 @@ class ContiguousStream:
     continues the previous one in every row. Tokens after the last complete window are unused.
 
     Args:
-        documents: Sentences, with at least B (U + 1) tokens including ``<S>`` and ``</S>``.
+        documents: Sentences; InputError if they have fewer than B (U + 1) tokens with ``<S>``, ``</S>``.
         batch_size: B.
         unroll: U.
         seed: Random seed of the order of sentences.
         steps_per_call: K.
-
-    Raises:
-        InputError: There are too few tokens for one window.
 
     Example:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
@@ -382,10 +357,9 @@ class ContiguousStream:
         self.tokens_per_row = total // batch_size
         self.steps_per_epoch = (self.tokens_per_row - 1) // unroll
         if self.steps_per_epoch < 1:
-            problem = f"{total} tokens are too few for {batch_size} rows of {unroll + 1}"
-            raise InputError(f"{problem}; lower `batch_size` or `unroll`, or give more text")
+            raise InputError(f"{total} tokens are too few; lower `batch_size` or `unroll`, or give more text")
         self.tokens_per_epoch = self.steps_per_epoch * unroll * batch_size
-        self._cached_order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._cached_order = -1, np.array([], int), np.array([], int)  # epoch, sentences, their starts
 
     def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
         """See `Stream.chunks`."""
@@ -398,20 +372,18 @@ class ContiguousStream:
 
     def window(self, step: int, rows: slice = ALL) -> Window:
         """Return the window of a step, or some rows of it."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        return self._read(epoch, np.array(i), rows)
+        return self._read(*divmod(step, self.steps_per_epoch), rows)
 
     def document_indices(self, step: int) -> np.ndarray:
         """See `Stream.document_indices`."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        return np.unique(self._locate(epoch, np.array(i), ALL)[0])
+        return np.unique(self._locate(*divmod(step, self.steps_per_epoch), ALL)[0])
 
     def shapes(self) -> list[Any]:
         """See `Stream.shapes`; all windows have one shape, except for their `UniqueWords`."""
         return []
 
-    def _read(self, epoch: int, steps: np.ndarray, rows: slice) -> Window:
-        """Return the windows of these steps of an epoch, with leaves ``[*steps.shape, D, B, ...]``."""
+    def _read(self, epoch: int, steps: Any, rows: slice) -> Window:
+        """Return the windows of one or several steps of an epoch, with leaves ``[..., D, B, U]``."""
         document, position = self._locate(epoch, steps, rows)
         start = np.asarray(self.documents.offsets[document])
         n = np.asarray(self.documents.offsets[document + 1]) - start
@@ -426,18 +398,14 @@ class ContiguousStream:
         characters = self.documents.characters(ids[..., :-1], 3 if rows == ALL else None)
         return Window(self.documents.known_words(ids), weight, *characters)
 
-    def _locate(self, epoch: int, steps: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, epoch: int, steps: Any, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return every token's document and its position in the document, each ``[..., B, U + 1]``."""
-        order, starts = self._order(epoch)
-        row_starts = np.arange(self.batch_size)[rows, None] * self.tokens_per_row
-        positions = row_starts + steps[..., None, None] * self.unroll + np.arange(self.unroll + 1)
-        sentence = np.searchsorted(starts, positions, "right") - 1
-        return order[sentence], positions - starts[sentence]
-
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's order of sentences, and the position at which each begins."""
-        if self._cached_order is None or self._cached_order[0] != epoch:
+        if self._cached_order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
             lengths = self.documents.lengths[order] + 2
             self._cached_order = epoch, order, np.cumsum(lengths) - lengths
-        return self._cached_order[1:]
+        _, order, starts = self._cached_order
+        row_starts = np.arange(self.batch_size)[rows, None] * self.tokens_per_row
+        positions = row_starts + np.asarray(steps)[..., None, None] * self.unroll + np.arange(self.unroll + 1)
+        sentence = np.searchsorted(starts, positions, "right") - 1
+        return order[sentence], positions - starts[sentence]

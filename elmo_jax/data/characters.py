@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CHARACTERS = 50  # per word, begin and end markers included
+from elmo_jax.config import CHARACTERS
+
 IDS = 262  # 0 pads a sentence; all other ids are a byte or a marker, plus 1
 _SENTENCE_BEGIN, _SENTENCE_END, _WORD_BEGIN, _WORD_END, _WORD_PAD = range(256, 261)
 _SENTENCE_MARKERS = {"<S>": _SENTENCE_BEGIN, "</S>": _SENTENCE_END}
-# XLA:CPU compiles loops over less than a kilobyte differently. Groups of this size are never that
-# small, so the number of groups does not change a result.
+# XLA:CPU compiles loops below a kilobyte differently; with groups of this size none is that small.
 GROUP_SIZE = 128
 
 
@@ -29,15 +29,14 @@ class UniqueWords(NamedTuple):
 
 
 def find_unique_words(ids: np.ndarray, axes: int, group_size: int = GROUP_SIZE) -> UniqueWords | None:
-    """Find the unique words of each step, or return None if steps are too short to gain from it.
+    """Find the unique words of each step, with one G for all; return None if steps are too short.
+
+    G is rounded up, because every G compiles another program.
 
     Args:
         ids: Integer ``[..., *step]``, equal for equal words.
         axes: Number of axes of a step.
         group_size: S, words that the character CNN reads at once.
-
-    Returns:
-        Unique words, with one G for all steps, rounded up because each G compiles another program.
 
     Example:
         >>> found = find_unique_words(np.arange(2000).reshape(2, 1000) % 7, axes=2)
@@ -52,9 +51,7 @@ def find_unique_words(ids: np.ndarray, axes: int, group_size: int = GROUP_SIZE) 
     groups = max(2, -(-max(len(index) for index, _ in steps) // group_size))
     unit = 1 << max(0, groups.bit_length() - 3)  # 8, 10, 12, 14, 16, 20, ...
     groups = -(-groups // unit) * unit
-    first = np.zeros((len(steps), groups * group_size), np.int32)
-    for padded, (index, _) in zip(first, steps, strict=True):
-        padded[: len(index)] = index
+    first = np.array([np.pad(index, (0, groups * group_size - len(index))) for index, _ in steps], np.int32)
     inverse = np.array([inverse for _, inverse in steps], np.int32)
     return UniqueWords(first.reshape(*leading, groups, group_size), inverse.reshape(ids.shape))
 

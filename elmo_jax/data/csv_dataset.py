@@ -84,11 +84,9 @@ def load_dataset(
         Documents(texts.codes, texts.offsets, _convert_labels(texts, class_ids), max_length=limit)
         for texts in (train_texts, test_texts)
     )
-    too_long = sum(int((np.diff(part.offsets) > limit).sum()) for part in (train, test))
-    if too_long:
-        warnings.warn(
-            f"{too_long} texts are longer than {limit} tokens (max_length) and are cut", stacklevel=3
-        )
+    count = sum(int((np.diff(part.offsets) > limit).sum()) for part in (train, test))
+    if count:
+        warnings.warn(f"{count} texts are longer than {limit} tokens (max_length) and are cut", stacklevel=3)
     train_indices, validation_indices = _split(train_texts, train.labels, config)
     if vocabulary is None:
         counts = np.bincount(train.take(train_indices).ids, minlength=len(train_texts.tokens)).tolist()

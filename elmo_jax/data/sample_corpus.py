@@ -1,12 +1,9 @@
-"""The embedded corpus: short news-like texts of four classes, written by a seeded grammar.
+"""Sample corpus of short news-like texts in four classes, generated from a seeded grammar.
 
-Nouns: a *clause* is a finite statement of one class; a *text* is one clause, or two of
-different classes, of which the one that stands on its own gives the class and the one
-behind a subordinator ("while", "a day after" …) does not, so counting words is not enough.
-A *sense* is what an ambiguous word ("bank", "match", "court") means where it stands.
-
-In the templates ``{x}`` draws from the list x, a word written ``bank|river`` is the word
-"bank" in the sense "river", and everything else stands as it is.
+A text has one clause, or two of different classes. The main clause gives the class; a clause after
+a subordinator ("while", "a day after") does not, so counting words does not solve the task.
+In the templates ``{x}`` is a random entry of list x, and ``bank|river`` is the word "bank" in the
+sense "river".
 """
 
 import random
@@ -15,28 +12,7 @@ from typing import NamedTuple
 
 CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 
-_SYLLABLES = [
-    "ka",
-    "lo",
-    "mer",
-    "tin",
-    "vas",
-    "dor",
-    "el",
-    "bri",
-    "nu",
-    "san",
-    "gar",
-    "fi",
-    "os",
-    "ren",
-    "ta",
-    "mo",
-    "lin",
-    "dra",
-    "hal",
-    "ves",
-]
+_SYLLABLES = "ka lo mer tin vas dor el bri nu san gar fi os ren ta mo lin dra hal ves".split()  # noqa: SIM905
 
 _LISTS = {
     "number": ["two", "three", "four", "five", "six", "seven", "nine", "ten", "twelve", "fifteen", "twenty", "forty"],
@@ -140,7 +116,7 @@ _CLAUSES = (
     ),
 )  # fmt: skip
 
-# {a} is the clause that gives the class, {b} the other one; both orders occur.
+# {a} is the main clause, which gives the class, and {b} the subordinate one.
 _SINGLE = ("{a} .", "on {day} , {a} .", "{a} , reports say .", "{a} , {person} said .")
 _DOUBLE = (
     "{a} , while {b} .",
@@ -150,11 +126,17 @@ _DOUBLE = (
     "{a} , just as {b} .",
     "just as {b} , {a} .",
 )
-_DOUBLE_SHARE = 0.35
+_DOUBLE_FRACTION = 0.35
 
 
 class Text(NamedTuple):
-    """One text: its class in [0, 4), its words parted by spaces, and ``(token, sense)`` pairs."""
+    """A text of one class.
+
+    Attributes:
+        label: Class in [0, 4).
+        text: Words, separated by spaces.
+        senses: Position and sense, such as ``(3, "bank/river")``, of each ambiguous word.
+    """
 
     label: int
     text: str
@@ -162,22 +144,19 @@ class Text(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The corpus: training texts and test texts, the classes evenly spread."""
+    """Training and test texts with balanced classes."""
 
     train: list[Text]
     test: list[Text]
 
 
 def sample_corpus(seed: int = 0, train: int = 2800, test: int = 700) -> Sample:
-    """Write the corpus.
+    """Generate the corpus; no text occurs in both parts.
 
     Args:
-        seed: of the grammar; the same seed gives the same corpus.
-        train: number of training texts.
-        test: number of test texts.
-
-    Returns:
-        Both parts; no text of one is in the other.
+        seed: Random seed of the grammar.
+        train: Number of training texts.
+        test: Number of test texts.
 
     Example:
         >>> corpus = sample_corpus(train=8, test=4)
@@ -191,15 +170,15 @@ def sample_corpus(seed: int = 0, train: int = 2800, test: int = 700) -> Sample:
     seen: set[str] = set()
     texts: list[Text] = []
     while len(texts) < train + test:
-        text = _write(len(texts) % len(CLASSES), lists, rng)
+        text = _generate_text(len(texts) % len(CLASSES), lists, rng)
         if text.text not in seen:
             seen.add(text.text)
             texts.append(text)
     return Sample(texts[:train], texts[train:])
 
 
-def _write(label: int, lists: dict[str, list[str]], rng: random.Random) -> Text:
-    double = rng.random() < _DOUBLE_SHARE
+def _generate_text(label: int, lists: dict[str, list[str]], rng: random.Random) -> Text:
+    double = rng.random() < _DOUBLE_FRACTION
     frame = rng.choice(_DOUBLE if double else _SINGLE)
     other = rng.choice([c for c in range(len(CLASSES)) if c != label])
     frame = frame.replace("{a}", rng.choice(_CLAUSES[label])).replace("{b}", rng.choice(_CLAUSES[other]))
