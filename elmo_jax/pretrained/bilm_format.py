@@ -1,41 +1,66 @@
-"""The official ELMo format, options and HDF5 weights, to parameters and back, by one table.
-
-Nouns: a *slot* says which rows of a dataset of the file are which part of a parameter.
-Axes: as bilm-tf writes them; D direction, H cells, P projection, E = P token vector.
-"""
+"""Official ELMo format of bilm-tf and AllenNLP: JSON options, and HDF5 weights mapped by a table of slots."""
 
 import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import h5py
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 
+from elmo_jax.config import CHARACTERS, BiLMConfig, CharCNNConfig
 from elmo_jax.data.batching import DIRECTIONS
-from elmo_jax.data.characters import CHARACTERS, IDS
+from elmo_jax.data.characters import IDS
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.models.bilm import BiLMConfig
-from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.storage.files import write_atomically
 from elmo_jax.storage.hdf5 import open_datasets, read_bytes, read_floats, write_arrays
 
-_SOFTMAX = ("softmax_table", "softmax_bias")
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", str: "a string"}
+_Size = Annotated[int, Meta(ge=1, le=10**6)]
+_Width = Annotated[int, Meta(ge=1, le=CHARACTERS)]  # of a filter
+_Clip = Annotated[float, Meta(ge=0, le=10**6)]
+
+
+class _LSTMOptions(Struct, kw_only=True):
+    cell_clip: _Clip | None = None
+    use_skip_connections: bool | None = None
+    n_layers: Annotated[int, Meta(ge=1, le=64)]
+    proj_clip: _Clip | None = None
+    projection_dim: _Size
+    dim: _Size
+
+
+class _EmbeddingOptions(Struct):
+    dim: _Size
+
+
+class _CharCNNOptions(Struct, kw_only=True):
+    embedding: _EmbeddingOptions
+    filters: Annotated[list[tuple[_Width, _Size]], Meta(min_length=1)]
+    n_highway: Annotated[int, Meta(ge=0, le=100)] | None = None
+    n_characters: Annotated[int, Meta(ge=IDS - 1, le=IDS)] | None = IDS  # 261 without the padding token
+    max_characters_per_token: Annotated[int, Meta(ge=CHARACTERS, le=CHARACTERS)] | None = CHARACTERS
+    activation: Literal["relu", "tanh"]
+
+
+class _Options(Struct):
+    lstm: _LSTMOptions
+    char_cnn: _CharCNNOptions
 
 
 class Slot(NamedTuple):
-    """Rows of a dataset, and the parameter, or the direction of one, that they are.
+    """Rows of a dataset that hold a parameter, or one direction of it.
 
     Attributes:
-        dataset: its name in the file.
-        shape: of the whole dataset.
-        rows: of the dataset's first axis.
-        param: the parameter's name, with "/" between levels.
-        param_shape: of the whole parameter.
-        direction: index into the parameter's first axis, or None for all of it.
+        dataset: Name in the file.
+        shape: Shape of the dataset.
+        rows: Rows of the dataset's first axis.
+        param: Name of the parameter, with "/" between levels.
+        param_shape: Shape of the parameter.
+        direction: Index into the parameter's first axis; None for the complete parameter.
     """
 
     dataset: str
@@ -47,29 +72,29 @@ class Slot(NamedTuple):
 
 
 def slots(config: BiLMConfig) -> list[Slot]:
-    """The whole table for a model of this configuration."""
+    """Return the table for a model of this configuration."""
     return [*_character_slots(config), *_lstm_slots(config)]
 
 
 def _character_slots(config: BiLMConfig) -> Iterator[Slot]:
     c = config.characters
 
-    def whole(dataset: str, shape: tuple[int, ...], param: str, param_shape: tuple[int, ...] | None = None):
+    def slot(dataset: str, shape: tuple[int, ...], param: str, param_shape: tuple[int, ...] | None = None):
         return Slot(dataset, shape, slice(None), f"embedder/{param}", param_shape or shape)
 
-    yield whole("char_embed", (IDS - 1, c.character_features), "characters")
+    yield slot("char_embed", (IDS - 1, c.character_features), "characters")
     for i, (width, n) in enumerate(c.filters):
         kernel = (width, c.character_features, n)
-        yield whole(f"CNN/W_cnn_{i}", (1, *kernel), f"filter_{i}", kernel)
-        yield whole(f"CNN/b_cnn_{i}", (n,), f"filter_bias_{i}")
+        yield slot(f"CNN/W_cnn_{i}", (1, *kernel), f"filter_{i}", kernel)
+        yield slot(f"CNN/b_cnn_{i}", (n,), f"filter_bias_{i}")
     f = sum(n for _, n in c.filters)
     for k in range(c.highway):
         for name in ("carry", "transform"):
-            yield whole(f"CNN_high_{k}/W_{name}", (f, f), f"{name}_{k}_kernel")
-            yield whole(f"CNN_high_{k}/b_{name}", (f,), f"{name}_{k}_bias")
+            yield slot(f"CNN_high_{k}/W_{name}", (f, f), f"{name}_{k}_kernel")
+            yield slot(f"CNN_high_{k}/b_{name}", (f,), f"{name}_{k}_bias")
     if c.project_filters or f != config.embedding:
-        yield whole("CNN_proj/W_proj", (f, config.embedding), "projection_kernel")
-        yield whole("CNN_proj/b_proj", (config.embedding,), "projection_bias")
+        yield slot("CNN_proj/W_proj", (f, config.embedding), "projection_kernel")
+        yield slot("CNN_proj/b_proj", (config.embedding,), "projection_bias")
 
 
 def _lstm_slots(config: BiLMConfig) -> Iterator[Slot]:
@@ -77,34 +102,33 @@ def _lstm_slots(config: BiLMConfig) -> Iterator[Slot]:
     for d in range(DIRECTIONS):
         for layer in range(config.layers):
             cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-            ours = f"lstm_{layer}/"
+            param = f"lstm_{layer}/"
             both, half = (2 * p, 4 * h), (DIRECTIONS, p, 4 * h)
-            yield Slot(cell + "W_0", both, slice(0, p), ours + "input_kernel", half, d)
-            yield Slot(cell + "W_0", both, slice(p, None), ours + "recurrent_kernel", half, d)
-            yield Slot(cell + "B", (4 * h,), slice(None), ours + "bias", (DIRECTIONS, 4 * h), d)
+            yield Slot(cell + "W_0", both, slice(0, p), param + "input_kernel", half, d)
+            yield Slot(cell + "W_0", both, slice(p, None), param + "recurrent_kernel", half, d)
+            yield Slot(cell + "B", (4 * h,), slice(None), param + "bias", (DIRECTIONS, 4 * h), d)
             if config.projected:
                 shape = (DIRECTIONS, h, p)
-                yield Slot(cell + "W_P_0", (h, p), slice(None), ours + "projection_kernel", shape, d)
+                yield Slot(cell + "W_P_0", (h, p), slice(None), param + "projection_kernel", shape, d)
 
 
 def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dict[str, Any]]:
     """Read a model in the official format.
 
     Args:
-        options: its JSON, perhaps gzipped (``.gz``).
-        weights: its HDF5, perhaps gzipped.
+        options: JSON file, may end in ``.gz``.
+        weights: HDF5 file, may end in ``.gz``.
 
     Returns:
-        The configuration and the parameters, all but a softmax's, float32.
+        The configuration, and the float32 parameters without a softmax, named with "/" between levels.
 
     Raises:
-        InputError: a file is missing, damaged, or lacks what the other asks for; the key
-            or dataset is named.
+        InputError: A file is missing or damaged, or the two are of different models.
     """
     options, weights = Path(options), Path(weights)
     config = _read_options(options)
     with open_datasets(weights) as datasets:
-        config = _with_projections(config, datasets)
+        config = _find_projections(config, datasets)
         table = slots(config)
         arrays = read_floats(datasets, {slot.dataset: slot.shape for slot in table}, weights)
     params: dict[str, Any] = {}
@@ -118,27 +142,24 @@ def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dic
 def write_bilm(
     config: BiLMConfig, params: Mapping[str, Any], options: str | Path, weights: str | Path
 ) -> None:
-    """Write a model in the official format; what `read_bilm` gives, it gives back.
+    """Write a model in the official format; `read_bilm` returns the same parameters.
 
     Args:
-        config: of the model.
-        params: named with "/" between levels; a softmax among them is left out.
-        options: the JSON to write, for inference (262 characters).
-        weights: the HDF5 to write.
+        config: Sizes of the model.
+        params: Parameters named with "/" between levels; a softmax is left out.
+        options: JSON file to write.
+        weights: HDF5 file to write.
 
     Raises:
-        InputError: the model reads words, for which the format has no place.
+        InputError: The model reads words, which the format cannot hold, or a file cannot be written.
     """
     for path in (options, weights):
         if str(path).endswith(".gz"):
-            raise InputError(f"{path}: the files are written as they are; give names without .gz")
+            raise InputError(f"{path}: files are written uncompressed; give names without .gz")
     if Path(options).resolve() == Path(weights).resolve():
-        raise InputError(f"{weights}: options and weights are two files; give each a name of its own")
+        raise InputError(f"{weights}: options and weights are two files; give two names")
     if config.input != "characters":
-        raise InputError(
-            f"{weights}: the official format holds models that read characters, and this one reads words; "
-            "use save_pretrained, or pre-train with --input characters"
-        )
+        raise InputError(f"{weights}: the format cannot hold a model that reads words; use save_pretrained")
     arrays: dict[str, np.ndarray] = {}
     for slot in slots(config):
         data = arrays.setdefault(slot.dataset, np.empty(slot.shape, np.float32))
@@ -147,120 +168,75 @@ def write_bilm(
         part[...] = (param if slot.direction is None else param[slot.direction]).reshape(part.shape)
     write_arrays(Path(weights), arrays)
     try:
-        write_atomically(Path(options), json.dumps(_to_options(config)) + "\n")
+        write_atomically(Path(options), json.dumps(msgspec.to_builtins(_make_options(config))) + "\n")
     except OSError as error:
         raise InputError(f"{options}: cannot be written ({error.strerror}); give another path") from None
 
 
-def _with_projections(config: BiLMConfig, names: Container[str]) -> BiLMConfig:
-    """bilm-tf leaves out a projection between equal widths, AllenNLP writes it: the file decides."""
+def _find_projections(config: BiLMConfig, names: Container[str]) -> BiLMConfig:
+    """Look up whether equal widths are projected: AllenNLP writes such projections, bilm-tf does not."""
     characters = replace(config.characters, project_filters="CNN_proj/W_proj" in names)
     cell = "RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_P_0" in names
     return replace(config, characters=characters, project_cells=cell)
 
 
-class _Options:
-    """A JSON object whose values are asked for by key, kind and least value."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        data = read_bytes(path)
-        try:
-            self.data = json.loads(data.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            reason = str(error)[:100]
-            raise InputError(f"{path}: is not JSON ({reason}); give the model's options file") from None
-        if not isinstance(self.data, dict):
-            raise InputError(f"{path}: is not an object of JSON; give the model's options file")
-
-    def get(self, key: str, kind: Any, least: float = 0, most: float = 1e6, default: Any = None) -> Any:
-        value: Any = self.data
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        value = default if value is None else value
-        if kind is float and type(value) is int:
-            value = float(value)
-        number = kind in (int, float)
-        if type(value) is not kind or (number and not least <= value <= most):
-            bounds = f" from {least} to {most:.0f}" if number else ""
-            shown = json.dumps(value)[:60]
-            raise InputError(f"{self.path}: {key} must be {_KINDS[kind]}{bounds}, not {shown}")
-        return value
-
-
 def _read_options(path: Path) -> BiLMConfig:
-    options = _Options(path)
-    get = options.get
-    if "char_cnn" not in options.data:
-        raise InputError(f"{path}: has no char_cnn; only models that read characters can be loaded")
-    get("char_cnn.n_characters", int, IDS - 1, IDS, default=IDS)
-    get("char_cnn.max_characters_per_token", int, CHARACTERS, CHARACTERS, default=CHARACTERS)
+    try:
+        data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # byte-order mark
+        options = msgspec.json.decode(data, type=_Options)
+    except (msgspec.DecodeError, RecursionError) as error:
+        advice = "give the options file of a model that reads characters"
+        raise InputError(f"{path}: {str(error)[:200]}; {advice}") from None
+    lstm, cnn = options.lstm, options.char_cnn
     return BiLMConfig(
         input="characters",
-        characters=_char_cnn(options),
-        embedding=get("lstm.projection_dim", int, 1),
-        cells=get("lstm.dim", int, 1),
-        layers=get("lstm.n_layers", int, 1, 64),
-        skip=get("lstm.use_skip_connections", bool, default=False),
-        cell_clip=get("lstm.cell_clip", float, default=0.0) or None,
-        projection_clip=get("lstm.proj_clip", float, default=0.0) or None,
+        characters=CharCNNConfig(
+            filters=tuple(cnn.filters),
+            character_features=cnn.embedding.dim,
+            highway=cnn.n_highway or 0,
+            activation=cnn.activation,
+        ),
+        embedding=lstm.projection_dim,
+        cells=lstm.dim,
+        layers=lstm.n_layers,
+        skip=bool(lstm.use_skip_connections),
+        cell_clip=lstm.cell_clip or None,
+        projection_clip=lstm.proj_clip or None,
         tie=False,
     )
 
 
-def _char_cnn(options: _Options) -> CharCNNConfig:
-    activation = options.get("char_cnn.activation", str)
-    if activation not in ("relu", "tanh"):
-        raise InputError(f"{options.path}: char_cnn.activation must be relu or tanh, not {activation[:60]}")
-    filters = options.get("char_cnn.filters", list)
-    for item in filters:
-        pair = isinstance(item, list) and len(item) == 2 and all(type(n) is int and n > 0 for n in item)
-        if not pair or item[0] > CHARACTERS:
-            shown = json.dumps(item)[:60]
-            raise InputError(f"{options.path}: char_cnn.filters must hold pairs [width, number], not {shown}")
-    if not filters:
-        raise InputError(f"{options.path}: char_cnn.filters is empty; give the model's options file")
-    return CharCNNConfig(
-        filters=tuple((width, n) for width, n in filters),
-        character_features=options.get("char_cnn.embedding.dim", int, 1),
-        highway=options.get("char_cnn.n_highway", int, 0, 100, default=0),
-        activation=activation,
-    )
-
-
-def _to_options(config: BiLMConfig) -> dict[str, Any]:
+def _make_options(config: BiLMConfig) -> _Options:
     c = config.characters
-    return {
-        "lstm": {
-            "cell_clip": config.cell_clip,
-            "use_skip_connections": config.skip,
-            "n_layers": config.layers,
-            "proj_clip": config.projection_clip,
-            "projection_dim": config.embedding,
-            "dim": config.cells,
-        },
-        "char_cnn": {
-            "embedding": {"dim": c.character_features},
-            "filters": [list(pair) for pair in c.filters],
-            "n_highway": c.highway,
-            "n_characters": IDS,
-            "max_characters_per_token": CHARACTERS,
-            "activation": c.activation,
-        },
-    }
+    lstm = _LSTMOptions(
+        cell_clip=config.cell_clip,
+        use_skip_connections=config.skip,
+        n_layers=config.layers,
+        proj_clip=config.projection_clip,
+        projection_dim=config.embedding,
+        dim=config.cells,
+    )
+    char_cnn = _CharCNNOptions(
+        embedding=_EmbeddingOptions(c.character_features),
+        filters=list(c.filters),
+        n_highway=c.highway,
+        activation=c.activation,
+    )
+    return _Options(lstm, char_cnn)
 
 
 def write_softmax(path: Path, vocabulary: Vocabulary, params: Mapping[str, Any]) -> None:
-    """Write what the official format leaves out: the softmax and the names of its classes."""
-    arrays: dict[str, Any] = {name: np.asarray(params[name], np.float32) for name in _SOFTMAX}
+    """Write the softmax and its vocabulary, which the official format leaves out."""
+    names = ("softmax_table", "softmax_bias")
+    arrays: dict[str, Any] = {name: np.asarray(params[name], np.float32) for name in names}
     write_arrays(path, arrays | {"tokens": list(vocabulary.tokens[1:])})
 
 
 def read_softmax(path: Path, width: int) -> tuple[Vocabulary, dict[str, np.ndarray]]:
-    """Read what `write_softmax` wrote, for a model whose states are of that width.
+    """Read the file of `write_softmax` for a model with LSTM outputs of this width.
 
     Raises:
-        InputError: the file is damaged, or of another model.
+        InputError: The file is damaged, or of another model.
     """
     with open_datasets(path) as datasets:
         names = datasets.pop("tokens", None)
@@ -270,6 +246,5 @@ def read_softmax(path: Path, width: int) -> tuple[Vocabulary, dict[str, np.ndarr
             vocabulary = Vocabulary([str(token) for token in names.asstr()[...]], str(path))
         except UnicodeDecodeError:
             raise InputError(f"{path}: a token is not UTF-8; export the model again") from None
-        v = len(vocabulary)
-        shapes = {"softmax_table": (v, width), "softmax_bias": (v,)}
+        shapes = {"softmax_table": (len(vocabulary), width), "softmax_bias": (len(vocabulary),)}
         return vocabulary, read_floats(datasets, shapes, path)
