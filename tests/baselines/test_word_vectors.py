@@ -1,3 +1,5 @@
+"""Word-vector files: lossless, compatible with gensim, and clear about malformed content."""
+
 import archives
 import numpy as np
 import pytest
@@ -18,14 +20,14 @@ def vectors(rng):
 
 
 @pytest.mark.parametrize("name", ["v.txt", "v.npz"])
-def test_what_is_saved_is_read_bit_by_bit(vectors, tmp_path, name):
+def test_save_then_load_is_lossless(vectors, tmp_path, name):
     vectors.save(tmp_path / name)
     again = WordVectors.load(tmp_path / name)
     assert again.tokens == vectors.tokens
     np.testing.assert_array_equal(again.matrix, vectors.matrix)
 
 
-def test_gensim_reads_the_text(vectors, tmp_path):
+def test_gensim_reads_the_text_format(vectors, tmp_path):
     models = pytest.importorskip("gensim.models")
     vectors.save(tmp_path / "v.txt")
     theirs = models.KeyedVectors.load_word2vec_format(str(tmp_path / "v.txt"))
@@ -42,16 +44,16 @@ def test_gensim_reads_the_text(vectors, tmp_path):
 @example(tokens=["a", ""])
 @example(tokens=["a b"])
 @example(tokens=["\0"])
-def test_any_tokens_are_read_as_they_were_or_refused(tmp_path, name, tokens):
+def test_any_tokens_are_lossless_or_an_error(tmp_path, name, tokens):
     path = tmp_path / name
     path.unlink(missing_ok=True)
     vectors = WordVectors(tokens, np.arange(2.0 * len(tokens)).reshape(-1, 2))
-    marks = "\n" if name == "v.npz" else " \n\0"
-    unfit = any(not t or any(c in marks or "\ud800" <= c <= "\udfff" for c in t) for t in tokens)
-    if unfit or len(set(tokens)) < len(tokens):
-        with pytest.raises(InputError, match=r"cannot hold the token .*; remove it|occurs twice") as told:
+    forbidden = "\n" if name == "v.npz" else " \n\0"
+    has_bad_token = any(not t or any(c in forbidden or "\ud800" <= c <= "\udfff" for c in t) for t in tokens)
+    if has_bad_token or len(set(tokens)) < len(tokens):
+        with pytest.raises(InputError, match=r"cannot hold the token .*; remove it|occurs twice") as error:
             vectors.save(path)
-        assert str(told.value).isprintable() and str(path) in str(told.value) and not path.exists()
+        assert str(error.value).isprintable() and str(path) in str(error.value) and not path.exists()
         return
     vectors.save(path)
     again = WordVectors.load(path)
@@ -59,7 +61,7 @@ def test_any_tokens_are_read_as_they_were_or_refused(tmp_path, name, tokens):
     np.testing.assert_array_equal(again.matrix, vectors.matrix)
 
 
-def test_gensim_and_we_read_the_same_tokens(tmp_path):
+def test_gensim_and_word_vectors_read_the_same_tokens(tmp_path):
     models = pytest.importorskip("gensim.models")
     theirs = models.KeyedVectors(2)
     theirs.add_vectors(SPACES, np.arange(2.0 * len(SPACES), dtype=np.float32).reshape(-1, 2))
@@ -72,28 +74,28 @@ def test_gensim_and_we_read_the_same_tokens(tmp_path):
     np.testing.assert_array_equal(again.vectors, ours.matrix)
 
 
-def test_what_word2vec_and_windows_end_lines_with_is_no_number(tmp_path):
+def test_trailing_spaces_and_carriage_returns_are_ignored(tmp_path):
     (tmp_path / "v.txt").write_bytes(b"2 2\r\na 1 2 \nb 3 4\r\n")
     vectors = WordVectors.load(tmp_path / "v.txt")
     assert vectors.tokens == ("a", "b") and vectors.matrix.tolist() == [[1, 2], [3, 4]]
 
 
-def test_vectors_that_no_one_can_use_are_not_saved(tmp_path):
-    for matrix, said in (([[1, np.inf]], "the vector of 'a' is not finite"), ([[]], "have no numbers")):
+def test_unusable_vectors_are_not_saved(tmp_path):
+    for matrix, message in (([[1, np.inf]], "the vector of 'a' is not finite"), ([[]], "have no numbers")):
         for name in ("v.txt", "v.npz"):
-            with pytest.raises(InputError, match=said):
+            with pytest.raises(InputError, match=message):
                 WordVectors(["a"], np.array(matrix)).save(tmp_path / name)
             assert not (tmp_path / name).exists()
 
 
-def test_a_table_has_a_row_an_id(vectors):
+def test_table_has_one_row_per_id(vectors):
     vocabulary = Vocabulary(["<S>", "</S>", "<UNK>", "bank", "unheard"])
     table = vectors.table(vocabulary)
     assert not table[:3].any()
     np.testing.assert_array_equal(table[3:], vectors.matrix[[0, 1, 0]])
 
 
-def test_nearest_are_by_angle():
+def test_nearest_orders_by_angle():
     vectors = WordVectors(["a", "b", "c", "d"], np.array([[1, 0], [9, 1], [1, 1], [-1, 0.0]]))
     assert [token for token, _ in vectors.nearest("a", 3)] == ["b", "c", "d"]
     assert vectors.nearest("a", 1)[0][1] == pytest.approx(9 / np.hypot(9, 1))
@@ -102,7 +104,7 @@ def test_nearest_are_by_angle():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", ":1: '' is not 'tokens features'"),
         ("a 1 2\n", ":1: 'a 1 2' is not"),
@@ -122,15 +124,15 @@ def test_nearest_are_by_angle():
         ("2 1\na 1\na 2\n", "a token occurs twice"),
     ],
 )
-def test_a_malformed_text_ends_in_one_line(tmp_path, text, said):
+def test_malformed_text_gives_a_one_line_message(tmp_path, text, message):
     path = tmp_path / "v.txt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as info:
         WordVectors.load(path)
-    assert said in str(info.value) and str(path) in str(info.value) and "\n" not in str(info.value)
+    assert message in str(info.value) and str(path) in str(info.value) and "\n" not in str(info.value)
 
 
-def test_a_malformed_npz_ends_in_one_line(tmp_path):
+def test_malformed_npz_gives_a_one_line_message(tmp_path):
     path = tmp_path / "v.npz"
     tokens = np.frombuffer(b"a\nb", np.uint8)
     for arrays in (
