@@ -288,8 +288,8 @@ def plot_fractions(fractions: Mapping[str, Mapping[str, float]], path: Path) -> 
     colours = [report.COLOURS[names.index(name) % len(report.COLOURS)] for _, name, _ in bars]
     with plt.rc_context(report.STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(figsize=(6.4, 1.1 + 0.25 * len(bars)))
-        drawn = axes.barh(range(len(bars)), [value for *_, value in bars], height=0.82, color=colours)
-        axes.bar_label(drawn, [f" {value:.1%}" for *_, value in bars], fontsize=8)
+        patches = axes.barh(range(len(bars)), [value for *_, value in bars], height=0.82, color=colours)
+        axes.bar_label(patches, [f" {value:.1%}" for *_, value in bars], fontsize=8)
         axes.set_yticks(range(len(bars)), [f"{case}: {name}" for case, name, _ in bars])
         axes.invert_yaxis()
         axes.axvline(1, color="black", linestyle="--", linewidth=1)

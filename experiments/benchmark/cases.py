@@ -205,7 +205,7 @@ def sample_negatives(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sampled[0]), np.array(sampled[1])
 
 
-def sample_spellings(rng: np.random.Generator, count: int) -> list[str]:
+def sample_strings(rng: np.random.Generator, count: int) -> list[str]:
     """Sample words of 2 to 12 letters; the first ones are short, as frequent words are."""
     lengths = np.minimum(12, 2 + np.log2(1 + np.arange(count)) / 2 + rng.integers(0, 4, count)).astype(int)
     return ["".join(map(chr, rng.integers(ord("a"), ord("z") + 1, n))) for n in lengths]
@@ -285,7 +285,7 @@ def make_official(case: Case, rng: np.random.Generator) -> Inputs:
 
     text = sample_words(case.vocabulary, rng, (case.steps + 1, case.batch))
     words = np.stack([text, text[::-1]], axis=1)  # [T + 1, D, B]
-    table = character_id_table(["<pad>", "<S>", "</S>", "<UNK>", *sample_spellings(rng, 5000)])
+    table = character_id_table(["<pad>", "<S>", "</S>", "<UNK>", *sample_strings(rng, 5000)])
     types = words[:-1] % len(table)
     data = {"words": words, "weight": np.ones(types.shape, np.float32), "types": types, "chars": table[types]}
     counts = {"tokens": text[1:].size, "positions": text[1:].size, "steps": 1, "types": len(np.unique(types))}
@@ -295,7 +295,7 @@ def make_official(case: Case, rng: np.random.Generator) -> Inputs:
 def make_embed(case: Case, rng: np.random.Generator) -> Inputs:
     """Make sentences of 3 to 90 words: log-normal with a median of 22."""
     lengths = np.clip(np.exp(np.log(22) + 0.5 * rng.standard_normal(case.sentences)), 3, 90).astype(int)
-    words, tokens = sample_spellings(rng, 8000), int(lengths.sum())
+    words, tokens = sample_strings(rng, 8000), int(lengths.sum())
     text = np.array(words)[sample_words(len(words), rng, tokens) - _RESERVED]
     counts = {"tokens": tokens, "positions": tokens + 2 * case.sentences, "types": len(np.unique(text)) + 2}
     return {"text": text, "lengths": lengths}, counts

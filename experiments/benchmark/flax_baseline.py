@@ -93,8 +93,11 @@ def build_lstm(
     stack, cotangent = make_stack(case), jnp.asarray(arrays["cotangent"])
 
     def loss(weights: Any, x: Array) -> Array:
-        h = [stack(_take_direction(weights, d), x[:, d]).astype(jnp.float32) for d in range(DIRECTIONS)]
-        return jnp.sum(jnp.stack(h, axis=1) * cotangent)
+        total = jnp.zeros(())
+        for d in range(DIRECTIONS):
+            h = stack(_take_direction(weights, d), x[:, d])
+            total += jnp.sum(h.astype(jnp.float32) * cotangent[:, d])
+        return total
 
     return time_lstm_gradients(loss, case, arrays, jnp.asarray(arrays["x"]))
 

@@ -86,8 +86,8 @@ class Worker:
         """Return the worker's answer, or None after setting `error`."""
         if self.error is not None or self.process is None:
             return None
-        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-        if not self._connection.poll(left):
+        remaining = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        if not self._connection.poll(remaining):
             self.error = "stopped: out of time"
             self.process.kill()
             return None
