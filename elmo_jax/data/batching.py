@@ -312,12 +312,11 @@ def bucket_bounds(
     """
     counts = np.bincount(-(-lengths // ROUND))
     bound = np.flatnonzero(counts)  # candidates, in units of ROUND
-    below = np.concatenate([[0], np.cumsum(counts[bound])])  # documents up to each candidate
-    batches = _count_batches(below, batch_size)
+    batches = _count_batches(np.concatenate([[0], np.cumsum(counts[bound])]), batch_size)  # before each
     # span[j, i]: positions of one bucket over candidates i to j.
     span = (batches[1:, None] - batches[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
     span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)
-    # Of each candidate j: the fewest positions of all documents up to it, and the bounds that give them.
+    # Fewest positions of all documents up to each candidate, and the bounds that lead to them.
     positions, bounds = span[:, 0], [(b,) for b in bound.tolist()]
     found = [(positions[-1], bounds[-1])]
     for buckets in range(1, min(max_buckets, len(bound))):
