@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import characters
 
 from elmo_jax.data.characters import GROUP_SIZE, character_ids, find_unique_words
@@ -14,6 +14,7 @@ def test_character_ids_equal_the_official_ones():
     np.testing.assert_array_equal(ids, [np.array(characters(word)) + 1 for word in WORDS])
 
 
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=60), max_size=5))
 def test_character_ids_of_any_text_are_in_range_and_independent_of_other_words(words):
     ids = character_ids(words)

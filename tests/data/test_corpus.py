@@ -1,16 +1,16 @@
 import gzip
 import os
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from elmo_jax.data import corpus
-from elmo_jax.data.batching import BatchStream, ContiguousStream
-from elmo_jax.data.corpus import load_corpus
-from elmo_jax.data.text import BOS, EOS, UNK, Vocabulary
+from elmo_jax.data.batching import ContiguousStream
+from elmo_jax.data.characters import character_ids
+from elmo_jax.data.corpus import count_words, load_corpus
+from elmo_jax.data.text import UNK, Vocabulary
 from elmo_jax.errors import InputError
 
 LINES = ["the bank rose", "", "a river bank", "the the", "flood of the river bank"]
@@ -28,165 +28,120 @@ def shards(tmp_path):
     return str(tmp_path / "*.txt*")
 
 
-def tokens(documents, vocabulary):
-    flat = [
-        documents.ids[a:b].tolist() for a, b in zip(documents.offsets, documents.offsets[1:], strict=False)
-    ]
-    return [[vocabulary.tokens[i] if i < len(vocabulary) else "?" for i in ids] for ids in flat]
+def sentences(documents, vocabulary):
+    pairs = zip(documents.offsets, documents.offsets[1:], strict=False)
+    words = lambda ids: [vocabulary.tokens[i] if i < len(vocabulary) else "?" for i in ids]  # noqa: E731
+    return [words(documents.ids[start:end].tolist()) for start, end in pairs]
 
 
-def test_a_store_holds_every_sentence_and_spells_unknown_words(shards, vocabulary, tmp_path):
-    seen = []
-    documents = load_corpus(shards, vocabulary, True, seen.append, tmp_path / "cache")
-    known = set(vocabulary.tokens)
-    want = [[w if w in known else "?" for w in line.split()] for line in LINES if line]
-    assert tokens(documents, vocabulary) == want
-    assert isinstance(documents.ids, np.memmap) and sum(seen) == corpus.corpus_bytes(shards)
-    from elmo_jax.data.characters import character_ids
+def test_store_contains_every_sentence_and_the_characters_of_unknown_words(shards, vocabulary, tmp_path):
+    bytes_read = []
+    documents = load_corpus(shards, vocabulary, True, bytes_read.append, tmp_path / "cache")
+    expected = [[w if w in vocabulary.tokens else "?" for w in line.split()] for line in LINES if line]
+    assert sentences(documents, vocabulary) == expected
+    assert isinstance(documents.ids, np.memmap) and sum(bytes_read) == corpus.corpus_bytes(shards)
+    words = [word for line in LINES for word in line.split()]
+    np.testing.assert_array_equal(documents.character_ids[documents.ids], character_ids(words))
+    window = ContiguousStream(documents, 1, 20, seed=0).window(0)
+    assert window.words.max() < len(vocabulary) and (window.words == UNK).any()
+    assert window.chars.shape == (2, 1, 20, 50)
 
-    flat = [w for line in LINES for w in line.split()]
-    np.testing.assert_array_equal(documents.character_ids[documents.ids], character_ids(flat))
 
+def test_interrupted_store_continues_at_its_shard(shards, vocabulary, tmp_path, monkeypatch):
+    expected = load_corpus(shards, vocabulary, True, folder=tmp_path / "one")
+    read_sentences, read = corpus._sentences, []
 
-def test_a_stopped_store_goes_on_at_its_shard(shards, vocabulary, tmp_path, monkeypatch):
-    whole = load_corpus(shards, vocabulary, True, folder=tmp_path / "one")
-    real, read = corpus._sentences, []
-
-    def stops(shard, on_bytes):
+    def interrupt_in_second_shard(shard, on_bytes):
         read.append(shard.name)
-        for i, words in enumerate(real(shard, on_bytes)):
+        for i, words in enumerate(read_sentences(shard, on_bytes)):
             if len(read) == 2 and i == 1:
                 raise KeyboardInterrupt
             yield words
 
-    monkeypatch.setattr(corpus, "_sentences", stops)
+    monkeypatch.setattr(corpus, "_sentences", interrupt_in_second_shard)
     with pytest.raises(KeyboardInterrupt):
         load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
-    again = load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
+    resumed = load_corpus(shards, vocabulary, True, folder=tmp_path / "two")
     assert read == ["a.txt", "b.txt.gz", "b.txt.gz"]
     for name in ("ids", "offsets", "character_ids"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(expected, name))
     load_corpus(shards, vocabulary, folder=tmp_path / "two")
     assert len(read) == 3
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [(b"the\n\xff\n", r"c\.txt:2: byte 0xff"), (b"\n \n", "holds no sentence"), (None, "matches no file")],
 )
-def test_a_wrong_corpus_is_named(vocabulary, tmp_path, data, said):
+def test_wrong_corpus_is_refused(vocabulary, tmp_path, data, message):
     if data is not None:
         (tmp_path / "c.txt").write_bytes(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_corpus(str(tmp_path / "c.txt"), vocabulary, folder=tmp_path / "cache")
 
 
-def test_a_store_is_on_the_disk_before_it_is_named_complete(shards, vocabulary, tmp_path, monkeypatch):
-    done, real = [], os.fsync
+def test_damaged_store_is_refused(shards, vocabulary, tmp_path):
+    load_corpus(shards, vocabulary, folder=tmp_path / "cache")
+    (ids,) = tmp_path.glob("cache/*/ids")
+    ids.write_bytes(ids.read_bytes()[:-4])
+    with pytest.raises(InputError, match="is damaged; remove the folder"):
+        load_corpus(shards, vocabulary, folder=tmp_path / "cache")
 
-    def sync(handle):
-        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        real(handle)
 
-    monkeypatch.setattr(os, "fsync", sync)
+def test_store_is_on_disk_before_it_is_marked_complete(shards, vocabulary, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def record(handle):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
     load_corpus(shards, vocabulary, folder=tmp_path / "cache")
     for name in ("ids", "offsets"):
-        assert done.count(name) == 2 and done.index(name) < done.index("done.json.part")
+        assert synced.count(name) == 2 and synced.index(name) < synced.index("done.json.part")
 
 
-def test_words_are_counted_once(shards, tmp_path, monkeypatch):
-    seen, folder = [], tmp_path / "cache"
-    want = dict(Counter(word for line in LINES for word in line.split()))
-    assert corpus.count_words(shards, seen.append, folder, keep=False) == want and not folder.exists()
-    assert sum(seen) == corpus.corpus_bytes(shards)
-    assert corpus.count_words(shards, folder=folder) == want
-    (kept,) = folder.glob("*.counts")
-    real = corpus._sentences
-    monkeypatch.setattr(corpus, "_sentences", None)
-    assert corpus.count_words(shards, seen.append, folder) == want
-    assert sum(seen) == 2 * corpus.corpus_bytes(shards)
-    monkeypatch.setattr(corpus, "_sentences", real)
-    kept.write_bytes(kept.read_bytes()[:-3])  # damaged
-    assert corpus.count_words(shards, folder=folder) == want
+def test_word_counts_are_cached_until_a_shard_changes(shards, tmp_path, monkeypatch):
+    bytes_read, folder = [], tmp_path / "cache"
+    expected = dict(Counter(word for line in LINES for word in line.split()))
+    assert count_words(shards, bytes_read.append, folder, keep=False) == expected and not folder.exists()
+    assert sum(bytes_read) == corpus.corpus_bytes(shards)
+    assert count_words(shards, folder=folder) == expected
+    (cache,) = folder.glob("*.counts")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_sentences", None)  # counting again would fail
+        assert count_words(shards, bytes_read.append, folder) == expected
+    assert sum(bytes_read) == 2 * corpus.corpus_bytes(shards)
+    cache.write_bytes(cache.read_bytes()[:-3])  # damaged
+    assert count_words(shards, folder=folder) == expected
     (tmp_path / "a.txt").write_text("another text\n")
-    assert corpus.count_words(shards, folder=folder)["another"] == 1
+    assert count_words(shards, folder=folder)["another"] == 1
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path, pack):
-    name = str(tmp_path / ("c.gz" if pack is gzip.compress else "c.txt"))
-    Path(name).write_bytes(pack("\ufeffthe bank\n\ufeffriver\n".encode()))
-    # Elsewhere than at the start the character is text.
-    assert corpus.count_words(name, keep=False) == {"the": 1, "bank": 1, "\ufeffriver": 1}
-    Path(name).write_bytes(pack("\ufeffthe ".encode() + b"caf\xe9\n"))
+def test_byte_order_mark_is_removed_from_the_first_word_only(tmp_path, pack):
+    path = tmp_path / ("c.gz" if pack is gzip.compress else "c.txt")
+    path.write_bytes(pack("\ufeffthe bank\n\ufeffriver\n".encode()))
+    assert count_words(str(path), keep=False) == {"the": 1, "bank": 1, "\ufeffriver": 1}
+    path.write_bytes(pack("\ufeffthe ".encode() + b"caf\xe9\n"))
     with pytest.raises(InputError, match=":1: byte 0xe9 is not UTF-8"):
-        corpus.count_words(name, keep=False)
+        count_words(str(path), keep=False)
 
 
-def test_progress_is_told_within_a_shard(tmp_path):
+def test_progress_is_reported_within_a_shard(tmp_path):
     (tmp_path / "c.txt").write_text("the bank\n" * 5000)
-    seen = []
-    corpus.count_words(str(tmp_path / "c.txt"), seen.append, keep=False)
-    assert len(seen) >= 5 and sum(seen) == 9 * 5000
+    bytes_read = []
+    count_words(str(tmp_path / "c.txt"), bytes_read.append, keep=False)
+    assert len(bytes_read) >= 5 and sum(bytes_read) == 9 * 5000
 
 
 @pytest.mark.parametrize(("tokens", "lines"), [(1, 1), (4, 2), (99, 4)])
-def test_a_portion_is_what_the_store_begins_with(shards, vocabulary, tmp_path, tokens, lines):
-    whole = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
-    part, share = corpus.read_beginning(shards, vocabulary, True, tokens)
-    assert len(part) == lines and (share == 1) == (lines == 4) and 0 < share <= 1
-    n = part.offsets[-1]
-    np.testing.assert_array_equal(part.ids, whole.ids[:n])
-    np.testing.assert_array_equal(part.offsets, whole.offsets[: lines + 1])
-    np.testing.assert_array_equal(part.character_ids[part.ids], whole.character_ids[whole.ids[:n]])
-
-
-def test_long_sentences_are_cut_in_rows_alone(documents):
-    cut = replace(documents, max_length=5)
-    assert cut.lengths.tolist() == np.minimum(documents.lengths, 5).tolist()
-    rows = np.array([3, 0, 7])
-    for a in (cut.batch(rows, 7), cut.take(rows).batch(np.arange(3), 7)):
-        for words, n in zip(a.words, rows, strict=True):
-            ids = documents.ids[documents.offsets[n] : documents.offsets[n + 1]][:5]
-            assert words[: len(ids) + 2].tolist() == [BOS, *ids, EOS]
-    assert BatchStream(cut, 4).bounds[-1] == 8
-
-
-@pytest.mark.parametrize("unroll", [3, 5])
-def test_windows_are_the_sentences_end_to_end(documents, unroll):
-    stream = ContiguousStream(documents, 2, unroll, seed=1, steps_per_call=3)
-    windows = [stream.window(step) for step in range(stream.steps_per_epoch)]
-    order = np.random.default_rng([1, 0]).permutation(len(documents))
-    text = [documents.ids[documents.offsets[n] : documents.offsets[n + 1]].tolist() for n in order]
-    forward = [i for ids in text for i in (BOS, *ids, EOS)]
-    backward = [i for ids in text for i in (EOS, *ids[::-1], BOS)]
-    predicts = [1.0] * len(forward)
-    at = np.cumsum([len(ids) + 2 for ids in text]) - 1
-    for place in at:
-        predicts[place] = 0.0
-    for b in (0, 1):
-        start = b * stream.tokens_per_row
-        for s, window in enumerate(windows):
-            here = slice(start + s * unroll, start + (s + 1) * unroll + 1)
-            assert window.words[0, b].tolist() == forward[here]
-            assert window.words[1, b].tolist() == backward[here]
-            assert window.weight[0, b].tolist() == predicts[here][:-1]
-            assert window.weight[1, b].tolist() == predicts[here][:-1]
-    assert len(forward) - 2 * unroll * len(windows) < 2 * (unroll + 2)
-
-
-def test_the_window_of_a_step_does_not_depend_on_where_one_begins(documents):
-    stream = ContiguousStream(documents, 2, 4, seed=1, steps_per_call=3)
-    n = stream.steps_per_epoch
-    whole = [d.batches.words[i] for d in stream.chunks(0, 2 * n) for i in range(d.count)]
-    fresh = ContiguousStream(documents, 2, 4, seed=1, steps_per_call=2)
-    part = [d.batches.words[i] for d in fresh.chunks(n - 3, n + 4) for i in range(d.count)]
-    np.testing.assert_array_equal(whole[n - 3 : n + 4], part)
-    assert not np.array_equal(whole[0], whole[n])
-
-
-def test_words_beyond_the_vocabulary_are_unknown_as_classes(shards, vocabulary, tmp_path):
-    documents = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
-    window = ContiguousStream(documents, 1, 20, seed=0).window(0)
-    assert window.words.max() < len(vocabulary) and (window.words == UNK).any()
-    assert window.chars.shape == (2, 1, 20, 50)
+def test_beginning_of_a_corpus_equals_the_beginning_of_its_store(shards, vocabulary, tmp_path, tokens, lines):
+    store = load_corpus(shards, vocabulary, True, folder=tmp_path / "cache")
+    beginning, fraction = corpus.read_beginning(shards, vocabulary, True, tokens)
+    assert len(beginning) == lines and (fraction == 1) == (lines == 4) and 0 < fraction <= 1
+    n = beginning.offsets[-1]
+    np.testing.assert_array_equal(beginning.ids, store.ids[:n])
+    np.testing.assert_array_equal(beginning.offsets, store.offsets[: lines + 1])
+    expected = store.character_ids[store.ids[:n]]
+    np.testing.assert_array_equal(beginning.character_ids[beginning.ids], expected)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from elmo_jax.data.batching import BatchStream, Documents
+from elmo_jax.data.csv_dataset import DataConfig, load_dataset
 
 
 def test_old_arguments_attributes_and_methods(documents):
@@ -21,3 +22,6 @@ def test_old_arguments_attributes_and_methods(documents):
         chunks = stream.dispatches(0, 3)
     for got, expected in zip(chunks, stream.chunks(0, 3), strict=True):
         np.testing.assert_array_equal(got.batches.words, expected.batches.words)
+    with pytest.warns(DeprecationWarning, match="spelled is now with_characters"):
+        dataset = load_dataset(DataConfig(), spelled=True)
+    assert dataset.train.character_ids is not None

@@ -13,7 +13,7 @@ def corpus():
     return sample_corpus()
 
 
-def test_same_seed_same_corpus_and_another_another(corpus):
+def test_corpus_depends_on_the_seed_alone(corpus):
     assert sample_corpus() == corpus
     assert sample_corpus(seed=1) != corpus
 
@@ -24,7 +24,7 @@ def test_parts_are_disjoint_and_balanced(corpus):
         assert set(Counter(t.label for t in part).values()) == {len(part) // len(CLASSES)}
 
 
-def test_senses_point_at_their_words(corpus):
+def test_senses_name_the_position_of_their_word(corpus):
     senses = Counter()
     for text in corpus.train:
         tokens = tokenize(text.text)
@@ -37,11 +37,11 @@ def test_senses_point_at_their_words(corpus):
     assert min(senses.values()) >= 10
 
 
-def test_counting_words_does_not_solve_it(corpus):
+def test_word_counts_do_not_solve_the_task(corpus):
     vectorizer = TfidfVectorizer(token_pattern=r"\S+", sublinear_tf=True)
     x = vectorizer.fit_transform([t.text for t in corpus.train])
-    machine = LinearSVC().fit(x, [t.label for t in corpus.train])
-    accuracy = machine.score(
+    classifier = LinearSVC().fit(x, [t.label for t in corpus.train])
+    accuracy = classifier.score(
         vectorizer.transform([t.text for t in corpus.test]), [t.label for t in corpus.test]
     )
     assert 0.5 < accuracy < 0.9

@@ -1,18 +1,18 @@
-"""Damages of an ``.npz``, each of which NumPy or the zip file below it tells in another way."""
+"""Damaged ``.npz`` archives that NumPy or `zipfile` reports in different ways."""
 
-# The first byte of a field of a member's header, and what to write there.
-FIELDS = {"of a later zip": (4, 99), "encrypted": (6, 1), "of an unknown compression": (8, 77)}
+# Offset in a member's header, and the byte to write there.
+FIELDS = {"newer zip version": (4, 99), "encrypted": (6, 1), "unknown compression": (8, 77)}
 
 
 def damaged(data: bytes) -> dict[str, bytes]:
-    """The archive with one field of every member changed, in the directory at its end too."""
-    made = {"cut": data[:-40]}
-    for name, (at, value) in FIELDS.items():
+    """Return a truncated archive, and archives with one field of every member changed."""
+    archives = {"cut": data[:-40]}
+    for name, (offset, value) in FIELDS.items():
         copy = bytearray(data)
-        for signature, place in ((b"PK\3\4", at), (b"PK\1\2", at + 2)):
+        for signature, position in ((b"PK\3\4", offset), (b"PK\1\2", offset + 2)):  # member, then directory
             start = data.find(signature)
             while start >= 0:
-                copy[start + place] = value
+                copy[start + position] = value
                 start = data.find(signature, start + 4)
-        made[name] = bytes(copy)
-    return made
+        archives[name] = bytes(copy)
+    return archives
