@@ -136,8 +136,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
-    """Adam, or Adagrad with accumulators that start at 1. With the sampled softmax, adagrad and lazy_adam
-    update only the vocabulary rows that a step uses; adam updates all rows."""
+    """adam updates all vocabulary rows; with the sampled softmax, lazy_adam and adagrad only those in use."""
     learning_rate: Positive = 2e-3
     """Peak learning rate of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,33 +1,30 @@
-"""Train a classifier on a pre-trained model's layers: python -m experiments.downstream."""
+"""Command that trains a classifier on the layers of a language model or on word vectors."""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import OptimizerConfig
-from elmo_jax.data.batching import Batch, BatchStream, Documents
-from elmo_jax.models.classifier import BiLSTMClassifier, ClassifierConfig, classifier_loss, classify
-from elmo_jax.models.combiners import COMBINER_OPTIONS, CombinerConfig
-from elmo_jax.models.lstm import LSTM, Kernel
-from elmo_jax.parallel import Plan, make_mesh, run_on_all, run_on_first
-from elmo_jax.storage.files import tree_digest
-from elmo_jax.training.checkpoint import Run
-from elmo_jax.training.evaluate import classification, evaluate, predict
-from elmo_jax.training.loop import fit
-from elmo_jax.training.optimizers import make_optimizer
-from elmo_jax.training.step import TrainState
-from experiments.common import cli, report
+from elmo_jax.config import ClassifierConfig, CombinerConfig, Count, Kernel, OptimizerConfig, Seed, Size
+from experiments.common import cli
 from experiments.common.cli import without_effect
-from experiments.common.distributed import HostsConfig, join
-from experiments.common.features import Source, SourceConfig, open_source
+from experiments.common.config import HostsConfig, SourceConfig
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from elmo_jax.data.batching import Batch, BatchStream, Documents
+    from elmo_jax.models.classifier import BiLSTMClassifier
+    from elmo_jax.training.checkpoint import Run
+    from elmo_jax.training.step import TrainState
+    from experiments.common.inputs import Source
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
@@ -35,35 +32,35 @@ PREDICTIONS = "predictions.npz"
 
 @dataclass(frozen=True)
 class DownstreamConfig:
-    """Train a BiLSTM classifier on ELMo's mixed layers or on word vectors, and measure it."""
+    """Train and evaluate a BiLSTM classifier on ELMo layers or on word vectors."""
 
     source: Annotated[SourceConfig, OmitArgPrefixes] = SourceConfig()
     preset: Literal["report", "best"] | None = None
-    """Sizes and epochs of the report, or the best known; other flags win over it."""
+    """Defaults that other flags override: sizes of the original report, or the best known settings."""
     combiner: Annotated[CombinerConfig, OmitArgPrefixes] = CombinerConfig()
     classifier: Annotated[ClassifierConfig, OmitArgPrefixes] = ClassifierConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig(
         learning_rate=2e-3, clip_norm=5.0
     )
     hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
-    batch_size: int = 32
-    """Documents a step, of all devices."""
-    epochs: int = 3
-    """Passes over the training part."""
-    seed: int = 0
-    """Of parameters, order and dropout."""
-    steps_per_call: int = 8
-    """Steps run by one call of the device, no more than 8."""
+    batch_size: Size = 32
+    """Documents per step, over all devices."""
+    epochs: Count = 3
+    """Passes over the training data."""
+    seed: Seed = 0
+    """Random seed for initialization, data order and dropout."""
+    steps_per_call: Size = 8
+    """Training steps per call of the device; at most 8."""
     kernel: Kernel = "auto"
-    """What runs the LSTM layers, the language model's too; see experiments.pretrain."""
+    """Implementation of all LSTM layers; auto takes persistent on CUDA where possible, otherwise fast."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run folder too."""
+    """Also write TensorBoard events into the run folder."""
     output: str | None = None
-    """Folder of the run; runs/downstream-COMBINER, -svd or -sgns if not given."""
+    """Run folder; runs/downstream-COMBINER, -svd or -sgns if not given."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Continue the run in that folder."""
     allow_config_change: bool = False
-    """To go on with another --learning-rate or --clip-norm, or between two epochs with another --seed."""
+    """With --resume: allow another --learning-rate or --clip-norm, or another --seed between epochs."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -75,61 +72,63 @@ PRESETS = {
         batch_size=32,
         epochs=5,
     ),
-    # The best of what was searched on validation, see RESULTS.md.
-    "best": DownstreamConfig(preset="best", epochs=5),
+    "best": DownstreamConfig(preset="best", epochs=5),  # by a search on validation data, see RESULTS.md
 }
 
 
-def unread(config: DownstreamConfig) -> dict[str, str]:
-    """The flags that nothing reads with these settings, and what is said of each that is given."""
+def find_unused_flags(config: DownstreamConfig) -> dict[str, str]:
+    """Return the flags without effect under these settings, each with a message."""
+    from elmo_jax.models.combiners import COMBINER_OPTIONS
+
     features, combiner = config.source.features, config.combiner.combiner
     mixing = {field.name for field in fields(CombinerConfig)}
     if features != "elmo":
         return without_effect(mixing | {"pretrained", "bilm"}, "--features", features, "--features elmo")
-    idle = mixing - {"combiner"} - COMBINER_OPTIONS.get(combiner, mixing)
-    needs = {"--vectors": "needs --features svd or sgns; give one, or leave it out"}
+    ignored = mixing - {"combiner"} - COMBINER_OPTIONS.get(combiner, mixing)
+    unused = {"--vectors": "needs --features svd or sgns; give one, or leave it out"}
     if config.source.bilm is not None:
-        needs["--pretrained"] = "has no effect with --bilm; leave out one of the two"
-    return needs | without_effect(idle, "--combiner", combiner, "another --combiner")
+        unused["--pretrained"] = "has no effect with --bilm; leave out one of the two"
+    return unused | without_effect(ignored, "--combiner", combiner, "another --combiner")
 
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
-    """Run the command; returns what ``results.json`` holds."""
-    join(config.hosts)
-    LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # before there is a folder
+    """Run the command and return what ``results.json`` holds."""
+    import numpy as np
+
+    from elmo_jax.data.batching import BatchStream
+    from elmo_jax.models.classifier import BiLSTMClassifier
+    from elmo_jax.models.lstm import LSTM
+    from elmo_jax.parallel import make_mesh, run_on_all, run_on_first, start_distributed
+    from elmo_jax.storage.files import tree_digest
+    from experiments.common.inputs import open_source
+
+    start_distributed(*astuple(config.hosts))
+    LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # fails before a folder is made
     mesh = make_mesh(config.batch_size)
     source = run_on_all(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))
+    data, classes = source.data, source.data.classes
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
-    run = cli.create_run(
-        config,
-        output,
-        monitor="val_loss",
-        texts=source.data.digest,
-        model=tree_digest(source.params),
-        **source.about,
-    )
-    train = BatchStream(
-        source.data.train, config.batch_size, config.seed, steps_per_call=config.steps_per_call
-    )
-    data = source.data
+    more = {"texts": data.digest, "model": tree_digest(source.params), **source.options}
+    run = cli.create_run(config, output, monitor="val_loss", **more)
+    train = BatchStream(data.train, config.batch_size, config.seed, steps_per_call=config.steps_per_call)
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
-    model = BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel)
+    model = BiLSTMClassifier(config.classifier, len(classes), config.kernel)
     records, params = _train(config, source, model, train, run, mesh)
-    results, predictions = _measure(config, source, model, params, train)
+    results, predictions = _evaluate_parts(source, model, params, train)
     lambdas = source.combiner.lambdas(params["combiner"])
     results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
     results |= cli.speed(records, train)
 
-    def conclude() -> None:
+    def write() -> None:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
-        _tell(results, source.data.classes)  # before the pictures, whose failure must lose no measurement
-        _draw(results, records, source.data.classes, run.path)
+        _print_scores(results, classes)  # before the plots, so that a failed plot hides no result
+        _plot(results, records, classes, run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
-    run_on_first(conclude)
-    run.close()  # only now may another command write here
+    run_on_first(write)
+    run.close()
     return results
 
 
@@ -141,34 +140,32 @@ def _train(
     run: Run,
     mesh: Mesh | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Every epoch's record, and the best epoch's parameters beside the frozen ones."""
-    combiner = source.combiner
-    loss_fn = classifier_loss(source.features, combiner, model)
-    params, frozen = _init(source, model, config.seed), source.params
+    """Train the classifier; return the record of every epoch and all parameters of the best one."""
+    import jax
+
+    from elmo_jax.models.classifier import classifier_loss
+    from elmo_jax.parallel import Plan
+    from elmo_jax.training.evaluate import evaluate
+    from elmo_jax.training.loop import fit
+    from elmo_jax.training.optimizers import make_optimizer
+    from elmo_jax.training.step import TrainState
+
+    loss_fn = classifier_loss(source.features, source.combiner, model)
+    params, frozen = _init_params(source, model, config.seed), source.params
     if config.source.finetune:
         params, frozen = params | frozen, {}
-    cli.say(f"model: {cli.count(params):,} trained parameters, {cli.count(frozen):,} frozen")
+    cli.say(
+        f"model: {cli.count_parameters(params):,} trained parameters, {cli.count_parameters(frozen):,} frozen"
+    )
     frozen = Plan(lambda frozen: frozen, mesh, (frozen,))()
     optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
-    held_out = _by_length(source.data.validation, train)
-    sums_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+    validation = _stream_like(train, source.data.validation)
+    metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
-    def on_epoch(state: TrainState, sums: Mapping[str, Any]) -> dict[str, Any]:
-        held = evaluate(sums_fn, {**state.frozen, **state.params}, held_out)
-        lambdas = combiner.lambdas(state.params["combiner"])
-        epoch = int(state.step) // train.steps_per_epoch
-        record = {
-            "train_accuracy": float(np.trace(sums["confusion"]) / sums["documents"]),
-            "val_loss": float(held["nll"] / held["documents"]),
-            "val_accuracy": classification(held["confusion"])["accuracy"],
-            "lambdas": None if lambdas is None else np.asarray(lambdas, np.float64).round(6).tolist(),
-        }
-        cli.say(
-            f"epoch {epoch}: loss {float(sums['nll'] / sums['documents']):.4f}, validation loss "
-            f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.4f}"
-            + (f", lambdas {record['lambdas']}" if record["lambdas"] else "")
-            + f", {sums['seconds']:.0f} s"
-        )
+    def on_epoch(state: TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        validated = evaluate(metrics_fn, {**state.frozen, **state.params}, validation)
+        record = _epoch_record(metrics, validated, source.combiner.lambdas(state.params["combiner"]))
+        _print_epoch(int(state.step) // train.steps_per_epoch, metrics, record)
         return record
 
     with cli.tensorboard(run, config.tensorboard) as on_record:
@@ -188,65 +185,99 @@ def _train(
     return records, {**frozen, **Plan(lambda best: best, mesh, (best,))()}
 
 
-def _by_length(documents: Documents, train: BatchStream) -> BatchStream:
-    """Documents to measure on, in shapes like those of training."""
+def _epoch_record(
+    metrics: Mapping[str, Any], validated: Mapping[str, Any], lambdas: jax.Array | None
+) -> dict[str, Any]:
+    import numpy as np
+
+    from elmo_jax.training.evaluate import classification
+
+    return {
+        "train_accuracy": float(np.trace(metrics["confusion"]) / metrics["documents"]),
+        "val_loss": float(validated["nll"] / validated["documents"]),
+        "val_accuracy": classification(validated["confusion"])["accuracy"],
+        "lambdas": None if lambdas is None else np.asarray(lambdas, np.float64).round(6).tolist(),
+    }
+
+
+def _print_epoch(epoch: int, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    cli.say(
+        f"epoch {epoch}: loss {float(metrics['nll'] / metrics['documents']):.4f}, validation loss "
+        f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.4f}"
+        + (f", lambdas {record['lambdas']}" if record["lambdas"] else "")
+        + f", {metrics['seconds']:.0f} s"
+    )
+
+
+def _stream_like(train: BatchStream, documents: Documents) -> BatchStream:
+    """Batch documents in the shapes of training, whose programs are compiled already."""
+    from elmo_jax.data.batching import BatchStream
+
     return BatchStream(documents, train.batch_size, bounds=train.bounds, steps_per_call=train.steps_per_call)
 
 
-def _measure(
-    config: DownstreamConfig,
-    source: Source,
-    model: BiLSTMClassifier,
-    params: dict[str, Any],
-    train: BatchStream,
+def _evaluate_parts(
+    source: Source, model: BiLSTMClassifier, params: dict[str, Any], train: BatchStream
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Scores of every part, and each document's class and prediction."""
+    """Return the scores of every part, and the label and prediction of every document."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from elmo_jax.models.classifier import classify
+    from elmo_jax.training.evaluate import classification, predict
 
     @jax.jit
-    def predicted(params: Any, batch: Batch) -> jax.Array:
+    def predict_batch(params: Any, batch: Batch) -> jax.Array:
         logits = classify(params, batch, None, source.features, source.combiner, model)
         return logits.argmax(-1).astype(jnp.int32)
 
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"classes": list(source.data.classes)}
     arrays: dict[str, np.ndarray] = {}
     for part in PARTS:
         documents = getattr(source.data, part)
-        stream = _by_length(documents, train)
-        classes = predict(predicted, params, stream)
-        counts = np.zeros((model.classes, model.classes))
-        np.add.at(counts, (documents.labels, classes), 1)
-        results[part] = classification(counts)
+        classes = predict(predict_batch, params, _stream_like(train, documents))
+        confusion = np.zeros((model.classes, model.classes))
+        np.add.at(confusion, (documents.labels, classes), 1)
+        results[part] = classification(confusion)
         arrays |= {part: classes, f"{part}_labels": documents.labels}
-    return results | {"classes": list(source.data.classes)}, arrays
+    return results, arrays
 
 
-def _init(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
-    """Parameters of the combiner and the classifier."""
-    n, features = source.shape
+def _init_params(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
+    """Initialize the parameters of the combiner and the classifier."""
+    import jax
+    import jax.numpy as jnp
+
+    layers, features = source.shape
 
     @jax.jit
     def init(key: jax.Array) -> dict[str, Any]:
-        mix, head = jax.random.split(key)
-        x, mixed = source.combiner.init_with_output(mix, jnp.zeros((n, 1, 1, features)))
-        weights = model.init(head, x, jnp.ones(1, jnp.int32))
-        return {"combiner": mixed.get("params", {}), "classifier": weights["params"]}
+        combiner_key, classifier_key = jax.random.split(key)
+        x = jnp.zeros((layers, 1, 1, features))
+        x, combiner = source.combiner.init_with_output(combiner_key, x)
+        classifier = model.init(classifier_key, x, jnp.ones(1, jnp.int32))
+        return {"combiner": combiner.get("params", {}), "classifier": classifier["params"]}
 
     return init(jax.random.key(seed))
 
 
-def _tell(results: dict[str, Any], classes: tuple[str, ...]) -> None:
+def _print_scores(results: dict[str, Any], classes: tuple[str, ...]) -> None:
+    from experiments.common import report
+
     cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
     cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
     if key := report.explain_numbers(classes, "class"):
         cli.say(f"\n{key}")
 
 
-def _draw(
+def _plot(
     results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
 ) -> None:
-    report.plot_curves(
-        records, {"loss": "training", "val_loss": "validation"}, path / "loss.png", "loss (nats)"
-    )
+    from experiments.common import report
+
+    losses = {"loss": "training", "val_loss": "validation"}
+    report.plot_curves(records, losses, path / "loss.png", "loss (nats)")
     if records[0]["lambdas"]:
         report.plot_lambdas(records, path / "lambdas.png")
     for part in PARTS:
@@ -256,8 +287,8 @@ def _draw(
 
 
 def main() -> int:
-    """The command; returns its exit code."""
-    return cli.run(DownstreamConfig, downstream, "experiments.downstream", PRESETS, unread)
+    """Run the command line and return the exit code."""
+    return cli.run(DownstreamConfig, downstream, "downstream", PRESETS, find_unused_flags)
 
 
 if __name__ == "__main__":

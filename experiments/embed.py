@@ -56,7 +56,7 @@ def embed(config: EmbedConfig) -> None:
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
     dump.prepare(config.resume, config.overwrite)
-    cli.begun()
+    cli.mark_output_created()
     with ProgressBar(dump.tokens, "token", scale=True) as progress:
         dump.write(progress.add)
     cli.say(f"written to {config.out}")
@@ -72,7 +72,8 @@ def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
     from elmo_jax.models.combiners import Mix, make_combiner
     from elmo_jax.storage.files import read_config, structure, tree_digest
     from elmo_jax.training.checkpoint import Run, check_shapes
-    from experiments.common.features import SourceConfig, official
+    from experiments.common.config import SourceConfig
+    from experiments.common.inputs import official_options
 
     config = read_config(path)
     if "source" not in config or "combiner" not in config:
@@ -88,7 +89,7 @@ def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
             f"--mix-from {path}: has {len(weights)} lambdas for a model of {layers} layers; "
             "give the model it was trained on"
         )
-    options = official(elmo.model.config)["options"]
+    options = official_options(elmo.model.config)["options"]
     if config.get("model") != tree_digest(elmo.params) or config.get("options", options) != options:
         raise InputError(f"--mix-from {path}: uses another language model; give the one it names")
     params = Run.open(path).restore_best(("params",))["params"]
@@ -116,7 +117,7 @@ def _read_lambdas(path: Path) -> list[float]:
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return cli.run(EmbedConfig, embed, "experiments.embed")
+    return cli.run(EmbedConfig, embed, "embed")
 
 
 if __name__ == "__main__":

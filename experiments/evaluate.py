@@ -237,7 +237,7 @@ def _read_sentence_lists(path: Path, count: int) -> list[list[list[str]]]:
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return cli.run(EvaluateConfig, evaluate, "experiments.evaluate")
+    return cli.run(EvaluateConfig, evaluate, "evaluate")
 
 
 if __name__ == "__main__":

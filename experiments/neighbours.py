@@ -210,7 +210,7 @@ def _show(query: int, found: list[Occurrence], cosines: list[np.ndarray], titles
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return cli.run(NeighboursConfig, neighbours, "experiments.neighbours")
+    return cli.run(NeighboursConfig, neighbours, "neighbours")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from elmo_jax.storage.files import tree_digest
 from elmo_jax.training.checkpoint import Position, Run
 from elmo_jax.training.objectives import init_params
 from experiments import embed, evaluate
-from experiments.common.features import SourceConfig
+from experiments.common.config import SourceConfig
 
 
 def write(elmo, text, mix=None, **settings):

@@ -319,7 +319,7 @@ def main() -> int:
     """Run the command and return its exit code."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU's memory
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
-    return cli.run(BenchmarkConfig, benchmark, "experiments.benchmark")
+    return cli.run(BenchmarkConfig, benchmark, "benchmark")
 
 
 if __name__ == "__main__":

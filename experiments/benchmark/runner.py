@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.cases import CUDNN, OURS, REPLAY, SCAN, Arrays, Case, Phase, Rates, Workload
-from experiments.common.memory import process_peak, tame_malloc
+from experiments.common.cli import configure_malloc, process_peak
 
 BUILDERS = {
     OURS: "workloads:build_{part}",
@@ -205,7 +205,7 @@ def run_worker(connection: Connection, case: Case, name: str, inputs: Path, min_
 def _prepare(case: Case, name: str, inputs: Path, min_seconds: float) -> tuple["Stopwatch", dict, dict]:
     """Return a warm stopwatch, the worker's `info` and the arrays to check."""
     if name in (OURS, SCAN):
-        tame_malloc()  # as the training commands do
+        configure_malloc()  # as the training commands do
     build = pkgutil.resolve_name(f"experiments.benchmark.{BUILDERS[name].format(part=case.part)}")
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_default_matmul_precision", _JAX_PRECISION[case.precision])

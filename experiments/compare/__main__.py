@@ -89,7 +89,7 @@ def _run(
     stages = [*comparison.sources(), *(run for runs in classifiers.values() for run in runs)]
     seconds = run_stages([*stages, *(claims.stages(studies) if studies else [])], output)
     about = (
-        f"Made by `python -m experiments.compare {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
+        f"Made by `{cli.prog('compare')} {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."
     )
     results.write(classifiers, comparison.sources(), Path(comparison.language_model), seconds, about,
@@ -102,7 +102,7 @@ def _run(
 
 def main() -> int:
     """The command; returns its exit code."""
-    return cli.run(CompareConfig, compare, "experiments.compare")
+    return cli.run(CompareConfig, compare, "compare")
 
 
 if __name__ == "__main__":

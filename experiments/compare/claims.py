@@ -27,7 +27,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.training.checkpoint import METRICS
 from experiments.common import cli, report
-from experiments.common.features import VECTORS
+from experiments.common.inputs import VECTORS
 from experiments.common.report import Page
 from experiments.compare.results import measure, spread
 from experiments.compare.stages import Comparison, Stage

@@ -39,9 +39,9 @@ from elmo_jax.training.checkpoint import METRICS, PACING, PLACES, RESULTS, VOCAB
 from elmo_jax.training.objectives import init_params
 from experiments import downstream, pretrain, vectors
 from experiments.common import cli
-from experiments.common.cli import C, check, flag_of, named, parse
-from experiments.common.distributed import HostsConfig
-from experiments.common.features import VECTORS, SourceConfig, data_of, thinned
+from experiments.common.cli import C, check, flag_of, flags_in, parse, prog
+from experiments.common.config import HostsConfig, SourceConfig
+from experiments.common.inputs import VECTORS, data_of, keep_labels
 
 _TOLD = {"texts": "the texts it was made from have changed", "model": "what it builds on was made anew"}
 
@@ -208,7 +208,7 @@ class Origins:
         """
         key = (data, with_characters, labels, seed if labels < 1 else None)
         if key not in self._texts:
-            self._texts[key] = thinned(
+            self._texts[key] = keep_labels(
                 load_dataset(data, with_characters=with_characters), labels, seed
             ).digest
         return self._texts[key]
@@ -302,7 +302,7 @@ def split(name: str, text: str) -> list[str]:
         flags = shlex.split(text)
     except ValueError as error:
         raise InputError(f"--{name} {text!r}: {error}; mend its quotes") from None
-    for flag in named(flags):
+    for flag in flags_in(flags):
         if flag in _OWN[name]:
             where = ", or give it to compare itself" if flag in _DATA else ""
             raise InputError(f"--{name} {flag}: is for the comparison to set; leave it out{where}")
@@ -323,9 +323,9 @@ def settings(config: type[C], name: str, presets: Mapping[str, C] | None, flags:
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            made = parse(config, f"experiments.{name}", presets, flags)
+            made = parse(config, name, presets, flags)
     except SystemExit:
-        told = f"see python -m experiments.{name} --help, and leave it out"
+        told = f"see {prog(name)} --help, and leave it out"
         raise InputError(f"--{name} {shlex.join(flags)!r}: asks for help; {told}") from None
     check(made)
     return made

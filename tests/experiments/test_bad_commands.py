@@ -12,7 +12,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.models.combiners import CombinerConfig
 from elmo_jax.storage.files import write_config
 from experiments import embed, evaluate, pretrain, vectors
-from experiments.common.features import SourceConfig
+from experiments.common.config import SourceConfig
 from experiments.compare import __main__ as compare
 
 
@@ -162,10 +162,10 @@ VECTORS = {
     "a method that is none": (["--method", "glove"], "--method"),
     "no dimensions": (["--dimensions", "0"], "--dimensions must be at least 1"),
     "no window": (["--window", "0"], "--window must be at least 1"),
-    "a power of NaN": (["--exponent", "nan"], "--exponent must be at least 0 and finite"),
+    "a power of NaN": (["--exponent", "nan"], "--exponent must be a finite number"),
     "no negatives": (["--negatives", "0"], "--negatives must be at least 1"),
     "a negative rate": (["--rate", "-1"], "--rate must be above 0"),
-    "an infinite share": (["--subsample", "inf"], "--subsample must be above 0 and finite"),
+    "an infinite share": (["--subsample", "inf"], "--subsample must be a finite number"),
     "a count's weighting": (
         ["--weighting", "counts"],
         "--weighting has no effect with --method sgns; leave it out, or give --method svd",

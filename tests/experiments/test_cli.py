@@ -1,4 +1,4 @@
-"""How commands end: what is printed to go on with, and what of the system's errors a user sees."""
+"""Flags, errors, signals and exit codes that all commands share."""
 
 import errno
 import os
@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny import call
 
-from elmo_jax.errors import Interrupted
+from elmo_jax import __main__ as console
+from elmo_jax.config import BiLMConfig, CharCNNConfig, DataConfig, SVDConfig
+from elmo_jax.errors import InputError, Interrupted
+from experiments import downstream
 from experiments.common import cli
+from experiments.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,100 +28,228 @@ class Config:
 
     output: str = "runs/x"
     """Folder."""
+    batch_size: int = 32
+    """Size."""
+    rate: float = 0.5
+    """Rate."""
     resume: bool = False
-    """Go on."""
+    """Continue."""
     overwrite: bool = False
-    """Begin anew."""
+    """Replace."""
 
 
-def end(error, args, monkeypatch, capsys):
+def run_failing(error, args, monkeypatch, capsys):
     def command(config):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["prog", *args])
-    code, err = cli.run(Config, command, "experiments.x"), capsys.readouterr().err
+    code, err = cli.run(Config, command, "x"), capsys.readouterr().err
     assert err.count("\n") == 1
     return code, err
 
 
+def run_python(code, *args, cwd=ROOT):
+    command = [sys.executable, "-c", code, *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+# Signals
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_printed_is_the_one_to_go_on_with(number, monkeypatch, capsys):
+def test_interrupted_training_prints_the_command_that_continues_it(number, monkeypatch, capsys):
     args = ["--output", "my runs/$HOME's; rm", "--resume"]
-    code, err = end(Interrupted(number, 7), args, monkeypatch, capsys)
+    code, err = run_failing(Interrupted(number, 7), args, monkeypatch, capsys)
     assert code == 128 + number and f"stopped by {number.name} at step 7, saved" in err
-    printed = shlex.split(err.partition("go on with: ")[2])
+    printed = shlex.split(err.partition("continue with: ")[2])
     assert printed == ["python", "-m", "experiments.x", *args]
 
 
-BUSY = """
-import hashlib, os, signal, threading
-from experiments.common.cli import stoppable
-with stoppable(lambda number: os._exit(100 + number)):
-    for at, number in ((0.3, signal.SIGINT), (0.6, signal.SIGTERM)):
-        threading.Timer(at, os.kill, (os.getpid(), number)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without one of Python's instructions
-"""
-
-
-def test_a_second_signal_does_not_wait_for_what_is_computed():
-    assert subprocess.run([sys.executable, "-c", BUSY], timeout=60, cwd=ROOT).returncode == 115
-
-
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("output_created", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_where_nothing_trains_prints_how_to_go_on(number, begun, monkeypatch, capfd):
+def test_signal_outside_training_ends_the_command(number, output_created, monkeypatch, capfd):
     codes, before = [], signal.getsignal(number)
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(sys, "argv", ["prog", "--output", "x", "--overwrite"])
-    monkeypatch.setattr(cli, "_begun", begun)  # before, --overwrite still has something to do
-    cli.run(Config, lambda config: signal.raise_signal(number), "experiments.x")
+    monkeypatch.setattr(cli, "_output_created", output_created)
+    cli.run(Config, lambda config: signal.raise_signal(number), "x")
     err = capfd.readouterr().err
     assert codes == [128 + number] and err.count("\n") == 1
-    flag = "--resume" if begun else "--overwrite"
-    assert err.endswith(f"kept, go on with: python -m experiments.x --output x {flag}\n")
+    flag = "--resume" if output_created else "--overwrite"  # until then --overwrite still has work to do
+    assert err.endswith(f"continue with: python -m experiments.x --output x {flag}\n")
     assert signal.getsignal(number) == before
 
 
-COLLECTED = """
-import gc, os, signal
-from experiments.common.cli import stoppable
-with stoppable(lambda number: os._exit(100 + number)):
-    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGTERM))
-    gc.collect()
+BUSY = """
+import hashlib, os, signal, sys, threading
+from experiments.common.cli import exit_on_signals
+with exit_on_signals(lambda number: os._exit(100 + number)):
+    if sys.argv[1] == "training":
+        signal.signal(signal.SIGINT, lambda *_: None)
+    for delay, number in ((0.2, signal.SIGINT), (0.4, signal.SIGTERM)):
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes inside one call into C
 """
 
 
-def test_a_signal_that_comes_while_garbage_is_collected_is_not_lost():
-    assert subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT).returncode == 115
+@pytest.mark.parametrize(("phase", "number"), [("training", signal.SIGTERM), ("other", signal.SIGINT)])
+def test_signals_end_a_computation_at_once(phase, number):
+    """The first one outside training, the second one always."""
+    assert run_python(BUSY, phase).returncode == 100 + number
+
+
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "a file: No space left on device; mend that"),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file: No space left on device; fix this"),
         (PermissionError(errno.EACCES, "Permission denied", "x.png"), "x.png: Permission denied"),
         (MemoryError(), "out of memory; lower --batch-size"),
+        (InputError("batch_size 33 is odd;\n pass rate=0.1"), "--batch-size 33 is odd; pass --rate 0.1"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(error, said, monkeypatch, capsys):
-    code, err = end(error, [], monkeypatch, capsys)
-    assert code == 2 and err.startswith(f"error: {said}")
+def test_errors_the_user_can_fix_are_one_line(error, message, monkeypatch, capsys):
+    code, err = run_failing(error, [], monkeypatch, capsys)
+    assert code == 2 and err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), OSError("who knows"), ValueError("x")])
-def test_a_defect_keeps_its_traceback(error, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [KeyError("x"), OSError("unknown"), ValueError("x")])
+def test_defects_keep_their_traceback(error, monkeypatch, capsys):
     with pytest.raises(type(error)):
-        end(error, [], monkeypatch, capsys)
+        run_failing(error, [], monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_command_is_imported_leaves_no_traceback(number):
-    command = [sys.executable, "-X", "importtime", "-m", "experiments.pretrain", "--help"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "elmo_jax.errors" in line:  # deep within what is imported
-            process.send_signal(number)
-            break
-    rest = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
-    assert process.returncode == 128 + number and rest == ["stopped"]
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("pass resume=True or overwrite=False", "pass --resume or --no-overwrite"),
+        ("rate must be low", "--rate must be low"),
+        ("output: the rate of x/batch_size is high", "output: the rate of x/batch_size is high"),
+        ("batch_size.txt, not batch_size", "batch_size.txt, not --batch-size"),
+    ],
+)
+def test_python_arguments_in_messages_become_flags(message, expected):
+    assert cli._arguments_to_flags(message, Config) == expected
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (BiLMConfig(layers=0), "--layers must be at least 1, not 0"),
+        (BiLMConfig(cells=2**20), "--cells must be at most 65536, not 1048576"),
+        (BiLMConfig(dropout=1.0), "--dropout must be below 1, not 1.0"),
+        (BiLMConfig(dropout=float("nan")), "--dropout must be a finite number, not nan"),
+        (BiLMConfig(cell_clip=float("inf")), "--cell-clip must be a finite number, not inf"),
+        (CharCNNConfig(filters=((1, 2), (51, 3))), "--filters[1][0] must be at most 50, not 51"),
+        (CharCNNConfig(filters=()), "--filters must be of length at least 1, not ()"),
+        (DataConfig(validation=0.0), "--validation must be above 0, not 0.0"),
+        (SVDConfig(exponent=float("inf")), "--exponent must be a finite number, not inf"),
+        (PretrainConfig(model=BiLMConfig(layers=65)), "--layers must be at most 64, not 65"),
+        (DataConfig(dataset="a\0"), "--dataset contains a NUL character"),
+        (DataConfig(dataset="x\udcff"), "--dataset is not UTF-8"),
+        (DataConfig(dataset=""), "--dataset is empty"),
+    ],
+)
+def test_values_out_of_bounds_are_named_by_flag(settings, message):
+    with pytest.raises(InputError) as info:
+        cli.check(settings)
+    assert str(info.value).startswith(message)
+
+
+def test_a_renamed_flag_works_with_a_warning(capsys):
+    settings = cli.parse(PretrainConfig, "pretrain", args=["--steps_per_dispatch=3"])
+    assert settings.steps_per_call == 3
+    assert capsys.readouterr().err.startswith("warning: --steps_per_dispatch is now --steps-per-call")
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as info:
+        call(downstream.main, monkeypatch, "--help")
+    assert info.value.code == 0
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--pretrained", "--combiner", "--seed", "--output", "--finetune"))
+
+
+HELP = """
+import sys
+from elmo_jax import __main__
+for command in __main__.COMMANDS:
+    for flag in ("--help", "--nonsense"):
+        sys.argv = ["elmo-jax", command, flag]
+        try:
+            assert __main__.main() == 2
+        except SystemExit as error:
+            assert error.code == 0
+    slow = {"jax", "flax", "orbax", "matplotlib", "sklearn", "scipy"} & set(sys.modules)
+    assert not slow, f"{command} imports {slow}"
+"""
+
+
+def test_help_and_wrong_flags_import_no_slow_module():
+    done = run_python(HELP)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == done.stderr.count("error: Unrecognized options: --nonsense") == 9
+
+
+# The console command
+
+
+def test_the_console_command_lists_commands_and_refuses_others(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/elmo-jax"])
+    assert console.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: elmo-jax COMMAND") and all(f"  {name}" in out for name in console.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["/bin/elmo-jax", "pretran"])
+    assert console.main() == 2
+    assert capsys.readouterr().err == "error: unknown command pretran; did you mean pretrain?\n"
+
+
+def test_the_console_command_runs_beside_a_users_own_experiments_package(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").write_text("raise ImportError('not this one')")
+    start = [sys.executable, "-m", "elmo_jax"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*start, "vectors", "--window", "0"], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"error: --window must be at least 1, not 0\n"
+    done = subprocess.run([*start, "vectors", "--windows"], cwd=tmp_path, env=env, capture_output=True)
+    assert b"(see python -m elmo_jax vectors --help)" in done.stderr
+
+
+def test_a_closed_output_pipe_is_silent():
+    code = "import sys; from experiments import vectors; sys.argv[1:] = ['-h']; sys.exit(vectors.main())"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# Memory
+
+
+def test_peak_memory_is_known_without_proc_and_unknown_without_resource(monkeypatch):
+    peak = cli.process_peak()
+    assert abs(cli.process_peak(Path("/none")) - peak) < 2**30
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert cli.process_peak(Path("/none")) is None
+
+
+@pytest.mark.parametrize("absent", ["resource", "fcntl"])
+def test_commands_import_without_modules_that_windows_lacks(absent):
+    code = f"""
+import sys
+sys.modules[{absent!r}] = None
+import elmo_jax.embed_file, experiments.common.inputs, experiments.common.estimate
+from experiments import downstream, embed, evaluate, neighbours, pretrain, vectors
+from experiments.benchmark import __main__, runner
+from experiments.compare import __main__
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

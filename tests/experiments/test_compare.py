@@ -15,7 +15,7 @@ from tiny import call, write_corpus
 from elmo_jax.data.csv_dataset import DataConfig, load_dataset
 from elmo_jax.storage.files import read_config
 from experiments import downstream, pretrain
-from experiments.common.features import SourceConfig
+from experiments.common.config import SourceConfig
 from experiments.compare import __main__ as compare, results, results as measured
 from experiments.compare.stages import METHODS, CompareConfig, Comparison, Origins
 

@@ -81,7 +81,7 @@ READERS = {  # what is called, and what it leaves when nobody reads what it prin
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_reader_that_has_gone_is_one_line(name, call):
+def test_closed_output_pipe_ends_a_command_silently(name, call):
     (command, *args), left = READERS[name]
     read, write = os.pipe()
     os.close(read)
@@ -94,7 +94,7 @@ def test_a_reader_that_has_gone_is_one_line(name, call):
         check=False,
     )
     os.close(write)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 141 and done.stderr == ""  # as a shell reports SIGPIPE
     assert held(".") == sorted(["in.txt", "model", *left])
     if left:
         assert held("se") == FILES

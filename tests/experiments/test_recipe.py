@@ -1,4 +1,4 @@
-"""bilm-tf's recipe at a small size, from shards to a file in the official format."""
+"""Tests of pre-training on a corpus with bilm-tf's recipe, at a small size."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elmo_jax.config import DataConfig
 from elmo_jax.data.batching import Batch, ContiguousStream, Window
 from elmo_jax.elmo import Elmo
 from elmo_jax.models.bilm import BiLM, BiLMConfig, zero_state
@@ -18,9 +19,11 @@ from elmo_jax.pretrained.bilm_format import slots
 from elmo_jax.training.objectives import bilm_loss, bilm_window_loss
 from elmo_jax.training.optimizers import make_optimizer
 from experiments import pretrain
-from experiments.pretrain import matmul_flops
+from experiments.common.config import CorpusConfig
+from experiments.common.estimate import matmul_flops
+from experiments.common.inputs import load_texts
 
-SPELLING = ["--filters", "1", "3", "2", "4", "--character-features", "3"]
+CHARACTERS = ["--filters", "1", "3", "2", "4", "--character-features", "3"]
 SMALL = ["--embedding", "6", "--cells", "8", "--batch-size", "4", "--negatives", "5"]
 
 
@@ -34,7 +37,7 @@ def corpus(tmp_path, rng, monkeypatch):
 
     def run(*args):
         where = ["--corpus", "[ab].txt", "--valid-corpus", "v.txt", "--min-count", "1", "--seed", "1"]
-        small = SMALL + ([] if "words" in args else SPELLING)
+        small = SMALL + ([] if "words" in args else CHARACTERS)
         small += [] if "sentences" in args else ["--unroll", "5"]
         monkeypatch.setattr("sys.argv", ["x", "--preset", "elmo-small", *small, *where, *args])
         return pretrain.main()
@@ -42,7 +45,7 @@ def corpus(tmp_path, rng, monkeypatch):
     return run
 
 
-def test_shards_to_the_official_format(corpus, tmp_path):
+def test_resumed_recipe_equals_an_uninterrupted_run_and_exports_to_the_official_format(corpus, tmp_path):
     assert corpus("--epochs", "2", "--output", "whole") == 0
     assert corpus("--epochs", "1", "--output", "parts") == 0
     assert corpus("--epochs", "2", "--output", "parts", "--resume") == 0
@@ -67,46 +70,44 @@ def test_shards_to_the_official_format(corpus, tmp_path):
     assert np.isclose(np.exp(mean), min(r["perplexity"] for r in whole), rtol=1e-3)
 
 
+def load(**settings):
+    corpus = CorpusConfig(corpus="[ab].txt", valid_corpus="v.txt", **settings)
+    return corpus, load_texts(DataConfig(min_count=1, max_length=6), corpus, with_characters=False)
+
+
 @pytest.mark.parametrize("batching", ["sentences", "contiguous"])
-def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(corpus, tmp_path, capsys, monkeypatch, batching):
+def test_dry_run_estimates_the_run_and_writes_nothing(corpus, tmp_path, capsys, monkeypatch, batching):
     cache = Path(os.environ["XDG_CACHE_HOME"])
     before = sorted(tmp_path.rglob("*"))
-    assert corpus("--dry-run", "--batching", batching) == 0
+    monkeypatch.setattr(pretrain, "DRY_RUN_TOKENS", 60)
+    flags = ["--steps-per-call", "1", "--batch-size", "1", "--batching", batching]
+    assert corpus(*flags, "--epochs", "10", "--dry-run") == 0
     said = capsys.readouterr().out
     parts = ("parameters", "memory: ", "million FLOPs a token", " tokens/s, ", " steps in ", " hours")
     assert all(part in said for part in parts) and re.search(r"documents: \d+ \(train\)", said), said
     assert sorted(tmp_path.rglob("*")) == before and not list(cache.rglob("*"))
-    monkeypatch.setattr(pretrain, "PORTION", 60)
-    flags = ["--steps-per-call", "1", "--batch-size", "1", "--batching", batching]
-    assert corpus(*flags, "--epochs", "10", "--dry-run") == 0
-    part = capsys.readouterr().out
-    share = float(re.search(r"first ([\d.]+)% of the corpus", part)[1]) / 100
-    assert 0.1 < share < 0.6
-    total = int(re.search(r"the run: ([\d,]+) steps", part)[1].replace(",", ""))
-    assert corpus(*flags, "--epochs", "1") == 0
-    true = int(re.search(r"batches: ([\d,]+) an epoch", capsys.readouterr().out)[1].replace(",", ""))
-    assert 0.5 < total / (10 * true) < 2
+    fraction = float(re.search(r"first ([\d.]+)% of the corpus", said)[1]) / 100
+    assert 0.1 < fraction < 0.6
+    estimated = int(re.search(r"the run: ([\d,]+) steps", said)[1].replace(",", ""))
+    config, texts = load(batching=batching, unroll=5)
+    steps = texts.stream(config, 1, 1, 1).steps_per_epoch
+    assert 0.5 < estimated / (10 * steps) < 2
 
 
-@pytest.mark.filterwarnings("default")  # the command prints them
-def test_long_lines_are_cut_in_sentences_and_only_there(corpus, capsys):
-    flags = ["--epochs", "1", "--max-length", "6", "--batching", "sentences", "--output", "cut"]
-    long = " ".join(["bank"] * 30) + "\n"
+def test_long_sentences_are_cut_only_when_batches_hold_sentences(corpus):
     with open("a.txt", "a") as file:
-        file.write(2 * long)
-    assert corpus(*flags) == 0
-    said = capsys.readouterr()
-    assert said.err.count("2 sentences were longer than 6 tokens and were cut (--max-length)") == 1
-    assert "lengths up to 8," in said.out
-    assert corpus("--epochs", "1", "--max-length", "6", "--output", "whole") == 0
+        file.write(2 * (" ".join(["bank"] * 30) + "\n"))
+    with pytest.warns(UserWarning, match=r"2 sentences were longer than 6 tokens and were cut"):
+        config, texts = load()
+    assert max(texts.stream(config, 4, 1, 1).bounds) == 8
+    _, texts = load(batching="contiguous")
+    assert texts.train.lengths.max() > 30
 
 
-@pytest.mark.parametrize("batching", ["sentences", "contiguous"])
-def test_unknown_words_are_a_class_of_a_model_of_words(corpus, tmp_path, batching):
+def test_unknown_words_are_a_class_of_a_word_model(corpus, tmp_path):
     (tmp_path / "v.txt").write_text("the unheard bank\n")
     (tmp_path / "a.txt").write_text("the rare bank rose .\n" * 2 + "a once\n")
-    flags = ["--input", "words", "--min-count", "2", "--epochs", "1", "--batching", batching, "--output", "w"]
-    assert corpus(*flags) == 0
+    assert corpus("--input", "words", "--min-count", "2", "--epochs", "1", "--output", "w") == 0
     record = json.loads((tmp_path / "w" / "metrics.jsonl").read_text())
     assert np.isfinite(record["perplexity"]) and record["skipped"] == 0
 
@@ -119,8 +120,7 @@ def test_flags_that_need_each_other(corpus, capsys, monkeypatch):
     assert "lower --batch-size or --unroll" in capsys.readouterr().err
 
 
-def test_a_window_of_one_sentence_is_the_sentence():
-    """Both readings predict the same tokens from the same past, so their losses are one."""
+def test_loss_of_a_window_with_one_sentence_equals_the_sentence_loss():
     model = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.0), 20)
     batch = Batch.of([[4, 5, 6, 7]])
     params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
@@ -135,7 +135,7 @@ def test_a_window_of_one_sentence_is_the_sentence():
         np.testing.assert_allclose(window_sums[name], value, rtol=1e-6)
 
 
-def test_arithmetic_is_counted_through_the_recurrence():
+def test_matmul_flops_count_every_step_of_the_recurrence():
     steps, rows, inputs, cells, width = 7, 3, 4, 6, 5
     lstm = LSTM(cells, projection=width)
     x, lengths = jnp.ones((2, rows, steps, inputs)), jnp.full(rows, steps)
@@ -148,7 +148,7 @@ def test_arithmetic_is_counted_through_the_recurrence():
     assert matmul_flops(back.jaxpr) == 3 * once + first_state
 
 
-def test_the_state_goes_from_window_to_window(documents):
+def test_two_windows_with_carried_state_equal_one_long_window(documents):
     """Two windows with the state carried are one window of twice the length."""
     model = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.0), 50)
     short, long = (ContiguousStream(documents, 2, unroll, seed=1) for unroll in (4, 8))
@@ -167,22 +167,22 @@ def test_the_state_goes_from_window_to_window(documents):
     ("name", "cells", "width", "highway"),
     [("small", 1024, 128, 1), ("medium", 2048, 256, 2), ("original", 4096, 512, 2)],
 )
-def test_presets_are_the_released_sizes_and_their_recipe(name, cells, width, highway):
+def test_presets_match_the_released_models(name, cells, width, highway):
     config = pretrain.PRESETS[f"elmo-{name}"]
     model, recipe = config.model, config.optimizer
     filters = [(1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024)]
-    enabled = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
+    expected = {"char_embed": (261, 16), "CNN_proj/W_proj": (2048, width), "CNN_proj/b_proj": (width,)}
     for i, (size, count) in enumerate(filters):
-        enabled |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
+        expected |= {f"CNN/W_cnn_{i}": (1, size, 16, count), f"CNN/b_cnn_{i}": (count,)}
     for k in range(highway):
-        enabled |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
-        enabled |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
+        expected |= {f"CNN_high_{k}/W_{gate}": (2048, 2048) for gate in ("carry", "transform")}
+        expected |= {f"CNN_high_{k}/b_{gate}": (2048,) for gate in ("carry", "transform")}
     for d in (0, 1):
         for layer in (0, 1):
             cell = f"RNN_{d}/RNN/MultiRNNCell/Cell{layer}/LSTMCell/"
-            enabled |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
-            enabled |= {f"{cell}W_P_0": (cells, width)}
-    assert {slot.dataset: slot.shape for slot in slots(model)} == enabled
+            expected |= {f"{cell}W_0": (2 * width, 4 * cells), f"{cell}B": (4 * cells,)}
+            expected |= {f"{cell}W_P_0": (cells, width)}
+    assert {slot.dataset: slot.shape for slot in slots(model)} == expected
     assert model.skip and model.cell_clip == model.projection_clip == 3
     assert model.characters.activation == "relu" and model.layers == 2
     assert (config.corpus.batching, config.corpus.unroll, config.batch_size) == ("contiguous", 20, 128)
@@ -192,8 +192,8 @@ def test_presets_are_the_released_sizes_and_their_recipe(name, cells, width, hig
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("size", [0.01, 40.0])
-def test_steps_are_adagrads_from_an_accumulator_of_one(size):
-    """On gradients that bilm-tf sums over its 20 unrolled steps, and then clips by their norm."""
+def test_recipe_takes_adagrad_steps(size):
+    """bilm-tf sums gradients over 20 unrolled steps, clips them, and starts accumulators at 1."""
     optimizer = make_optimizer(pretrain.PRESETS["elmo-small"].optimizer, 100)
     gradient = size * np.array([0.6, -0.8])
     params = {"w": jnp.zeros(2)}

@@ -1,4 +1,4 @@
-"""Long runs: how their memory is watched, and what is said of it."""
+"""Tests of the soak command."""
 
 import json
 import platform
@@ -14,28 +14,27 @@ from experiments import soak
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def test_the_slope_is_of_a_line_through_means(rng):
+def test_slope_is_fitted_to_block_means(rng):
     x, noise = np.arange(240.0), rng.normal(size=240)
     means = [[np.mean(part) for part in np.array_split(a, soak.BLOCKS)] for a in (x, 2 * x + noise)]
     line = stats.linregress(*means)
-    got = soak.slope(x, 2 * x + noise)
+    got = soak.fit_slope(x, 2 * x + noise)
     np.testing.assert_allclose(got, (line.slope, line.stderr * stats.t.ppf(0.975, soak.BLOCKS - 2)), 1e-3)
     assert abs(got[0] - 2) < got[1] < 0.01
 
 
-def test_nineteen_of_twenty_intervals_hold_the_slope_of_a_walk_back_to_the_mean(rng):
-    """Memory drifts: a value is like the one before it, for some minutes."""
+def test_intervals_cover_the_slope_of_correlated_noise(rng):
     hits = 0
     for _ in range(400):
         y = np.zeros(1200)
         for i, step in enumerate(rng.normal(size=1199)):
             y[i + 1] = 0.9 * y[i] + step
-        slope, error = soak.slope(range(1200), y)
+        slope, error = soak.fit_slope(range(1200), y)
         hits += abs(slope) < error
     assert 0.91 < hits / 400 < 0.99
 
 
-def test_a_run_is_watched_and_stopped_in_good_order(tmp_path, monkeypatch, capsys):
+def test_a_run_is_sampled_and_stopped(tmp_path, monkeypatch, capsys):
     for part in ("train", "test"):
         rows = [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
         (tmp_path / f"{part}.csv").write_text("\n".join(rows))
@@ -45,26 +44,27 @@ def test_a_run_is_watched_and_stopped_in_good_order(tmp_path, monkeypatch, capsy
     )
     assert soak.main() == 0
     captured = capsys.readouterr()
-    assert "stopped, as told" in captured.out and "MiB an hour (95 %)" in captured.out
-    looks = [json.loads(line) for line in (tmp_path / "run" / "memory.jsonl").read_text().splitlines()]
-    assert len(looks) > 24 and all(look["rss_bytes"] > 2**24 and look["open_files"] > 2 for look in looks)
+    assert "MiB an hour (95 %)" in captured.out
+    samples = [json.loads(line) for line in (tmp_path / "run" / "memory.jsonl").read_text().splitlines()]
+    assert len(samples) > 24
+    assert all(sample["rss_bytes"] > 2**24 and sample["open_files"] > 2 for sample in samples)
     assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path / "short"), "--epochs", "0"])
     assert soak.main() == 2
 
 
-def test_too_few_looks_are_said(tmp_path, monkeypatch, capsys):
+def test_too_few_samples_are_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak, "pretrain", lambda config: None)
     monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path)])
     assert soak.main() == 2
-    assert "0 looks are too few; lower --every" in capsys.readouterr().err
+    assert "0 samples are too few; lower --every" in capsys.readouterr().err
 
 
 HOARD = """
 import sys, threading, jax
-from experiments import memory
+from experiments.common import cli
 if sys.argv[1] == "kept":
-    assert memory.tame_malloc()
+    assert cli.configure_malloc()
 lot = []
 barrier = threading.Barrier(12)
 def work():
@@ -79,7 +79,6 @@ print(sum("[heap]" in line or " 00000000 00:00 0" in line for line in open("/pro
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heaps")
 def test_threads_share_heaps():
-    """A dozen of threads that allocate at once take a heap each, unless told to share."""
     counts = [
         int(subprocess.run([sys.executable, "-c", HOARD, how], check=True, capture_output=True).stdout)
         for how in ("kept", "not")

@@ -1,4 +1,4 @@
-"""A classifier on a language model that brings no data set: an official one, or one of a corpus."""
+"""Classifiers on language models without a data set of their own, and on other data sets."""
 
 import json
 import shutil
@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from exported import MODEL, PARAMS, WORDS
 from official import make
 from tiny import SMALL, TINY, call
 
+from elmo_jax.config import CombinerConfig
 from elmo_jax.elmo import Elmo
-from elmo_jax.models.combiners import CombinerConfig
 from elmo_jax.storage.files import tree_digest
 from elmo_jax.training.checkpoint import Run
 from experiments import downstream, embed, pretrain
-from experiments.common.features import SourceConfig, open_source
+from experiments.common.config import SourceConfig
+from experiments.common.inputs import open_source
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -26,14 +28,13 @@ def official(tmp_path):
     return ["--bilm", tmp_path / "options.json", tmp_path / "weights.hdf5"]
 
 
-def scores(run):
-    return json.loads((run / "results.json").read_text())["test"]
+def open_with(**settings):
+    return open_source(SourceConfig(**settings), CombinerConfig(), 0, "auto")
 
 
-def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkeypatch, capsys):
-    given, run = [*official, "--dataset", corpus, "--finetune", *SMALL], tmp_path / "run"
-    assert call(downstream.main, monkeypatch, *given, "--output", run) == 0
-    assert sum(map(sum, scores(run)["confusion_matrix"])) == 10
+def test_a_classifier_finetunes_an_official_model(official, corpus, tmp_path, monkeypatch, capsys):
+    flags, run = [*official, "--dataset", corpus, "--finetune", *SMALL], tmp_path / "run"
+    assert call(downstream.main, monkeypatch, *flags, "--output", run) == 0
     params = Elmo.from_bilm(*official[1:]).params
     assert json.loads((run / "config.json").read_text())["model"] == tree_digest({"bilm": params})
     saved = Run.open(run)
@@ -42,49 +43,43 @@ def test_an_official_model_feeds_a_classifier(official, corpus, tmp_path, monkey
     moved = np.abs(trained["lstm_1"]["recurrent_kernel"] - params["lstm_1"]["recurrent_kernel"])
     assert moved.max() > 0
 
-    shutil.move(tmp_path / "weights.hdf5", tmp_path / "moved.hdf5")  # a run is of what is in its files
-    given[2] = tmp_path / "moved.hdf5"
-    assert call(downstream.main, monkeypatch, *given, "--epochs", "2", "--resume", "--output", run) == 0
     (tmp_path / "in.txt").write_text("the bank\n")
-    mixing = [tmp_path / "in.txt", tmp_path / "out.h5", *given[:3], "--layers", "mix", "--mix-from", run]
+    mixing = [tmp_path / "in.txt", tmp_path / "out.h5", *flags[:3], "--layers", "mix", "--mix-from", run]
     assert call(embed.main, monkeypatch, *mixing) == 0
-    options = json.loads(given[1].read_text())
+    options = json.loads(flags[1].read_text())
     options["lstm"]["cell_clip"] = 3.0
-    given[1].write_text(json.dumps(options))
-    again = [*given, "--epochs", "3", "--resume", "--output", run]
+    flags[1].write_text(json.dumps(options))
+    again = [*flags, "--epochs", "3", "--resume", "--output", run]
     assert call(downstream.main, monkeypatch, *again) == 2
     assert "options.cell_clip 0.3 -> 3.0" in capsys.readouterr().err
     assert call(embed.main, monkeypatch, *mixing, "--overwrite") == 2
-    assert "another language model" in capsys.readouterr().err
     make(tmp_path, seed=1)
-    again[2] = tmp_path / "weights.hdf5"
     assert call(downstream.main, monkeypatch, *again) == 2
 
 
-def test_a_model_of_a_corpus_feeds_a_classifier(corpus, tmp_path, monkeypatch, refused):
-    (tmp_path / "text.txt").write_text("the goal of 3\nthe bank of 4\n" * 20)
-    text, model = tmp_path / "text.txt", tmp_path / "model"
-    flags = ["--corpus", text, "--valid-corpus", text, *TINY, "--output", model]
-    assert call(pretrain.main, monkeypatch, *flags) == 0
-    given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
-    refused(downstream.main, given, "model: was not made from a labelled data set; give one by --dataset")
-    assert call(downstream.main, monkeypatch, *given, "--dataset", corpus) == 0
-    assert sum(map(sum, scores(tmp_path / "run")["confusion_matrix"])) == 10
-
-
-def test_a_run_whose_data_set_has_moved_finds_it(corpus, tmp_path, monkeypatch, refused):
+def test_a_model_without_a_data_set_needs_one(corpus, tmp_path, refused):
     model = tmp_path / "model"
-    assert call(pretrain.main, monkeypatch, "--dataset", corpus, *TINY, "--output", model) == 0
+    Elmo(MODEL, PARAMS, WORDS).save_pretrained(model)
     given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
-    shutil.move(corpus, tmp_path / "elsewhere")
-    refused(downstream.main, given, "data: no such folder; give one that holds train.csv and test.csv")
-    assert call(downstream.main, monkeypatch, *given, "--dataset", tmp_path / "elsewhere") == 0
+    refused(downstream.main, given, "was not trained on a labelled data set; give one with --dataset")
+    assert len(open_with(pretrained=str(model), dataset=str(corpus)).data.test) == 10
 
 
-def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch, refused):
+def test_a_data_set_that_moved_is_found_with_a_flag(trained, pretrained, tmp_path, refused):
+    data, moved = trained[0].parent / "data", tmp_path / "moved"
+    shutil.move(data, moved)
+    try:
+        given = ["--pretrained", pretrained, *SMALL, "--output", tmp_path / "run"]
+        refused(downstream.main, given, "data: no such folder")
+        assert len(open_with(pretrained=str(pretrained), dataset=str(moved)).data.test) == 10
+    finally:
+        shutil.move(moved, data)
+
+
+def test_another_data_set_is_read_with_its_own_settings(corpus, tmp_path, monkeypatch, refused):
     model, other = tmp_path / "model", shutil.copytree(corpus, tmp_path / "other")
-    flags = ["--dataset", corpus, "--max-length", "2", *TINY, "--output", model]
-    with warnings.catch_warnings(action="ignore"):  # that texts are cut
+    flags = ["--dataset", corpus, "--max-length", "2", *TINY, "--epochs", "1", "--output", model]
+    with warnings.catch_warnings(action="ignore"):  # about cut texts
         assert call(pretrain.main, monkeypatch, *flags) == 0
     config = SourceConfig(pretrained=str(model))
 
@@ -98,14 +93,13 @@ def test_another_data_set_is_read_by_its_own_rules(corpus, tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="longer than 3"):
         assert longest(dataset=str(other), max_length=3) == 3
     given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
-    told = f"--max-length is for another --dataset than {model} was made from; leave it out"
-    refused(downstream.main, [*given, "--max-length", "400"], told)
+    refused(downstream.main, [*given, "--max-length", "400"], "--max-length differs from the run's data set")
 
 
-def test_what_is_missing_or_too_much_is_named(official, corpus, refused):
-    refused(downstream.main, [*official, *SMALL], "--bilm names no data set; give one by --dataset")
+def test_missing_and_contradicting_flags_are_refused(official, corpus, refused):
+    refused(downstream.main, [*official, *SMALL], "--bilm names no data set; give one with --dataset")
     given = [*official, "--dataset", corpus, *SMALL]
     refused(downstream.main, [*given, "--pretrained", "run"], "--pretrained has no effect with --bilm")
     refused(downstream.main, [*given, "--features", "svd"], "--bilm has no effect with --features svd")
     alone = [*official, "--data-dir", corpus, *SMALL]
-    refused(downstream.main, alone, "--bilm names no data set; give one by --dataset")
+    refused(downstream.main, alone, "--bilm names no data set; give one with --dataset")

@@ -1,4 +1,4 @@
-"""TensorBoard's events, read back."""
+"""Tests of the TensorBoard events, read back from the file."""
 
 import struct
 
@@ -13,7 +13,7 @@ RECORD = {"event": "epoch", "epoch": 3, "step": 12, "loss": 0.5, "lambdas": [0.2
 
 
 def scalars(folder):
-    """Every value by its tag and step; a TFRecord is a length, its checksum, data and theirs."""
+    """Return every value by tag and step; a TFRecord is a length, a checksum, the data and a checksum."""
     found = {}
     for path in folder.glob("events.out.*"):
         data, at = path.read_bytes(), 0
@@ -48,7 +48,7 @@ def test_every_number_of_a_record_is_an_event(run):
     }
 
 
-def test_the_first_process_alone_writes_and_only_if_told(run, monkeypatch):
+def test_only_the_first_process_writes_and_only_when_enabled(run, monkeypatch):
     with cli.tensorboard(run, enabled=False) as write:
         write(RECORD)
     monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
@@ -58,7 +58,7 @@ def test_the_first_process_alone_writes_and_only_if_told(run, monkeypatch):
     assert not (run.path / EVENTS).exists()
 
 
-def test_a_run_that_is_replaced_leaves_no_events(run):
+def test_a_replaced_run_leaves_no_events(run):
     with cli.tensorboard(run, enabled=True) as write:
         write(RECORD)
     run.close()

@@ -1,0 +1,66 @@
+"""Settings that several commands share; importing them does not import JAX."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from elmo_jax.config import Count, Seed, TextColumns
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Input features of the classifier."""
+
+    features: Literal["elmo", "svd", "sgns"] = "elmo"
+    """Layers of a language model, or static word vectors (svd, sgns)."""
+    pretrained: str = "runs/pretrain"
+    """With elmo: run folder of the pretrain command, or a folder written by Elmo.save_pretrained."""
+    bilm: tuple[str, str] | None = None
+    """With elmo: options and weights files of an official model, used instead of --pretrained."""
+    vectors: str | None = None
+    """With svd or sgns: run folder of the vectors command; runs/svd or runs/sgns if not given."""
+    dataset: str | None = None
+    """Data set to classify: sample, ag_news or a folder; the one of the run above if not given."""
+    data_dir: str | None = None
+    """Folder with AG News's train.csv and test.csv, if they have moved since that run."""
+    text: TextColumns | None = None
+    """With another --dataset: use all text columns joined, or the last one only."""
+    max_length: Count | None = None
+    """With another --dataset: maximum number of tokens of a text; 400 if not given."""
+    validation: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """With another --dataset: fraction of the training rows held out for validation; 0.2 if not given."""
+    finetune: bool = False
+    """Train the language model together with the classifier."""
+    untrained: bool = False
+    """Reinitialize the language model, as a baseline without pre-training."""
+    labels: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Fraction of the training and validation documents to use; at least one per class."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """A text corpus used instead of a labelled data set, and how text is split into batches."""
+
+    corpus: str | None = None
+    """Glob of training texts (plain or .gz), one tokenized sentence per line; ids are cached on disk."""
+    valid_corpus: str | None = None
+    """Glob of held-out texts for measuring perplexity."""
+    vocab: str | None = None
+    """Vocabulary file, one token per line as in bilm-tf; built from the corpus if not given."""
+    batching: Literal["sentences", "contiguous"] = "sentences"
+    """One document per row; or contiguous text, --unroll steps per batch, carrying the LSTM state over."""
+    unroll: Count = 20
+    """Time steps per batch of contiguous text."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """Processes of a distributed run; start each with the same command and its own --process."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process; or auto under Slurm, Open MPI, Kubernetes or on TPUs."""
+    processes: Count | None = None
+    """Number of processes that share the run."""
+    process: Seed | None = None
+    """Index of this process, from 0; the first one prints and writes."""

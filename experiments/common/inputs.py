@@ -1,0 +1,261 @@
+"""Inputs of training: documents for pre-training, and labelled documents with features for a classifier."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elmo_jax.baselines.word_vectors import WordVectors
+from elmo_jax.config import BiLMConfig, CombinerConfig, DataConfig, Kernel
+from elmo_jax.data.batching import BatchStream, ContiguousStream, Documents
+from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_beginning
+from elmo_jax.data.csv_dataset import Dataset, load_dataset
+from elmo_jax.data.text import Vocabulary
+from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
+from elmo_jax.models.classifier import Features, static_features
+from elmo_jax.models.combiners import OneLayer, make_combiner
+from elmo_jax.models.embedders import with_device_group_size
+from elmo_jax.storage.files import check_files, read_config, structure
+from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
+from elmo_jax.training.loop import ProgressBar
+from elmo_jax.training.objectives import bilm_features, init_params
+from experiments.common.cli import check, flag_of, prog
+from experiments.common.config import CorpusConfig, SourceConfig
+
+VECTORS = "vectors.npz"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Training and held-out documents with one vocabulary and a digest.
+
+    Attributes:
+        fraction: fraction of the training documents that `train` holds; below 1 only in a dry run.
+    """
+
+    train: Documents
+    held_out: Documents
+    vocabulary: Vocabulary
+    digest: str
+    fraction: float = 1.0
+
+    def stream(
+        self, config: CorpusConfig, batch_size: int, seed: int, steps_per_call: int
+    ) -> BatchStream | ContiguousStream:
+        """Return the training documents as batches."""
+        if config.batching == "sentences":
+            return BatchStream(self.train, batch_size, seed, steps_per_call=steps_per_call)
+        return ContiguousStream(self.train, batch_size, config.unroll, seed, steps_per_call)
+
+
+def load_texts(
+    data: DataConfig, config: CorpusConfig, with_characters: bool, max_tokens: int | None = None
+) -> Texts:
+    """Load the texts of a labelled data set or of a corpus.
+
+    Args:
+        data: the labelled data set; its bounds on vocabulary and length apply to a corpus too.
+        config: the corpus.
+        with_characters: whether documents hold character ids.
+        max_tokens: read only about this many tokens of a corpus, use them as held-out part too,
+            and write no cache.
+
+    Raises:
+        InputError: a file is missing or wrong, or a flag lacks its partner.
+    """
+    keep = max_tokens is None
+    if config.corpus is None:
+        if config.valid_corpus is not None or config.vocab is not None:
+            raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
+        dataset = load_dataset(data, with_characters=with_characters, keep=keep)
+        parts = with_device_group_size(dataset.train), with_device_group_size(dataset.validation)
+        return Texts(*parts, dataset.vocabulary, dataset.digest)
+    if data.dataset != DataConfig.dataset or data.data_dir is not None:
+        raise InputError("--corpus replaces --dataset and --data-dir; give one or the other")
+    if config.valid_corpus is None:
+        raise InputError("--corpus needs --valid-corpus to measure perplexity; give it")
+    find_shards(config.valid_corpus)  # fail before the training corpus is read
+    vocabulary = _corpus_vocabulary(data, config, keep)
+    if max_tokens is not None:
+        train, fraction = read_beginning(config.corpus, vocabulary, with_characters, max_tokens)
+        train = _cut_sentences(with_device_group_size(train), data, config)
+        return Texts(train, train, vocabulary, "", fraction)
+    train, held_out = (
+        _load_corpus(pattern, vocabulary, with_characters) for pattern in (config.corpus, config.valid_corpus)
+    )
+    longest = int(np.max(held_out.lengths))
+    if longest > data.max_length:
+        raise InputError(
+            f"{config.valid_corpus}: a sentence has {longest:,} tokens, more than --max-length "
+            f"{data.max_length}; cut it or raise --max-length"
+        )
+    digest = " ".join(_cache_name(part) for part in (train, held_out))
+    return Texts(_cut_sentences(train, data, config), held_out, vocabulary, digest)
+
+
+def _corpus_vocabulary(data: DataConfig, config: CorpusConfig, keep: bool) -> Vocabulary:
+    if config.vocab is not None:
+        return Vocabulary.load(Path(config.vocab))
+    pattern = config.corpus or ""
+    with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as bar:
+        counts = count_words(pattern, bar.add, keep=keep)
+    return Vocabulary.from_counts(counts, data.min_count, data.max_vocab)
+
+
+def _load_corpus(pattern: str, vocabulary: Vocabulary, with_characters: bool) -> Documents:
+    with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as bar:
+        return with_device_group_size(load_corpus(pattern, vocabulary, with_characters, bar.add))
+
+
+def _cache_name(part: Documents) -> str:
+    """Return the name of a corpus's cache folder, which is a digest of its texts and vocabulary."""
+    return Path(str(getattr(part.ids, "filename", ""))).parent.name
+
+
+def _cut_sentences(train: Documents, data: DataConfig, config: CorpusConfig) -> Documents:
+    """Cut sentences at the maximum length, since a batch is as wide as its longest row."""
+    if config.batching != "sentences":
+        return train
+    count = int((train.lengths > data.max_length).sum())
+    if count:
+        warnings.warn(
+            f"{config.corpus}: {count:,} sentences were longer than {data.max_length} tokens and were cut "
+            "(--max-length)",
+            stacklevel=3,
+        )
+    return replace(train, max_length=data.max_length)
+
+
+class Source(NamedTuple):
+    """Input of a classifier.
+
+    Attributes:
+        data: the labelled data set, with the token ids that the features use.
+        features: ``(params, batch, key) -> [L, B, T, F]``.
+        combiner: module that combines the layers.
+        params: parameters of the features.
+        shape: (L, F).
+        options: options of an official model, to be recorded with the run.
+    """
+
+    data: Dataset
+    features: Features
+    combiner: Any
+    params: dict[str, Any]
+    shape: tuple[int, int]
+    options: Mapping[str, Any] = {}
+
+
+def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
+    """Load the features and the data set named by the flags.
+
+    Raises:
+        InputError: a run is missing or of another kind, flags contradict each other, or the
+            kernel cannot run such layers.
+    """
+    if config.features == "elmo":
+        return _open_elmo(config, combiner, seed, kernel)
+    if config.finetune or config.untrained:
+        raise InputError("--finetune and --untrained need --features elmo; leave them out")
+    return _open_vectors(config, seed)
+
+
+def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
+    if config.bilm is not None:
+        elmo, run = Elmo.from_bilm(*config.bilm, kernel=kernel), None
+    else:
+        elmo, run = Elmo.from_pretrained(config.pretrained, kernel=kernel), Path(config.pretrained)
+    sizes = elmo.model.config
+    data = _load_labelled(config, run, elmo.vocabulary, sizes.input == "characters", seed)
+    params = init_params(elmo.model, jax.random.key(seed)) if config.untrained else elmo.params
+    features = bilm_features(elmo.model, config.finetune)
+    options = {} if run else official_options(sizes)  # a run has its own config.json
+    shape = sizes.layers + 1, 2 * sizes.embedding
+    return Source(data, features, make_combiner(combiner), {"bilm": params}, shape, options)
+
+
+def official_options(config: BiLMConfig) -> dict[str, Any]:
+    """Return the options of an official model as recorded in the run of a classifier on it."""
+    return {"options": json.loads(json.dumps(asdict(replace(config, dtype=BiLMConfig.dtype))))}
+
+
+def _open_vectors(config: SourceConfig, seed: int) -> Source:
+    path = Path(config.vectors or f"runs/{config.features}")
+    if not ((path / VECTORS).is_file() and (path / RESULTS).is_file()):  # results are written last
+        make = f"{prog('vectors')} --method {config.features} --output {path}"
+        raise InputError(f"{path}: no word vectors here; make them with {make}")
+    check_files(path)
+    method = read_config(path).get("method")
+    if method != config.features:
+        raise InputError(f"{path}: holds {method} vectors; give a run of --method {config.features}")
+    vocabulary = Vocabulary.load(path / VOCABULARY)
+    table = WordVectors.load(path / VECTORS).table(vocabulary)
+    data = _load_labelled(config, path, vocabulary, False, seed)
+    return Source(data, static_features, OneLayer(), {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
+
+
+def _load_labelled(
+    config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, with_characters: bool, seed: int
+) -> Dataset:
+    """Load the data set of the flags, or else the one that the features' run was trained on.
+
+    Raises:
+        InputError: there is none, or its texts have changed since the run.
+    """
+    known = None if run is None else data_of(run)
+    if config.dataset is None and known is None:
+        reason = f"{run}: was not trained on a labelled data set" if run else "--bilm names no data set"
+        raise InputError(f"{reason}; give one with --dataset")
+    own = known if known is not None and config.dataset in (None, known.dataset) else None
+    fixed = ("text", "max_length", "validation")
+    names = ("dataset", "data_dir", *fixed)
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    settings = replace(own or DataConfig(), **given)
+    if changed := [name for name in fixed if own and getattr(settings, name) != getattr(own, name)]:
+        raise InputError(
+            f"{flag_of(changed[0])} differs from the run's data set in {run}; leave it out, or give another "
+            "--dataset"
+        )
+    data = load_dataset(settings, vocabulary, with_characters)
+    if own and run and data.digest != read_config(run).get("texts"):
+        raise InputError(
+            f"{run}: the texts of its data set have changed; train it again, or give another --dataset"
+        )
+    parts = ("train", "validation", "test")
+    data = replace(data, **{name: with_device_group_size(getattr(data, name)) for name in parts})
+    return keep_labels(data, config.labels, seed)
+
+
+def data_of(run: Path) -> DataConfig | None:
+    """Return the labelled data set that a run was trained on, if any.
+
+    Raises:
+        InputError: the run cannot be read.
+    """
+    saved = read_config(run).get("data")
+    if saved is None:
+        return None
+    settings = structure(DataConfig, saved, f"{run}: data")
+    check(settings)
+    return settings
+
+
+def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
+    """Return the data set with a random fraction of its training and validation documents.
+
+    Args:
+        data: the data set.
+        fraction: above 0 and at most 1.
+        seed: random seed of the choice.
+    """
+    if fraction == 1:
+        return data
+    fewer = {name: getattr(data, name).subset(fraction, seed) for name in ("train", "validation")}
+    return replace(data, **fewer)
