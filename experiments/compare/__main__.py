@@ -1,107 +1,124 @@
-"""The whole comparison, from pre-training to a page of results: python -m experiments.compare."""
+"""Command that compares ELMo with word vectors, from pre-training to a page of results."""
 
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import filelock
-import jax
+from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.data.csv_dataset import DataConfig
+from elmo_jax.config import DataConfig
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import CONFIG, write_atomically, writer_lock
 from experiments.common import cli
-from experiments.common.cli import flag_of
-from experiments.compare import claims, results
-from experiments.compare.stages import METHODS, CompareConfig, Comparison, Origins, Stage, run_stages
 
-_LOCK = ".lock"
-_MOST_SEEDS = 1000
+_CONFIG, _LOCK = "config.json", ".lock"
+_MAX_SEEDS = 1000
 
 
-def _check(config: CompareConfig) -> None:
-    """Flags that together mean nothing."""
-    if config.seeds > _MOST_SEEDS:
-        raise InputError(f"--seeds must be at most {_MOST_SEEDS}, not {config.seeds}")
-    if config.pretrained is None:
-        return
-    default = DataConfig()
-    fields = dataclasses.fields(DataConfig)
-    given = [f.name for f in fields if getattr(config.data, f.name) != getattr(default, f.name)]
-    if given:
-        flags = ", ".join(map(flag_of, given))
-        raise InputError(f"--pretrained brings the data set of that run; leave out {flags}")
-    if config.pretrain.strip() and not config.claims:
-        raise InputError("--pretrained is there in place of a new run; leave out it or --pretrain")
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare ELMo with SVD and SGNS vectors and write report.md and report.html.
 
+    Finished stages are not run again; after a stop the same command continues.
+    """
 
-def _check_output(output: Path) -> None:
-    """A folder that is new, or a comparison's: nothing else is written over."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; give --output a folder")
-    names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if CONFIG in names:
-        try:
-            made = json.loads((output / CONFIG).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            made = None
-        if not isinstance(made, dict):
-            raise InputError(f"{output / CONFIG}: cannot be read; restore it, or give --output a new folder")
-        if "seeds" not in made:
-            raise InputError(f"{output}: holds a run of another command; give --output a folder of its own")
-    elif names - {f"{CONFIG}.part", _LOCK}:
-        raise InputError(f"{output}: is not empty and holds no comparison; give --output a new folder")
+    data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
+    preset: Literal["report", "best"] = "report"
+    """Preset of pre-training and of the classifiers."""
+    seeds: int = 1
+    """Number of classifiers per method, with random seeds 0, 1, …; the page shows means and deviations."""
+    claims: bool = False
+    """Also measure the claims about ELMo with many more classifiers, and write claims.md and claims.html."""
+    pretrained: str | None = None
+    """Finished run of pretrain to use with its data set, instead of pre-training."""
+    pretrain: str = ""
+    """More flags of pretrain in one string, as in --pretrain="--epochs 2 --cells 64"; with
+    --pretrained, for the language model that --claims trains."""
+    vectors: str = ""
+    """More flags of vectors in one string."""
+    downstream: str = ""
+    """More flags of downstream in one string."""
+    output: str = "runs/compare"
+    """Folder of all runs and of the pages."""
 
 
 def compare(config: CompareConfig) -> None:
-    """Run the command."""
-    output, origins = Path(config.output), Origins()
-    _check(config)
+    """Run the unfinished stages and write the pages."""
+    from elmo_jax.storage.files import write_atomically, writer_lock
+    from experiments.compare import claims, results
+    from experiments.compare.stages import METHODS, Comparison, InputDigests, run_stages
+
+    output, digests = Path(config.output), InputDigests()
+    _check_flags(config)
     _check_output(output)
-    data = config.data if config.pretrained is None else origins.given(Path(config.pretrained))
-    comparison = Comparison(config, data, output, origins, config.pretrained)
-    classifiers = {
-        method: [comparison.classifier(method, seed) for seed in range(config.seeds)] for method in METHODS
-    }
-    studies = claims.studies(comparison, classifiers) if config.claims else None
+    data = config.data if config.pretrained is None else digests.pretrained_data(Path(config.pretrained))
+    extra_flags = {name: getattr(config, name) for name in ("pretrain", "vectors", "downstream")}
+    comparison = Comparison(data, output, config.preset, extra_flags, config.pretrained, digests)
+    seeds = range(config.seeds)
+    classifiers = {method: [comparison.classifier(method, seed) for seed in seeds] for method in METHODS}
+    stages = [*comparison.sources.values(), *(run for runs in classifiers.values() for run in runs)]
+    studies = claims.plan_studies(comparison, classifiers) if config.claims else None
     output.mkdir(parents=True, exist_ok=True)
     try:
         with writer_lock(output / _LOCK):
-            _run(config, comparison, classifiers, studies)
+            write_atomically(output / _CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            seconds = run_stages([*stages, *(studies.stages if studies else [])], output)
+            results.write_page(comparison, classifiers, seconds, _describe_call())
+            cli.say(f"written to {output / 'report.html'}")
+            if studies:
+                claims.write_page(studies, output)
+                cli.say(f"written to {output / 'claims.html'}")
     except filelock.Timeout:
-        told = "another comparison writes there; wait for it, or give another --output"
-        raise InputError(f"{output}: {told}") from None
+        message = "another comparison writes there; wait for it, or give another --output"
+        raise InputError(f"{output}: {message}") from None
 
 
-def _run(
-    config: CompareConfig,
-    comparison: Comparison,
-    classifiers: Mapping[str, list[Stage]],
-    studies: claims.Studies | None,
-) -> None:
-    """Run what is not finished, and write the pages."""
-    output = comparison.output
-    write_atomically(output / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    stages = [*comparison.sources(), *(run for runs in classifiers.values() for run in runs)]
-    seconds = run_stages([*stages, *(claims.stages(studies) if studies else [])], output)
-    about = (
-        f"Made by `{cli.prog('compare')} {shlex.join(sys.argv[1:])}` with jax {jax.__version__} on "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)."
-    )
-    results.write(classifiers, comparison.sources(), Path(comparison.language_model), seconds, about,
-                  comparison.data.dataset, output)  # fmt: skip
-    cli.say(f"written to {output / 'report.html'}")
-    if studies:
-        claims.write(studies, output)
-        cli.say(f"written to {output / 'claims.html'}")
+def _check_flags(config: CompareConfig) -> None:
+    """Check flags that exclude each other."""
+    if config.seeds > _MAX_SEEDS:
+        raise InputError(f"--seeds must be at most {_MAX_SEEDS}, not {config.seeds}")
+    if config.pretrained is None:
+        return
+    default = dataclasses.asdict(DataConfig())
+    changed = [name for name, value in dataclasses.asdict(config.data).items() if value != default[name]]
+    if changed:
+        flags = ", ".join(map(cli.flag_of, changed))
+        raise InputError(f"--pretrained brings the data set of that run; leave out {flags}")
+    if config.pretrain.strip() and not config.claims:
+        raise InputError("--pretrain has no effect with --pretrained; leave one of them out")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder that holds anything but a comparison."""
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if _CONFIG in names:
+        try:
+            is_comparison = "seeds" in json.loads((output / _CONFIG).read_text("utf-8"))
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{output / _CONFIG}: cannot be read; restore it, or give --output a new folder"
+            ) from None
+        if not is_comparison:
+            raise InputError(f"{output}: holds a run of another command; give --output another folder")
+    elif names - {f"{_CONFIG}.part", _LOCK}:
+        raise InputError(f"{output}: is not empty and holds no comparison; give --output a new folder")
+
+
+def _describe_call() -> str:
+    import jax
+
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    command = f"{cli.prog('compare')} {shlex.join(sys.argv[1:])}"
+    return f"Made by `{command}` with JAX {jax.__version__} on {device}."
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.run(CompareConfig, compare, "compare")
 
 
