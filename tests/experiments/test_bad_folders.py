@@ -148,7 +148,7 @@ def test_configuration_is_refused(name, exported):
 DATA = {
     "text": ("x", "data: Expected `object`, got `str`"),
     "a number": ({"dataset": 5}, "data: Expected `str`, got `int`"),
-    "NUL": ({"dataset": "a\0b"}, "holds a NUL character"),
+    "NUL": ({"dataset": "a\0b"}, "contains a NUL character"),
     "-1 tokens": ({"max_length": -1}, "data: Expected `int` >= 1 - at `$.max_length`"),
 }
 
