@@ -224,8 +224,7 @@ def describe_transfer(pretrained: Sequence[float], untrained: Sequence[float]) -
     return (
         f"The same classifier {verdict}: {format_mean(pretrained)} on the pre-trained language model, "
         f"{format_mean(untrained)} on one with random parameters "
-        f"(difference {format_mean(gains, sign='+')}). "
-        + _describe_seeds(len(gains))
+        f"(difference {format_mean(gains, sign='+')}). " + _describe_seeds(len(gains))
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from experiments.common.features import data_of
 from exported import CONFIGURATION, MODEL, PARAMS, WEIGHTS, WORDS, seal, weights
 
 from elmo_jax.data.csv_dataset import DataConfig
@@ -16,7 +17,6 @@ from elmo_jax.pretrained.folder import VOCABULARY
 from elmo_jax.storage.files import CONFIG, read_config, write_config
 from elmo_jax.training.checkpoint import Position, Run
 from experiments import downstream
-from experiments.common.features import data_of
 
 
 @pytest.fixture
