@@ -20,9 +20,8 @@ def flags(tmp_path):
 
 
 def test_a_rate_that_makes_every_step_diverge_is_refused(flags, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(
-        "elmo_jax.baselines.sgns._MAX_ROW_UPDATE", 1e40
-    )  # without this bound a rate can diverge
+    # Without this bound a high rate diverges.
+    monkeypatch.setattr("elmo_jax.baselines.sgns._MAX_ROW_UPDATE", 1e40)
     refused(vectors.main, [*flags, "--subsample", "1", "--rate", "1e30", "--epochs", "3"], ANEW)
     assert not (tmp_path / "run" / "vectors.npz").exists()
 
