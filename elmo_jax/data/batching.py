@@ -250,6 +250,7 @@ class BatchStream:
             epoch += 1
 
     dispatches = renamed_method("dispatches", "chunks")
+    rows = renamed_method("rows", "document_indices")
 
     def document_indices(self, step: int) -> np.ndarray:
         """See `Stream.document_indices`."""
@@ -335,8 +336,7 @@ class ContiguousStream:
 
     Args:
         documents: Sentences; InputError if they have fewer than B (U + 1) tokens with ``<S>``, ``</S>``.
-        batch_size: B.
-        unroll: U.
+        batch_size, unroll: B and U.
         seed: Random seed of the order of sentences.
         steps_per_call: K.
 
