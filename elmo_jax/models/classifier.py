@@ -26,7 +26,7 @@ class BiLSTMClassifier(nn.Module):
     Attributes:
         config: Sizes and regularization.
         classes: C.
-        kernel: Kernel of the LSTM layers.
+        kernel: LSTM kernel.
 
     Example:
         >>> model = BiLSTMClassifier(ClassifierConfig(hidden=4), classes=3)
@@ -122,13 +122,10 @@ def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):
     """Return the loss function of the classifier: mean cross-entropy per document.
 
     Args:
-        features: Feature function, ``(params, batch, key) -> [L, B, T, F]``.
-        combiner: Module from `elmo_jax.models.combiners`.
-        model: The classifier.
+        features, combiner, model: As in `classify`.
 
     Returns:
-        A pure function ``(params, batch, key) -> (loss, metrics)``. With key None there is neither dropout
-        nor label smoothing.
+        A pure function ``(params, batch, key) -> (loss, metrics)``; key None turns regularization off.
     """
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
@@ -148,8 +145,8 @@ def confusion_matrix(labels: Array, predicted: Array, weight: Array, classes: in
 
     Args:
         labels, predicted: Classes ``[B]`` int32.
-        weight: ``[B]``, 0 for filler rows.
-        classes: Number of classes C, static.
+        weight: Weight of each document ``[B]``, 0 for filler rows.
+        classes: C.
     """
     rows = jax.nn.one_hot(labels, classes) * weight[:, None]
     return rows.T @ jax.nn.one_hot(predicted, classes)

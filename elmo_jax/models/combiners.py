@@ -1,7 +1,6 @@
 """Combiners that mix the layers of a biLM into one vector per token.
 
-A combiner is a Linen module ``[L, B, T, F] -> [B, T, F]``, chosen by name from `COMBINERS`. To add one, write
-a class and add it to that table.
+A combiner is a Linen module ``[L, B, T, F] -> [B, T, F]``. To add one, add its class to `COMBINERS`.
 """
 
 from collections.abc import Sequence
