@@ -1,12 +1,12 @@
-"""Projected LSTM layers that run several directions at once over padded batches.
+"""LSTM layers that run several directions at once over padded batches, and the registry of recurrences.
 
-Nouns: a *layer* is D independent LSTMs behind one call. Direction is an axis, not a code
-path: a caller stacks a batch and its `reverse_valid`, and both are read left to right.
-Axes: B batch, T time, D direction, I input, H cells, P projection (P = H without one).
+A caller stacks a batch and its `reverse_valid` along the direction axis D; every direction is then read
+from left to right. Shape comments use the axis letters of docs/concepts.md; I is the input width.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,49 @@ from jax import Array
 
 from elmo_jax.config import Kernel
 from elmo_jax.errors import InputError
-from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_scan_vjp, lstm_step
+from elmo_jax.ops.lstm import Clips, State, Weights, batched_product, lstm_step, run_fast
 from elmo_jax.ops.lstm_pallas import run_persistent, unsupported_reason
 from elmo_jax.parallel import align_varying
 
-# Glorot's fans, with the direction axis left out of them.
+# The direction axis counts as a batch axis, not towards fan-in and fan-out.
 _glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
+
+
+def _run_plain(layer: nn.Module, x: Array, state: State, w_x: Array, w: Weights, clips: Clips) -> State:
+    """Scan `lstm_step` over the steps; every other recurrence has the same values and gradients."""
+
+    def body(layer: nn.Module, state: State, gates: Array):
+        state = lstm_step(state, gates, w, clips)
+        return state, state
+
+    scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=2, out_axes=2)
+    result: Any = scan(layer, state, batched_product(x, w_x))  # gates [D, B, T, 4H]
+    return result[1]
+
+
+class Recurrence(NamedTuple):
+    """Implementation of a layer's steps.
+
+    Attributes:
+        run: ``(layer, x, state, w_x, w, clips) -> states``: the module, its input ``[D, B, T, I]``, first
+            state, weights in the matmul dtype and bounds; returns the states after every step,
+            c ``[D, B, T, H]`` and h ``[D, B, T, P]``.
+        unsupported_reason: ``(cells, projection, dtype) ->`` why it cannot run such a layer here, or None.
+    """
+
+    run: Callable[[nn.Module, Array, State, Array, Weights, Clips], State]
+    unsupported_reason: Callable[[int, int | None, str], str | None] = lambda cells, projection, dtype: None
+
+
+RECURRENCES = {
+    "plain": Recurrence(_run_plain),
+    "fast": Recurrence(lambda layer, *arrays: run_fast(*arrays)),
+    "persistent": Recurrence(
+        lambda layer, x, state, w_x, *rest: run_persistent(state, batched_product(x, w_x), *rest),
+        unsupported_reason,
+    ),
+}
+_AUTOMATIC = ("persistent", "fast")  # the first that can run the layer
 
 
 @jax.custom_vjp
@@ -60,25 +97,27 @@ def token_mask(lengths: Array, steps: int) -> Array:
 
 
 def stack_directions(x: Array, lengths: Array) -> Array:
-    """``[B, T, ...]`` to ``[D, B, T, ...]``: as it is, and from each row's end."""
+    """Stack ``[B, T, ...]`` and its reversal to ``[D, B, T, ...]``."""
     return jnp.stack([x, reverse_valid(x, lengths)])
 
 
 def join_directions(h: Array, lengths: Array) -> Array:
-    """States ``[D, B, T, P]`` of what was read `stack_directions` to ``[B, T, 2P]``, backward turned back."""
+    """Join states ``[D, B, T, P]`` of a `stack_directions` input to ``[B, T, 2P]`` in text order."""
     forward, backward = h
     return jnp.concatenate([forward, reverse_valid(backward, lengths)], axis=-1)
 
 
 class LSTM(nn.Module):
-    """One layer of D independent LSTMs, all read in the order they are given.
+    """Layer of D independent LSTMs (Sak et al. 2014); each reads its input from left to right.
 
     Attributes:
         cells: H.
-        projection: P, or None for h of H without a projection.
-        clips: bounds of the cell and of the projection.
-        dtype: of the products; states and sums are float32 at least.
-        kernel: what runs the steps, see `choose`; parameters are the same for all.
+        projection: P, or None for P = H without a projection.
+        clips: Bounds of the cell state and of the projected state.
+        dtype: Matmul dtype. States and accumulation are float32 or wider.
+        kernel: Name in `RECURRENCES`, or "auto" for the fastest that can run the layer. Parameters do not
+            depend on it. "plain" differentiates in every mode, "fast" in reverse mode to any order, and
+            "persistent" once in reverse mode.
 
     Example:
         >>> layer = LSTM(cells=4)
@@ -94,83 +133,62 @@ class LSTM(nn.Module):
     dtype: str = "float32"
     kernel: Kernel = "auto"
 
-    def choose(self) -> Kernel:
-        """The kernel that runs here.
-
-        "fast" is `lstm_scan_vjp`, "plain" is `nn.scan` over `lstm_step`, "persistent" is
-        `run_persistent`. "auto" is "persistent" where it can run the layer, else "fast";
-        "cudnn" is deprecated and means "auto". Second gradients are "fast"'s and "plain"'s alone, and
-        `jax.jvp` is "plain"'s.
+    def choose(self) -> str:
+        """Return the name of the recurrence that runs this layer here.
 
         Raises:
-            InputError: the kernel that is asked for cannot run the layer.
+            InputError: the requested kernel cannot run the layer.
         """
-        kernel = self.kernel
-        if kernel == "cudnn":
+        name: str = self.kernel
+        if name == "cudnn":
             message = 'kernel "cudnn" was removed and runs as "auto"; its name ends with the next release'
             warnings.warn(message, DeprecationWarning, stacklevel=2)
-            kernel = "auto"
-        reason = unsupported_reason(self.cells, self.projection, self.dtype)
-        if kernel == "auto":
-            return "fast" if reason else "persistent"
-        if kernel == "persistent" and reason:
-            raise InputError(f'kernel "persistent" cannot run this layer: {reason}; use "auto"')
-        return kernel
+            name = "auto"
+        layer = self.cells, self.projection, self.dtype
+        if name == "auto":
+            return next(each for each in _AUTOMATIC if not RECURRENCES[each].unsupported_reason(*layer))
+        if reason := RECURRENCES[name].unsupported_reason(*layer):
+            raise InputError(f'kernel "{name}" cannot run this layer: {reason}; use "auto"')
+        return name
 
     @nn.compact
     def __call__(self, x: Array, lengths: Array, state: State | None = None) -> tuple[Array, State]:
-        """Run the layer over every step.
+        """Run the layer over all steps.
 
         Args:
             x: ``[D, B, T, I]``.
-            lengths: ``[B]`` int32. What is returned of steps beyond them means nothing; they
-                reach neither the real steps nor the returned state.
-            state: the first state, c ``[D, B, H]`` and h ``[D, B, P]``; zeros if None.
+            lengths: ``[B]`` int32. Outputs beyond them are meaningless, and inputs beyond them affect neither
+                the valid outputs nor the returned state.
+            state: First state, c ``[D, B, H]`` and h ``[D, B, P]``; zeros if None.
 
         Returns:
-            h ``[D, B, T, P]``, and the state after each row's last real step.
+            h ``[D, B, T, P]``, and the state after the last valid step of each row.
 
         Raises:
-            InputError: see `choose`.
+            InputError: the requested kernel cannot run the layer.
         """
-        kernel = self.choose()
-        d, b, steps, inputs = x.shape
+        recurrence = RECURRENCES[self.choose()]
+        d, b, t, i = x.shape
         hidden, out = self.cells, self.projection or self.cells
-        w_x = self.param("input_kernel", _glorot, (d, inputs, 4 * hidden))
+        w_x = self.param("input_kernel", _glorot, (d, i, 4 * hidden))
         w_h = self.param("recurrent_kernel", _glorot, (d, out, 4 * hidden))
         bias = self.param("bias", nn.initializers.zeros, (d, 4 * hidden))
         w_p = None
         if self.projection is not None:
             w_p = self.param("projection_kernel", _glorot, (d, hidden, out)).astype(self.dtype)
         w = Weights(w_h.astype(self.dtype), bias, w_p)
-
         if state is None:
-            sums = np.promote_types(w.recurrent.dtype, np.float32)
-            state = State(jnp.zeros((d, b, hidden), sums), jnp.zeros((d, b, out), sums))
+            dtype = np.promote_types(w.recurrent.dtype, np.float32)
+            state = State(jnp.zeros((d, b, hidden), dtype), jnp.zeros((d, b, out), dtype))
         x, lengths, state, w_x, w = align_varying((x, lengths, state, w_x, w))
-        if 0 in (b, steps):
-            return jnp.zeros((d, b, steps, out), state.h.dtype), state
-        w_x = w_x.astype(self.dtype)
-        if kernel == "persistent":
-            states: Any = run_persistent(state, batched_product(x, w_x), w, self.clips)
-        elif kernel == "fast":
-            states = lstm_scan_vjp(x, state, w_x, w, self.clips)
-        else:
-
-            def body(_, state: State, gates: Array):
-                state = lstm_step(state, gates, w, self.clips)
-                return state, state
-
-            scan = nn.scan(
-                body, variable_broadcast="params", split_rngs={"params": False}, in_axes=2, out_axes=2
-            )
-            carried: Any = scan(self, state, batched_product(x, w_x))
-            states = carried[1]
-        return states.h, _last(state, states, lengths)
+        if 0 in (b, t):
+            return jnp.zeros((d, b, t, out), state.h.dtype), state
+        states = recurrence.run(self, x, state, w_x.astype(self.dtype), w, self.clips)
+        return states.h, _last_valid(state, states, lengths)
 
 
-def _last(first: State, states: State, lengths: Array) -> State:
-    """The state after each row's last real step; rows without one keep the first."""
+def _last_valid(first: State, states: State, lengths: Array) -> State:
+    """Return the state after each row's last valid step; the first state for rows without one."""
 
     def pick(first: Array, every: Array) -> Array:
         index = jnp.maximum(lengths - 1, 0)[None, :, None, None]

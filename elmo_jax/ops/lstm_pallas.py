@@ -383,11 +383,11 @@ def _backward(clips: Clips, residuals: Any, grads: State):
     to_h = _padded_weights(w).swapaxes(2, 3).reshape(directions, 1, -1, width)
     dz, dc, dh = _call("backward", clips, made, by_gate, c, *grads, to_h)
     dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], GATES * cells)
-    layout = Layout(steps, turned=False)
-    before = layout.flat(passed[:, :, :-1, :cells])
-    d_recurrent = layout.matrix_gradient(before, layout.flat(dz), w.recurrent)
+    layout = Layout(steps, transposed=False)
+    before = layout.join_steps(passed[:, :, :-1, :cells])
+    d_recurrent = layout.matrix_gradient(before, layout.join_steps(dz), w.recurrent)
     dz = dz.astype(jnp.float32)  # rounded as every product with it would round it
-    return State(dc, dh), dz, Weights(d_recurrent, layout.bias_gradient(layout.flat(dz), w.bias), None)
+    return State(dc, dh), dz, Weights(d_recurrent, layout.bias_gradient(layout.join_steps(dz), w.bias), None)
 
 
 _recurrence.defvjp(_forward, _backward)

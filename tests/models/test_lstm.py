@@ -45,21 +45,19 @@ def case(request, x64):
     return layers, params, x, state, clips
 
 
-# What says in a program how gates lie: of all directions, of one, of one turned.
-ARRANGED = {
-    "together": f"[{D},{B},{T * 4 * H}]",
-    "apart": f"[{B},{T * 4 * H}]",
-    "turned": f"[{4 * H},{T * B}]",
+# Shape of the gates in a program: all directions, one direction, one direction transposed.
+LAYOUTS = {
+    "joined": f"[{D},{B},{T * 4 * H}]",
+    "split": f"[{B},{T * 4 * H}]",
+    "transposed": f"[{4 * H},{T * B}]",
 }
 
 
-@pytest.fixture(params=ARRANGED)
-def arranged(request, monkeypatch):
-    """How a kernel called "fast" arranges its parts."""
-    monkeypatch.setattr(fast, "APART_BYTES", 0 if request.param == "together" else np.inf)
-    monkeypatch.setattr(fast, "_on_cpu", lambda: True)
-    monkeypatch.setattr(fast, "TURNED_ROWS", B if request.param == "turned" else B + 1)
-    monkeypatch.setattr(fast, "_alone", lambda: True)
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    """Memory layout of the kernel "fast"."""
+    monkeypatch.setattr(fast, "_SPLIT_MAX_BYTES", 0 if request.param == "joined" else np.inf)
+    monkeypatch.setattr(fast, "_TRANSPOSE_MIN_ROWS", B if request.param == "transposed" else B + 1)
     return request.param
 
 
@@ -68,7 +66,7 @@ def test_mask_is_true_on_real_steps():
 
 
 @pytest.mark.parametrize("kernel", ["fast", "plain"])
-def test_layer_is_the_equations(case, kernel, arranged):
+def test_layer_is_the_equations(case, kernel, layout):
     layers, params, x, state, clips = case
     h, last = layers[kernel].apply({"params": params}, x, LENGTHS, state)
     p = tree64(params)
@@ -92,7 +90,7 @@ def test_layer_is_the_equations(case, kernel, arranged):
 
 
 @pytest.mark.parametrize("uses_state", [False, True])
-def test_fast_gradient_is_the_plain_ones(case, uses_state, arranged):
+def test_fast_gradient_is_the_plain_ones(case, uses_state, layout):
     layers, params, x, state, _ = case
 
     def loss(params, x, state, kernel):
@@ -104,25 +102,25 @@ def test_fast_gradient_is_the_plain_ones(case, uses_state, arranged):
         return jnp.sum(weight * real**2) + (jnp.sum(jnp.sin(last.c)) + jnp.sum(last.h) if uses_state else 0)
 
     program = str(jax.make_jaxpr(lambda *given: loss(*given, "fast"))(params, x, state))
-    assert {how for how, gates in ARRANGED.items() if gates in program} == {arranged}
+    assert {how for how, gates in LAYOUTS.items() if gates in program} == {layout}
     got, want = (jax.grad(loss, argnums=(0, 1, 2))(params, x, state, k) for k in ("fast", "plain"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), got, want)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(got))
 
 
-def test_rows_that_devices_share_do_not_lie_side_by_side(monkeypatch):
-    monkeypatch.setattr(fast, "TURNED_ROWS", 0)
+def test_layout_of_sharded_rows_is_not_transposed(monkeypatch):
+    monkeypatch.setattr(fast, "_TRANSPOSE_MIN_ROWS", 0)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     x = jnp.zeros((D, B, T, I))
     params = LSTM(H).init(jax.random.key(1), x, LENGTHS)
-    assert ARRANGED["apart"] in str(jax.make_jaxpr(lambda x: LSTM(H).apply(params, x, LENGTHS))(x))
+    assert LAYOUTS["split"] in str(jax.make_jaxpr(lambda x: LSTM(H).apply(params, x, LENGTHS))(x))
 
 
-def test_a_step_is_a_slice_of_all_and_not_a_gather(arranged):
+def test_a_step_is_a_slice_of_all_and_not_a_gather(layout):
     x, w_x = jnp.zeros((D, B, T, I)), jnp.zeros((D, I, 4 * H))
     w = Weights(jnp.zeros((D, H, 4 * H)), jnp.zeros((D, 4 * H)), None)
     state = State(jnp.zeros((D, B, H)), jnp.zeros((D, B, H)))
-    run = lambda x, w_x, w: jnp.sum(fast.lstm_scan_vjp(x, state, w_x, w, Clips()).h)  # noqa: E731
+    run = lambda x, w_x, w: jnp.sum(fast.run_fast(x, state, w_x, w, Clips()).h)  # noqa: E731
     program = str(jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(x, w_x, w))
     assert "dynamic_update_slice" in program and "gather" not in program and "scatter" not in program
 
@@ -137,7 +135,7 @@ def test_a_program_may_leave_the_number_of_rows_open():
     np.testing.assert_allclose(exported.call(x, LENGTHS), run(x, LENGTHS), rtol=1e-6)
 
 
-def test_fast_is_plain_in_float32(arranged):
+def test_fast_is_plain_in_float32(layout):
     x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     both = [
@@ -156,7 +154,7 @@ def test_directions_are_independent():
     assert not np.array_equal(changed[1], run(x)[1])
 
 
-def test_bfloat16_stays_near_float32(arranged):
+def test_bfloat16_stays_near_float32(layout):
     x = jax.random.normal(jax.random.key(0), (D, B, T, I))
     params = LSTM(H, P).init(jax.random.key(1), x, LENGTHS)
     full, half = (LSTM(H, P, dtype=d).apply(params, x, LENGTHS)[0] for d in ("float32", "bfloat16"))
@@ -166,7 +164,7 @@ def test_bfloat16_stays_near_float32(arranged):
 
 
 @pytest.mark.parametrize("steps", [1, T])
-def test_bfloat16_has_gradients_of_all_it_is_given(arranged, steps):
+def test_bfloat16_has_gradients_of_all_it_is_given(layout, steps):
     x, lengths = jax.random.normal(jax.random.key(0), (D, B, steps, I)), jnp.full(B, steps, jnp.int32)
     state = State(jnp.full((D, B, H), 0.1), jnp.full((D, B, H), -0.1))
     params = LSTM(H).init(jax.random.key(1), x, lengths)
