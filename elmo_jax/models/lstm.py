@@ -63,14 +63,14 @@ _AUTOMATIC = ("persistent", "fast")  # the first that can run the layer
 
 @jax.custom_vjp
 def reverse_valid(x: Array, lengths: Array) -> Array:
-    """Reverse the real steps of every row; padding stays where it is.
+    """Reverse the valid steps of every row; padding keeps its position.
 
-    ``y[b, t] = x[b, lengths[b] - 1 - t]`` for t < lengths[b], else ``x[b, t]``. It is its
-    own inverse and its own transpose, so the gradient is a gather and never a scatter.
+    ``y[b, t] = x[b, lengths[b] - 1 - t]`` for t < lengths[b], else ``x[b, t]``. The function is its own
+    inverse and its own transpose, so its gradient is a gather and never a scatter.
 
     Args:
         x: ``[B, T, ...]``, any dtype.
-        lengths: ``[B]`` int32, real steps a row.
+        lengths: ``[B]`` int32, valid steps of each row.
 
     Returns:
         ``[B, T, ...]``, dtype of x.
@@ -92,7 +92,7 @@ reverse_valid.defvjp(
 
 
 def token_mask(lengths: Array, steps: int) -> Array:
-    """``[B, T]`` bool, true on real steps."""
+    """Return a mask ``[B, T]`` that is True on valid steps."""
     return jnp.arange(steps)[None, :] < lengths[:, None]
 
 

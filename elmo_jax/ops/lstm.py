@@ -132,7 +132,7 @@ def _choose_layout(rows: Any, recurrent: Array) -> tuple[bool, bool]:
         return False, False
     size = math.prod(recurrent.shape[1:]) * recurrent.dtype.itemsize
     many = isinstance(rows, int) and rows >= _TRANSPOSE_MIN_ROWS  # symbolic in exported programs
-    # XLA:CPU cannot run some transposed products in bfloat16, and devices cannot share out rows on a last axis.
+    # XLA:CPU cannot run some transposed products in bfloat16, and a mesh cannot shard rows on a last axis.
     transposable = recurrent.dtype.itemsize > 2 and jax.device_count() == 1
     transposed = many and transposable and size < _TRANSPOSE_MAX_BYTES
     return transposed or size < _SPLIT_MAX_BYTES, transposed
@@ -157,7 +157,7 @@ class Layout(NamedTuple):
         return -1 if self.transposed else -2
 
     def transpose(self, a: Array) -> Array:
-        """Convert ``[B, N]``, ``[B, T, N]``, ``[I, O]`` or ``[N]`` of one direction into the layout or back."""
+        """Convert ``[B, N]``, ``[B, T, N]``, ``[I, O]`` or ``[N]`` of one direction to the layout or back."""
         return a.T if self.transposed else a
 
     def join_steps(self, a: Array) -> Array:
@@ -285,7 +285,7 @@ class _BackwardCarry(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """Arrays of one LSTM that the backward pass reads; `h`, `by_gate`, `derivatives` and `m` hold all steps."""
+    """Arrays of one LSTM for the backward pass; `h`, `by_gate`, `derivatives` and `m` hold all steps."""
 
     first: State
     h: Array
@@ -334,7 +334,9 @@ def _run_forward(
     with_gradient: bool,
 ) -> tuple[_ForwardCarry, ...]:
     lstms = zip(first, gates, w, strict=True)
-    return _loop_together([_forward_loop(*lstm, clips, layout, with_gradient) for lstm in lstms], layout.steps)
+    return _loop_together(
+        [_forward_loop(*lstm, clips, layout, with_gradient) for lstm in lstms], layout.steps
+    )
 
 
 def _loop_together(lstms: Sequence[tuple[Any, _Step]], steps: int) -> tuple[Any, ...]:
@@ -413,9 +415,7 @@ def _backward_loop(residuals: _Residuals, grads: State, layout: Layout) -> tuple
         dc = dc if grad_c is None else dc + layout.get(grad_c, t)
         by_ijfo = jnp.split(layout.get(by_gate, t), GATES, layout.feature_axis)
         for gate, d in enumerate((dc, dc, dc, dm)):  # concatenating first would copy
-            dz = jax.lax.dynamic_update_slice_in_dim(
-                dz, d * by_ijfo[gate], gate * cells, layout.feature_axis
-            )
+            dz = jax.lax.dynamic_update_slice_in_dim(dz, d * by_ijfo[gate], gate * cells, layout.feature_axis)
         dh_all = None if dh_all is None else layout.set(dh_all, dh, t)
         dc = dc * _get_time_major(derivatives.c_by_c, t)
         return _BackwardCarry(dc, dz, layout.set(by_gate, dz, t), dh_all)

@@ -1,16 +1,7 @@
-"""Negative log-likelihoods over a large vocabulary: full, in chunks, and sampled; one signature.
+"""Softmax cross-entropy over a large vocabulary: full, in chunks of positions, and sampled.
 
-How logits lie, and how many at once, is chosen for JAX's default backend when a program is traced; any
-other runs it too.
-
-Nouns: the *table* holds a row a class; *negatives* are as in `negatives`.
-Axes: N positions (any of B, T and D, flattened), P features, V classes, S negatives.
-
-Drawing the classes that stand for all others in a sampled softmax.
-
-Nouns: a *negative* is a class drawn to stand for all that are not the target; its *expected
-count* is how often a draw holds it on average.
-Axes: V classes, S negatives.
+The memory layout of the logits and the chunk size depend on JAX's default backend when a function is traced.
+Axes: N positions (B, T and D flattened), P features, V classes, S negative samples, R positions of a chunk.
 """
 
 from collections.abc import Callable
@@ -25,87 +16,86 @@ from elmo_jax.parallel import align_varying
 
 
 class Negatives(NamedTuple):
-    """A draw: the classes ``[S]`` int32, and the log of every class's expected count ``[V]``."""
+    """Negative samples: classes ``[S]`` int32, and the log of every class's expected count ``[V]``."""
 
     classes: Array
     log_expected: Array
 
 
 def log_uniform_negatives(key: Array, classes: int, count: int) -> Negatives:
-    """S classes, those of low number likelier: log-uniform, but none expected above once.
+    """Sample S negative classes from a log-uniform distribution, none expected more than once.
 
-    A log-uniform draw, P(k) = log((k + 2) / (k + 1)) / log(V + 1), fits a vocabulary sorted
-    by falling count. Drawn independently it holds the commonest words hundreds of times.
-    Here the head of classes that would be expected more than once is taken exactly once
-    each, and the rest of the draw is stratified over the log-uniform tail: one uniform
-    point in each of equal slices of its distribution. So the expected counts are exact,
-    and a draw of all V classes holds each once.
+    The log-uniform distribution P(k) = log((k + 2) / (k + 1)) / log(V + 1) fits a vocabulary sorted by
+    falling count, but independent samples contain the most frequent words hundreds of times. Here the classes
+    that would be expected more than once are taken exactly once each, and the others are sampled with one
+    uniform point in each of equal slices of their distribution. So the expected counts are exact, and V
+    samples of V classes contain each class once.
 
     Args:
         key: PRNG key.
         classes: V.
-        count: S <= V.
+        count: S, from 1 to V.
 
     Returns:
-        The draw.
+        The samples.
+
+    Raises:
+        ValueError: count is not between 1 and V.
 
     Example:
-        >>> drawn, log_expected = log_uniform_negatives(jax.random.key(0), 5, 5)
-        >>> drawn.tolist(), float(abs(log_expected).max())
+        >>> samples, log_expected = log_uniform_negatives(jax.random.key(0), 5, 5)
+        >>> samples.tolist(), float(abs(log_expected).max())
         ([0, 1, 2, 3, 4], 0.0)
     """
     if not 0 < count <= classes:
-        raise ValueError(f"cannot draw {count} negatives from {classes} classes")
-    head = _head(classes, count)
+        raise ValueError(f"cannot sample {count} negatives from {classes} classes")
+    head = _count_certain(classes, count)
     slices = count - head
     log_expected = np.zeros(classes, np.float32)
-    drawn = jnp.arange(head, dtype=jnp.int32)
+    sampled = jnp.arange(head, dtype=jnp.int32)
     if slices:
         k = np.arange(head, classes, dtype=np.float64)
         span = np.log((classes + 1) / (head + 1))
         log_expected[head:] = np.log(slices * np.log1p(1 / (k + 1)) / span)
         u = (jnp.arange(slices, dtype=jnp.float32) + jax.random.uniform(key, (slices,), jnp.float32)) / slices
         tail = jnp.floor((head + 1) * jnp.exp(u * np.float32(span))).astype(jnp.int32) - 1
-        drawn = jnp.concatenate([drawn, jnp.clip(tail, head, classes - 1)])
-    return Negatives(drawn, jnp.asarray(log_expected))
+        sampled = jnp.concatenate([sampled, jnp.clip(tail, head, classes - 1)])
+    return Negatives(sampled, jnp.asarray(log_expected))
 
 
-def _head(classes: int, count: int) -> int:
-    """The fewest classes to take for certain so that no other is expected above once."""
+def _count_certain(classes: int, count: int) -> int:
+    """Return how many classes to take with certainty so that no other is expected more than once."""
     m = np.arange(count, dtype=np.float64)
     expected = (count - m) * np.log1p(1 / (m + 1)) / np.log((classes + 1) / (m + 1))
     enough = np.flatnonzero(expected <= 1)
     return int(enough[0]) if enough.size and count < classes else count
 
 
-# Positions of a chunk on a CPU, whose products are fastest with as many, if their logits are neither fewer
-# bytes nor more than these; and those of an accelerator, which waits for every launch.
+# A CPU's matmuls are fastest with chunks of this many positions, if their logits take between the next two
+# numbers of bytes. An accelerator waits for every launch, so its chunks are as large as the last.
 CHUNK_ROWS, LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES = 192, 8 << 20, 48 << 20, 1 << 30
-# Numbers of a row, and rows of the table, of which an accelerator's products want multiples.
-_ALIGNED, _SPLIT = 8, 128
-_ROWS = 16  # of which a chunk is a multiple, as products like it
-_NEAR = 70.0  # how far above the true class's another's logit may be, and not be looked for
-_MASKED = -1e30  # a logit that takes no part; finite, so that its gradient is zero, not NaN
+_FEATURE_MULTIPLE, _CLASS_MULTIPLE = 8, 128  # sizes that an accelerator's matmuls prefer
+_ROW_MULTIPLE = 16  # chunks are a multiple of it
+_MAX_EXCESS = 70.0  # how far a logit may exceed the true class's before the maximum is needed as the shift
+_MASKED = -1e30  # logit of a padded class; finite, so that its gradient is zero and not NaN
 
 
 def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array) -> tuple[Array, Array]:
     """Weighted sum of -log softmax(h W^T + b)[target] over all V classes.
 
-    The logits are made a chunk of positions at a time and their gradient in the same pass,
-    so ``[N, V]`` never exists and nothing is computed twice. The weights must not depend on
-    what is trained. Programs of your own for a CPU are a tenth faster if they are compiled with
-    `compiler_options(matmul_bound=True)`, as loss functions are that `MatmulBound` marks.
+    Logits and their gradient are computed in one pass, one chunk of positions at a time, so ``[N, V]``
+    never exists and nothing is computed twice. On a CPU, compile your own programs with
+    `compiler_options(matmul_bound=True)` to save a tenth of the time.
 
     Args:
-        hidden: ``[N, P]``; its dtype is that of the products, sums are float32.
-        table: ``[V, P]``.
-        bias: ``[V]``.
+        hidden: h ``[N, P]``. Its dtype is the matmul dtype; accumulation is float32.
+        table: W ``[V, P]``.
+        bias: b ``[V]``.
         targets: ``[N]`` int32, in [0, V).
-        weight: ``[N]``, 0 where a position does not count.
+        weight: ``[N]``, 0 for positions to ignore. It gets no gradient.
 
     Returns:
-        The weighted sum, a scalar, and every position's own value ``[N]``, through which
-        no gradient flows.
+        The weighted sum, a scalar, and each position's value ``[N]``, through which no gradient flows.
 
     Example:
         >>> h, w = jnp.zeros((3, 4)), jnp.zeros((10, 4))
@@ -114,16 +104,16 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
         6.908
     """
     hidden, table, bias, targets, weight = align_varying((hidden, table, bias, targets, weight))
-    targets = targets.astype(jnp.int32)  # which counts all classes, whatever counts the targets
+    targets = targets.astype(jnp.int32)  # a narrower dtype may not hold all classes
     if not _on_cpu():
-        columns, rows = (0, -hidden.shape[-1] % _ALIGNED), (0, -len(table) % _SPLIT)
+        columns, rows = (0, -hidden.shape[-1] % _FEATURE_MULTIPLE), (0, -len(table) % _CLASS_MULTIPLE)
         hidden, table = jnp.pad(hidden, ((0, 0), columns)), jnp.pad(table, (rows, columns))
         bias = jnp.pad(bias, rows, constant_values=_MASKED)
     return _full_nll(hidden, table, bias, targets, weight)
 
 
 class _Candidates(NamedTuple):
-    """Rows of the table ``[C, P]``, what is added to their logits ``[C]``, and their classes ``[C]``."""
+    """Table rows ``[C, P]``, the numbers ``[C]`` added to their logits, and their classes ``[C]``."""
 
     rows: Array
     shift: Array
@@ -132,19 +122,19 @@ class _Candidates(NamedTuple):
 
 @jax.custom_vjp
 def _full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    return _chunked(hidden, *_everything(hidden, table, bias, targets), weight, enabled=False)[0]
+    return _chunked(hidden, *_candidates(hidden, table, bias, targets), weight, with_gradient=False)[0]
 
 
-def _everything(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
-    """The true classes, and all."""
+def _candidates(hidden: Array, table: Array, bias: Array, targets: Array) -> tuple[_Candidates, _Candidates]:
+    """Return the true class of every position, and all classes."""
     table = table.astype(hidden.dtype)
     every = _Candidates(table, bias, jnp.arange(len(table), dtype=jnp.int32))
     return _Candidates(table[targets], bias[targets], targets), every
 
 
 def _full_forward(hidden: Array, table: Array, bias: Array, targets: Array, weight: Array):
-    candidates = _everything(hidden, table, bias, targets)
-    values, made = _chunked(hidden, *candidates, weight, enabled=True)
+    candidates = _candidates(hidden, table, bias, targets)
+    values, made = _chunked(hidden, *candidates, weight, with_gradient=True)
     dh, d_true, d_every = made
     d_table, d_bias = (every.at[targets].add(true) for every, true in zip(d_every, d_true, strict=True))
     return values, (dh, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
@@ -161,33 +151,37 @@ _full_nll.defvjp(_full_forward, _full_backward)
 def sampled_nll(
     hidden: Array, table: Array, bias: Array, targets: Array, weight: Array, negatives: Negatives
 ) -> tuple[Array, Array]:
-    """`full_nll` over each target and S shared negatives: sampled softmax (Jean et al. 2015).
+    """Sampled softmax (Jean et al. 2015): `full_nll` over each target and S shared negatives.
 
-    Every logit is corrected by the log of its class's expected count, and a negative that
-    is a position's own target takes no part there. With S = V it equals `full_nll`. It is
-    another objective than the full one: its value is no perplexity.
+    The log of the expected count of a class is subtracted from its logit, and a negative that equals a
+    position's target is ignored there. With S = V the result equals `full_nll`. Otherwise it is another
+    objective, and its value is not a perplexity.
 
     Args:
-        hidden, table, bias, targets, weight: as in `full_nll`.
-        negatives: the draw, as `log_uniform_negatives` makes it.
+        hidden: ``[N, P]``, as in `full_nll`.
+        table: ``[V, P]``.
+        bias: ``[V]``.
+        targets: ``[N]`` int32.
+        weight: ``[N]``.
+        negatives: Samples of `log_uniform_negatives`.
 
     Returns:
-        As `full_nll`.
+        The weighted sum and each position's value, as `full_nll`.
     """
-    drawn, log_expected = negatives
+    sampled, log_expected = negatives
     shift = bias - log_expected.astype(bias.dtype)
     dtype = hidden.dtype
-    true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, drawn))
+    true, noise = (_Candidates(table[ids].astype(dtype), shift[ids], ids) for ids in (targets, sampled))
     return _sampled_nll(*align_varying((hidden, true, noise, weight)))
 
 
 @jax.custom_vjp
 def _sampled_nll(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    return _chunked(hidden, true, noise, weight, enabled=False)[0]
+    return _chunked(hidden, true, noise, weight, with_gradient=False)[0]
 
 
 def _sampled_forward(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array):
-    values, made = _chunked(hidden, true, noise, weight, enabled=True)
+    values, made = _chunked(hidden, true, noise, weight, with_gradient=True)
     dh, *gradients = made
     typed = [
         (d_rows.astype(of.rows.dtype), d_shift.astype(of.shift.dtype))
@@ -204,80 +198,88 @@ def _sampled_backward(gradients: Any, cotangents: tuple[Array, Array]):
 _sampled_nll.defvjp(_sampled_forward, _sampled_backward)
 
 
-def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, enabled: bool) -> Any:
-    """Each position's own true class among all the noise, of which that class takes no part.
+def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array, with_gradient: bool) -> Any:
+    """Compute the values, and their gradients, one chunk of positions at a time.
 
     Args:
         hidden: ``[N, P]``.
-        true: of N candidates, a position each.
-        noise: of C candidates.
+        true: N candidates, the true class of each position.
+        noise: C candidates shared by all positions; a position ignores its own true class among them.
         weight: ``[N]``.
-        wanted: whether the gradient is, for a cotangent of one.
+        with_gradient: Whether to compute the gradients of the weighted sum.
 
     Returns:
-        The weighted sum and each position's value ``[N]``; and, if wanted, the gradients: of
-        `hidden`, in its dtype, and in that of the sums of the rows and shifts of `true`,
-        ``([N, P], [N])``, and of `noise`, ``([C, P], [C])``.
+        The weighted sum and each position's value ``[N]``; and None, or the gradients: of `hidden` in its
+        dtype, and of the rows and shifts of `true` and of `noise` in the accumulation dtype.
     """
     sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
-    parts, n = _in_chunks(_most_rows(len(noise.rows)), (hidden, true, weight))
-    order = _order(*parts[0].shape[1:])
+    parts, n = _split_into_chunks(_max_chunk_rows(len(noise.rows)), (hidden, true, weight))
+    order = _gradient_axes(*parts[0].shape[1:])
     of_class, classes = noise.shift.astype(sums), axes.index("v")
-    # Of what bounds the logits no gradient is asked for: of a norm it is NaN where all numbers are 0.
-    longest, highest = _longest(jax.lax.stop_gradient(noise.rows)), jnp.max(of_class)
+    # The gradient of a norm is NaN at 0, and these bounds need none.
+    max_norm, max_shift = _max_row_norm(jax.lax.stop_gradient(noise.rows)), jnp.max(of_class)
 
     def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
-        h, own, w = part
+        h, position, w = part
         w = w.astype(sums)
-        reached = jnp.einsum("np,np->n", h, own.rows, preferred_element_type=sums) + own.shift.astype(sums)
+        true_logit = jnp.einsum(
+            "np,np->n", h, position.rows, preferred_element_type=sums
+        ) + position.shift.astype(sums)
         products = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
 
         def logits() -> Array:
-            return products + _by_class(of_class)
+            return products + _along_classes(of_class)
 
-        shift = _shift(logits, reached, h, longest, highest)
-        own_class = _by_class(noise.classes) == _by_row(own.classes)
-        exps, own_exp = jnp.where(own_class, 0, jnp.exp(logits() - _by_row(shift))), jnp.exp(reached - shift)
+        shift = _choose_shift(logits, true_logit, h, max_norm, max_shift)
+        is_true = _along_classes(noise.classes) == _along_rows(position.classes)
+        exps, true_exp = (
+            jnp.where(is_true, 0, jnp.exp(logits() - _along_rows(shift))),
+            jnp.exp(true_logit - shift),
+        )
         others = exps.sum(classes)
-        total = others + own_exp
-        each = jnp.where(own_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - reached))
-        if not enabled:
+        total = others + true_exp
+        each = jnp.where(true_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - true_logit))
+        if not with_gradient:
             return None, (each, each * w)
         d_rows, d_shift = carry
-        d_reached = -others / total * w  # p - 1, however near to 1 p is
-        dh, more_rows, more_shift = _gradients(exps, w / total, h, noise.rows, order)
-        dh += jnp.einsum(f"r,rp->{order}", d_reached, own.rows.astype(sums))
-        return (d_rows + more_rows, d_shift + more_shift), (each, each * w, dh, d_reached)
+        d_true_logit = -others / total * w  # p - 1, exact also where p is near 1
+        dh, add_rows, add_shift = _logit_gradients(exps, w / total, h, noise.rows, order)
+        dh += jnp.einsum(f"r,rp->{order}", d_true_logit, position.rows.astype(sums))
+        return (d_rows + add_rows, d_shift + add_shift), (each, each * w, dh, d_true_logit)
 
-    begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if enabled else None
+    begin = (jnp.zeros_like(noise.rows, sums), jnp.zeros_like(of_class)) if with_gradient else None
     d_noise, (each, weighted, *made) = jax.lax.scan(chunk, begin, parts)
 
-    def joined(chunks: Array) -> Array:
+    def join_chunks(chunks: Array) -> Array:
         return chunks.reshape(-1, *chunks.shape[2:])[:n]
 
-    values = jnp.sum(joined(weighted)), joined(each)
-    if not enabled:
+    values = jnp.sum(join_chunks(weighted)), join_chunks(each)
+    if not with_gradient:
         return values, None
-    dh, d_reached = made
-    dh, d_reached = joined(dh.mT if order == "pr" else dh), joined(d_reached)
-    d_true = d_reached[:, None] * hidden.astype(sums), d_reached
+    dh, d_true_logit = made
+    dh, d_true_logit = join_chunks(dh.mT if order == "pr" else dh), join_chunks(d_true_logit)
+    d_true = d_true_logit[:, None] * hidden.astype(sums), d_true_logit
     return values, (dh.astype(hidden.dtype), d_true, d_noise)
 
 
-def _shift(logits: Callable[[], Array], reached: Array, h: Array, longest: Array, highest: Array) -> Array:
-    """What is taken from a position's logits ``[R]`` before their exponentials: the largest, or near it."""
+def _choose_shift(
+    logits: Callable[[], Array], true_logit: Array, h: Array, max_norm: Array, max_shift: Array
+) -> Array:
+    """Return the shift ``[R]`` subtracted before exp (log-sum-exp stabilization): the maximum or near it.
 
-    def largest() -> Array:
-        return jnp.maximum(logits().max(_axes().index("v")), reached)
+    The maximum takes a pass over all logits. If the bound |h| max |w| + max b shows that no logit is far
+    above the true class's, a shift between the two is safe: sums and their inverses stay within float32.
+    """
 
-    if not _on_cpu() or np.log(float(jnp.finfo(h.dtype).max)) <= _NEAR:  # as float16, which has no room
-        return largest()
-    # To find the largest takes a pass over all logits. Where a bound says that none is far above the
-    # true class's, that will do, or half way up: so neither sums nor their inverses leave float32.
-    norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(reached.dtype), axis=-1)
-    farthest = norm * longest + highest - reached
-    half_way = reached + jnp.maximum(0, farthest - _NEAR / 2)
-    return jax.lax.cond(jnp.all(farthest < _NEAR), lambda: half_way, largest)
+    def maximum() -> Array:
+        return jnp.maximum(logits().max(_axes().index("v")), true_logit)
+
+    if not _on_cpu() or np.log(float(jnp.finfo(h.dtype).max)) <= _MAX_EXCESS:  # float16 overflows sooner
+        return maximum()
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(true_logit.dtype), axis=-1)
+    excess = norm * max_norm + max_shift - true_logit
+    midpoint = true_logit + jnp.maximum(0, excess - _MAX_EXCESS / 2)
+    return jax.lax.cond(jnp.all(excess < _MAX_EXCESS), lambda: midpoint, maximum)
 
 
 def _on_cpu() -> bool:
@@ -285,55 +287,54 @@ def _on_cpu() -> bool:
 
 
 def _axes() -> str:
-    """Of logits, in einsum's letters: v classes and r positions, of which a CPU's products like v first."""
+    """Return the axes of logits as einsum letters; a CPU's matmuls are faster with the classes v first."""
     return "vr" if _on_cpu() else "rv"
 
 
-def _order(rows: int, features: int) -> str:
-    """Of the gradient of hidden states, in einsum's letters: a CPU's sums like the longer axis last."""
+def _gradient_axes(rows: int, features: int) -> str:
+    """Return the axes of the gradient of h as einsum letters; a CPU sums faster with the longer axis last."""
     return "pr" if _on_cpu() and features <= rows else "rp"
 
 
-def _by_class(x: Array) -> Array:
-    """``[V]`` beside logits."""
+def _along_classes(x: Array) -> Array:
+    """Expand ``[V]`` to broadcast against logits."""
     return jnp.expand_dims(x, _axes().index("r"))
 
 
-def _by_row(x: Array) -> Array:
-    """``[R]`` beside logits."""
+def _along_rows(x: Array) -> Array:
+    """Expand ``[R]`` to broadcast against logits."""
     return jnp.expand_dims(x, _axes().index("v"))
 
 
-def _longest(table: Array) -> Array:
-    """The norm of the longest row."""
+def _max_row_norm(table: Array) -> Array:
     table = table.astype(np.promote_types(table.dtype, np.float32))
     return jnp.sqrt(jnp.max(jnp.einsum("vp,vp->v", table, table)))
 
 
-def _most_rows(classes: int) -> int:
-    """Positions of a chunk at most, whose float32 logits are alive at once."""
+def _max_chunk_rows(classes: int) -> int:
+    """Return the largest number of positions whose float32 logits may exist at once."""
     least, most, accelerators = (
         size // (4 * classes) for size in (LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES)
     )
     rows = max(least, min(CHUNK_ROWS, most)) if _on_cpu() else accelerators
-    return max(_ROWS, rows // _ROWS * _ROWS)
+    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 
-def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
-    """Arrays ``[N, ...]`` cut into equal chunks of no more positions, the last filled with zeros; and N."""
+def _split_into_chunks(max_rows: int, arrays: Any) -> tuple[Any, int]:
+    """Split arrays ``[N, ...]`` into equal chunks, the last one zero-padded, and return them with N."""
     n = jax.tree.leaves(arrays)[0].shape[0]
 
     def rows_of(count: int) -> int:
-        return -(-n // count // _ROWS) * _ROWS
+        return -(-n // count // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
     if isinstance(n, int):
-        # A few chunks more may leave less to be filled; each costs about as much as so many rows.
-        fewest = max(1, -(-n // most))
-        few = range(fewest, fewest + fewest // 4 + 1)
-        count = min(few, key=lambda count: count * (rows_of(count) + _ROWS))
+        # More chunks may need less padding; each chunk costs about as much time as that many rows.
+        fewest = max(1, -(-n // max_rows))
+        counts = range(fewest, fewest + fewest // 4 + 1)
+        count = min(counts, key=lambda count: count * (rows_of(count) + _ROW_MULTIPLE))
         rows = n if count == 1 else rows_of(count)
-    else:  # exported programs may leave it open
-        count, rows = -(-n // most), most
+    else:  # symbolic in exported programs
+        count, rows = -(-n // max_rows), max_rows
 
     def cut(a: Array) -> Array:
         filled = jnp.pad(a, [(0, count * rows - n)] + [(0, 0)] * (a.ndim - 1))
@@ -342,17 +343,18 @@ def _in_chunks(most: int, arrays: Any) -> tuple[Any, int]:
     return jax.tree.map(cut, arrays), n
 
 
-def _gradients(
+def _logit_gradients(
     d_logits: Array, scale: Array, h: Array, rows: Array, order: str
 ) -> tuple[Array, Array, Array]:
-    """Of h, in that `_order`, the classes' rows and their bias, from the logits' but for a factor ``[R]``.
+    """Return the gradients of h, of the table rows and of the bias.
 
-    The factor goes into the small side of each product, so that the logits are passed over once less.
+    The gradient of the logits is d_logits times scale ``[R]``. The scale is multiplied into the smaller
+    operand of each matmul, which saves a pass over the logits.
     """
     sums, axes = scale.dtype, _axes()
     g, scaled = d_logits.astype(h.dtype), (h.astype(sums) * scale[:, None]).astype(h.dtype)
     dh = jnp.einsum(f"vp,{axes}->{order}", rows, g, preferred_element_type=sums)
     d_rows = jnp.einsum(f"{axes},rp->vp", g, scaled, preferred_element_type=sums)
-    # A sum over rows, which XLA:CPU is slow at.
+    # XLA:CPU is slower at a sum over rows than at this product.
     d_bias = jnp.einsum(f"{axes},r->v", d_logits, scale, precision="highest")
     return dh * jnp.expand_dims(scale, order.index("p")), d_rows, d_bias

@@ -32,8 +32,8 @@ def plain(hidden, table, bias, targets, weight):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
 def test_full_is_the_plain_softmax_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
     monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: chunk_rows)
-    monkeypatch.setattr(softmax, "_ROWS", 1)
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: chunk_rows)
+    monkeypatch.setattr(softmax, "_ROW_MULTIPLE", 1)
     total, each = full_nll(*case)
     oracle = -log_softmax(np.asarray(case[0] @ case[1].T + case[2][None]))[np.arange(N), case[3]]
     np.testing.assert_allclose(each, oracle, rtol=1e-12)
@@ -122,7 +122,7 @@ def test_targets_may_be_counted_in_bytes():
 @pytest.mark.parametrize("most", [16, 192, 12_576])
 def test_chunks_lose_nothing_and_are_few(most):
     for n in (1, 17, 208, 209, 2560, 3001, 19_998, 10_000_019):
-        made = jax.eval_shape(lambda a: softmax._in_chunks(most, a)[0], jnp.zeros((n, 1)))
+        made = jax.eval_shape(lambda a: softmax._split_into_chunks(most, a)[0], jnp.zeros((n, 1)))
         count, rows, _ = made.shape
         fewest = -(-n // most)
         assert count * rows >= n > (count - 1) * rows and (rows <= most or count == 1)
@@ -147,8 +147,8 @@ def test_bfloat16_rounds_no_more_however_sure_the_model_is(scale):
 
 
 def test_logits_never_exist_whole(case, monkeypatch):
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 2)
-    monkeypatch.setattr(softmax, "_ROWS", 2)
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: 2)
+    monkeypatch.setattr(softmax, "_ROW_MULTIPLE", 2)
     program = str(jax.make_jaxpr(jax.grad(lambda h: full_nll(h, *case[1:])[0]))(case[0]))
     assert f"[{V},2]" in program
     for rows in (N, N + 1):
@@ -156,10 +156,10 @@ def test_logits_never_exist_whole(case, monkeypatch):
 
 
 def test_chunks_hold_what_products_like_but_no_more_than_fits(monkeypatch):
-    rows = [softmax._most_rows(v) for v in (2048, 8192, 30_000, 100_000, 800_000)]
+    rows = [softmax._max_chunk_rows(v) for v in (2048, 8192, 30_000, 100_000, 800_000)]
     assert rows == [1024, 256, 192, 112, 16]
     monkeypatch.setattr(softmax, "_on_cpu", lambda: False)
-    assert [softmax._most_rows(v) for v in (30_000, 800_000, 2**30)] == [8944, 320, 16]
+    assert [softmax._max_chunk_rows(v) for v in (30_000, 800_000, 2**30)] == [8944, 320, 16]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -175,8 +175,8 @@ def test_sampled_over_all_classes_is_full(case, seed):
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_sampled_has_the_gradients_of_its_formula_in_any_chunks(case, chunk_rows, cpu, monkeypatch):
     monkeypatch.setattr(softmax, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: chunk_rows)
-    monkeypatch.setattr(softmax, "_ROWS", 1)
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: chunk_rows)
+    monkeypatch.setattr(softmax, "_ROW_MULTIPLE", 1)
     targets, weight = case[3:]
     drawn, log_expected = negatives = log_uniform_negatives(jax.random.key(3), V, 6)
     assert np.isin(targets, drawn).any() and not np.isin(targets, drawn).all()
@@ -194,8 +194,8 @@ def test_sampled_has_the_gradients_of_its_formula_in_any_chunks(case, chunk_rows
 
 
 def test_sampled_logits_never_exist_whole(case, monkeypatch):
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 2)
-    monkeypatch.setattr(softmax, "_ROWS", 2)
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: 2)
+    monkeypatch.setattr(softmax, "_ROW_MULTIPLE", 2)
     negatives = log_uniform_negatives(jax.random.key(3), V, 6)
     program = str(jax.make_jaxpr(jax.grad(lambda h: sampled_nll(h, *case[1:], negatives)[0]))(case[0]))
     assert "[6,2]" in program
@@ -217,8 +217,8 @@ def test_sampled_is_the_corrected_softmax_over_target_and_negatives(case):
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("zeros", [slice(0, 1), slice(None)], ids=["a row", "all"])
 def test_curvature_is_the_plain_softmax_where_states_are_zero(case, monkeypatch, sampled, zeros):
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 4)
-    monkeypatch.setattr(softmax, "_ROWS", 4)  # so that the last chunk is filled with zeros too
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: 4)
+    monkeypatch.setattr(softmax, "_ROW_MULTIPLE", 4)  # so that the last chunk is filled with zeros too
     every = Negatives(jnp.arange(V, dtype=jnp.int32), jnp.zeros(V))
     ours = partial(sampled_nll, negatives=every) if sampled else full_nll
     at, along = (case[0].at[zeros].set(0), *case[1:3]), tuple(a + 1 for a in case[:3])
@@ -230,7 +230,7 @@ def test_curvature_is_the_plain_softmax_where_states_are_zero(case, monkeypatch,
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_an_exported_program_takes_any_number_of_positions(case, monkeypatch, sampled):
-    monkeypatch.setattr(softmax, "_most_rows", lambda classes: 4)
+    monkeypatch.setattr(softmax, "_max_chunk_rows", lambda classes: 4)
     every = Negatives(jnp.arange(V, dtype=jnp.int32), jnp.zeros(V))
     f = partial(sampled_nll, negatives=every) if sampled else full_nll
     step = jax.jit(jax.value_and_grad(lambda *a: f(*a)[0], (0, 1, 2)))

@@ -151,7 +151,7 @@ def in_child(path, slow):
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    softmax._most_rows, softmax._ROWS = lambda classes: CHUNK, 1
+    softmax._max_chunk_rows, softmax._ROW_MULTIPLE = lambda classes: CHUNK, 1
     tasks.ROW_SPARSE_ADAM_RATIO = 1  # makes Adam row-sparse
     runs = SLOW_RUNS if slow else RUNS
     ones = {name: walk(name, None) for name, _ in runs}
