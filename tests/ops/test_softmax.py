@@ -256,7 +256,7 @@ def test_expected_counts_are_what_draws_hold(count):
 
 
 def test_more_negatives_than_classes_is_an_error():
-    with pytest.raises(ValueError, match="cannot draw 21 negatives from 20"):
+    with pytest.raises(ValueError, match="cannot sample 21 negatives from 20"):
         log_uniform_negatives(jax.random.key(0), V, V + 1)
 
 
