@@ -9,6 +9,7 @@ arrays: no program is traced.
 import random
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -120,13 +121,18 @@ def run(kernel, clips, made, *given):
     refs = [_Ref(np.asarray(array)) for array in given]
     out = [_Ref(np.full(kind.shape, np.nan).astype(kind.dtype)) for kind in made]
     arrived, failed = _Ref(np.zeros(grid[:2], np.int32)), []
-    settings = {"group": persistent._cells_of_group(width), "clip": clips.cell, "piece": persistent._PIECE}
+    make_program = partial(
+        persistent._Program,
+        tile,
+        persistent._cells_of_group(width),
+        piece=persistent._PIECE,
+        interpreted=False,
+    )
 
     def program(number):
         _program.number, _program.grid = number, grid
         try:
-            body = getattr(programs, f"{kernel}_kernel")
-            body(*refs, arrived, *out, arrived, tile=tile, interpreted=False, **settings)
+            kernel(*refs, arrived, *out, arrived, clip=clips.cell, make_program=make_program)
         except BaseException as error:
             failed.append(error)
 

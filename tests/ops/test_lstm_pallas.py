@@ -54,7 +54,7 @@ def recurrence_and_gradients(run, rows, cells):
 def test_rows_come_out_whole_however_they_are_laid_out(monkeypatch, tile, most):
     """40 rows in three tiles and in two, the last part-filled; and in two launches."""
     monkeypatch.setattr(persistent, "_tile_rows", lambda *_: tile)
-    monkeypatch.setattr(persistent, "_most_rows", lambda *_: most)
+    monkeypatch.setattr(persistent, "_max_rows", lambda *_: most)
     found = recurrence_and_gradients(run_persistent, 40, 5)
     close(found, recurrence_and_gradients(fast_recurrence, 40, 5), ROUNDED)
 
@@ -72,8 +72,8 @@ def test_rows_come_out_whole_however_they_are_laid_out(monkeypatch, tile, most):
 def test_programs_that_share_rows_pass_their_cells_on(
     monkeypatch, processors, directions, rows, cells, clip, dtype
 ):
-    monkeypatch.setattr(persistent, "_interpreted", lambda: False)
-    monkeypatch.setattr(persistent, "_processors", lambda: processors)
+    monkeypatch.setattr(persistent, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(persistent, "_processor_count", lambda: processors)
     monkeypatch.setattr(persistent, "_call", simulated.run)
     (state, gates, w), shown = given(rows, cells, directions, steps=2)
     w = w._replace(recurrent=w.recurrent.astype(dtype))
@@ -84,7 +84,7 @@ def test_programs_that_share_rows_pass_their_cells_on(
     for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         assert a.shape == b.shape and np.linalg.norm(a - b) < rtol * np.linalg.norm(b)  # and no NaN
-    alone = persistent._run(state, gates, w, Clips(clip), differentiated=False)
+    alone = persistent._run_forward(state, gates, w, Clips(clip), with_gradient=False)
     np.testing.assert_array_equal(alone[0], states.h)
 
 
@@ -92,11 +92,11 @@ def test_programs_that_share_rows_pass_their_cells_on(
 @pytest.mark.parametrize("cells", [4, 150, 256])
 @pytest.mark.parametrize("rows", [1, 32, 1024, 5000])
 def test_there_is_a_processor_for_every_program(monkeypatch, processors, cells, rows):
-    monkeypatch.setattr(persistent, "_interpreted", lambda: False)
-    monkeypatch.setattr(persistent, "_processors", lambda: processors)
+    monkeypatch.setattr(persistent, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(persistent, "_processor_count", lambda: processors)
     groups = persistent._groups(cells)
     assert (groups - 1) * 32 < cells <= groups * 32
-    launch = min(rows, persistent._most_rows(D, groups))
+    launch = min(rows, persistent._max_rows(D, groups))
     tile = persistent._tile_rows(D, launch, groups)
     assert 16 <= tile <= 128 and D * -(-launch // tile) * groups <= processors
     smaller = D * -(-launch // (tile // 2)) * groups
@@ -104,8 +104,8 @@ def test_there_is_a_processor_for_every_program(monkeypatch, processors, cells, 
 
 
 def test_a_gpu_without_room_for_its_programs_runs_the_scan(monkeypatch):
-    monkeypatch.setattr(persistent, "_interpreted", lambda: False)
-    monkeypatch.setattr(persistent, "_processors", lambda: D - 1)
+    monkeypatch.setattr(persistent, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(persistent, "_processor_count", lambda: D - 1)
     found = recurrence_and_gradients(run_persistent, 3, 5)
     jax.tree.map(np.testing.assert_array_equal, found, recurrence_and_gradients(fast_recurrence, 3, 5))
 
@@ -120,7 +120,7 @@ def test_auto_is_the_persistent_kernel_where_it_can_be(monkeypatch):
         assert layer.choose() == "fast"
     with jax.default_matmul_precision("highest"):
         assert LSTM(H).choose() == "fast" and LSTM(H, dtype="bfloat16").choose() == "persistent"
-    monkeypatch.setattr(persistent, "_there_is_triton", lambda: False)
+    monkeypatch.setattr(persistent, "_has_triton", lambda: False)
     assert persistent.unsupported_reason(H, None, "float32") == "this JAX has no Pallas for Triton"
     assert LSTM(H).choose() == "fast"
     for kernel in ("fast", "plain"):
