@@ -4,13 +4,13 @@ import contextlib
 import heapq
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
+import msgspec
 import numpy as np
 from tyro.conf import Positional, arg
 
@@ -18,10 +18,7 @@ from elmo_jax.config import Dtype
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
-if TYPE_CHECKING:
-    from elmo_jax.elmo import Elmo
-
-_SENTENCES_SHOWN = 5
+_LINES_SHOWN = 5
 _FILES = ("metrics.jsonl", "scores.jsonl", "config.json")
 
 
@@ -53,7 +50,7 @@ class EvaluateConfig:
 
 @dataclass
 class _Scores:
-    """Sums over all sentences, and the least likely words and sentences in heaps of bounded size."""
+    """Sums over all sentences, and the least likely words and sentences, least likely first."""
 
     words_shown: int
     sentences: int = 0
@@ -70,19 +67,14 @@ class _Scores:
         self.tokens += len(tokens)
         self.nll = self.nll + nll
         # The forward direction predicts EOS last and the backward one BOS first.
-        mean = (surprisal[0, :-1] + surprisal[1, 1:]) / 2
-        for value, token in zip(mean.tolist(), tokens, strict=True):
-            _push(self.words, (value, token, file, line), self.words_shown)
+        mean = ((surprisal[0, :-1] + surprisal[1, 1:]) / 2).tolist()
+        words = [(value, token, file, line) for value, token in zip(mean, tokens, strict=True)]
+        self.words = heapq.nlargest(self.words_shown, self.words + words)
         forward, backward = (-nll).tolist()
         per_token = float(nll.sum()) / (len(tokens) + 1)
-        _push(self.lines, (per_token, file, line, forward, backward), _SENTENCES_SHOWN)
-        return {
-            "file": file,
-            "line": line,
-            "tokens": len(tokens),
-            "log_p_forward": forward,
-            "log_p_backward": backward,
-        }
+        self.lines = heapq.nlargest(_LINES_SHOWN, [*self.lines, (per_token, file, line, forward, backward)])
+        record = {"file": file, "line": line, "tokens": len(tokens)}
+        return record | {"log_p_forward": forward, "log_p_backward": backward}
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexity of both directions together, forward and backward."""
@@ -99,35 +91,34 @@ class _Scores:
         mean, forward, backward = self.perplexities().values()
         cli.say(f"perplexity {mean:.2f} (forward {forward:.2f}, backward {backward:.2f}), full softmax")
         cli.say("\nleast likely sentences (log p forward, backward):")
-        for _, file, line, forward, backward in sorted(self.lines, reverse=True):
+        for _, file, line, forward, backward in self.lines:
             cli.say(f"  {forward:9.2f} {backward:9.2f}  {file}:{line}")
         cli.say("\nhighest surprisal (mean of both directions, nats):")
-        for value, word, file, line in sorted(self.words, reverse=True):
+        for value, word, file, line in self.words:
             cli.say(f"  {value:6.2f}  {word}  ({file}:{line})")
-
-
-def _push(heap: list, item: tuple, size: int) -> None:
-    """Add an item to a heap that keeps its largest items."""
-    (heapq.heappush if len(heap) < size else heapq.heappushpop)(heap, item)
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run the command."""
+    from elmo_jax.data.text import UNK, blocks, read_lines, tokenize
+
     if config.selfcheck:
         selfcheck(config)
         return
-    texts, run = config.paths, None
-    if config.bilm is None:
-        if len(texts) < 2:
-            raise InputError("give a run and at least one text to evaluate it on")
-        run, *texts = texts
-    if not texts:
-        raise InputError("give at least one text")
+    if len(config.paths) < (1 if config.bilm else 2):
+        raise InputError("give a run and at least one text to evaluate it on, or --bilm and a text")
+    run, *texts = config.paths if config.bilm is None else (None, *config.paths)
     elmo = cli.load_elmo(run, config.bilm, config.precision)
+    vocabulary: Any = elmo.vocabulary
     scores = _Scores(config.top)
-    with _score_file(config, scores) as file:
+    with _open_scores(config, scores) if config.output else open(os.devnull, "w", encoding="utf-8") as file:
         for text in texts:
-            _score(elmo, text, config.tokenize, scores, file)
+            lines = read_lines(Path(text), tokenize if config.tokenize else str.split)
+            for block in blocks((i, tokens) for i, tokens in lines if tokens):
+                surprisals = elmo.surprisal([tokens for _, tokens in block])  # refuses a missing vocabulary
+                for (i, tokens), surprisal in zip(block, surprisals, strict=True):
+                    scores.unknown += int(np.sum(vocabulary.ids(tokens) == UNK))
+                    file.write(json.dumps(scores.add(text, i + 1, tokens, surprisal)) + "\n")
         if not scores.sentences:
             raise InputError(f"{', '.join(texts)}: no sentences; give a text that has some")
     scores.show()
@@ -135,83 +126,58 @@ def evaluate(config: EvaluateConfig) -> None:
         cli.say(f"\nwritten to {config.output}")
 
 
-def _score(elmo: "Elmo", text: str, raw: bool, scores: _Scores, file: TextIO) -> None:
-    """Add every sentence of a text to the scores and write its record."""
-    from elmo_jax.data.text import UNK, blocks, read_lines, tokenize
-
-    lines = read_lines(Path(text), tokenize if raw else str.split)
-    for block in blocks((i, tokens) for i, tokens in lines if tokens):
-        surprisals = elmo.surprisal([tokens for _, tokens in block])
-        for (i, tokens), surprisal in zip(block, surprisals, strict=True):
-            if elmo.vocabulary is not None:  # surprisal refuses a model without one
-                scores.unknown += int(np.sum(elmo.vocabulary.ids(tokens) == UNK))
-            file.write(json.dumps(scores.add(text, i + 1, tokens, surprisal)) + "\n")
-
-
 @contextlib.contextmanager
-def _score_file(config: EvaluateConfig, scores: _Scores) -> Iterator[TextIO]:
-    """Open the file for the records of sentences; on success, write the other files beside it.
+def _open_scores(config: EvaluateConfig, scores: _Scores) -> Iterator[TextIO]:
+    """Open scores.jsonl, with the suffix ``.part`` until the body has ended and the other files are written.
 
-    All files are written in a temporary folder and moved when they are complete. A temporary folder left
-    by a killed process marks files that may be replaced.
+    Files beside one with this suffix are those of a killed process and are replaced.
     """
-    if config.output is None:
-        with open(os.devnull, "w", encoding="utf-8") as file:
-            yield file
-        return
-    folder = Path(config.output)
-    part = folder / "evaluate.part"
-    if not part.is_dir() and any((folder / name).exists() for name in _FILES):
+    folder = Path(config.output or "")
+    part, is_new = folder / "scores.jsonl.part", not folder.exists()
+    if not part.exists() and any((folder / name).exists() for name in _FILES):
         raise InputError(f"--output {folder}: holds a run or scores already; give a new folder")
-    is_new = not folder.exists()
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        with (part / "scores.jsonl").open("w", encoding="utf-8") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
             yield file
         record = {"event": "evaluate", "unknown": scores.unknown, **scores.perplexities()}
-        (part / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-        (part / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        for name in _FILES:
-            (part / name).replace(folder / name)
-        part.rmdir()
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        part.replace(folder / "scores.jsonl")
     except BaseException as error:
-        if part.is_dir():
-            for name in _FILES:
+        with contextlib.suppress(OSError):
+            for name in (*_FILES, part.name):
                 (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(part)
             if is_new:
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise InputError(
-                f"--output {folder}: cannot be written ({error.strerror}); give another folder"
-            ) from None
+            message = f"--output {folder}: cannot be written ({error.strerror}); give another folder"
+            raise InputError(message) from None
         raise
 
 
 def selfcheck(config: EvaluateConfig) -> None:
-    """Compare a model's stateful embeddings with known ones.
-
-    Raises:
-        InputError: they differ by more than the tolerance, or a file is not as expected.
-    """
-    from elmo_jax.elmo import Elmo
+    """Compare a model's stateful embeddings with known ones; raise an InputError if they differ."""
     from elmo_jax.storage.hdf5 import open_datasets
 
     if len(config.paths) < 4:
         raise InputError("--selfcheck takes OPTIONS WEIGHTS SENTENCES EXPECTED..., one EXPECTED per list")
     options, weights, sentences, *expected = config.paths
-    elmo = Elmo.from_bilm(options, weights, config.precision)
-    lists = _read_sentence_lists(Path(sentences), len(expected))
+    elmo = cli.load_elmo(None, (options, weights), config.precision)
+    try:
+        decoded = msgspec.json.decode(Path(sentences).read_bytes(), type=list[list[str]])
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{sentences}: {error}; give a JSON list of lists of sentences") from None
+    lists = [[sentence.split() for sentence in part] for part in decoded]
+    if len(lists) != len(expected) or len({len(part) for part in lists}) != 1 or not lists[0]:
+        raise InputError(f"{sentences}: must hold one list per EXPECTED file, all of one length above 0")
     # Batch i holds sentence i of every list; the LSTM state continues from batch to batch.
-    batches = [
-        [layers[-1] for layers in elmo.embed([part[i] for part in lists], stateful=True)]
-        for i in range(len(lists[0]))
-    ]
+    batches = [elmo.embed(batch, stateful=True) for batch in zip(*lists, strict=True)]
     largest = 0.0
     for k, name in enumerate(expected):
         with open_datasets(Path(name)) as datasets:
             for i, batch in enumerate(batches):
-                top = np.stack(np.split(batch[k], 2, axis=-1))  # [D, tokens, P]
+                top = np.stack(np.split(batch[k][-1], 2, axis=-1))  # [D, tokens, P]
                 dataset = datasets.get(str(i))
                 if dataset is None or dataset.shape != top.shape:
                     raise InputError(f"{name}: has no dataset {i} of shape {top.shape}; check EXPECTED")
@@ -220,19 +186,6 @@ def selfcheck(config: EvaluateConfig) -> None:
                 if not np.allclose(top, np.asarray(dataset), rtol=config.rtol, atol=config.atol):
                     raise InputError(f"{name}: dataset {i} differs by {difference.max():.3g}")
     cli.say(f"all {len(batches) * len(expected)} sentences agree; the largest difference is {largest:.3g}")
-
-
-def _read_sentence_lists(path: Path, count: int) -> list[list[list[str]]]:
-    try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-        lists = [[sentence.split() for sentence in part] for part in lists]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON list of lists of sentences ({error})") from None
-    if len(lists) != count or not lists or len({len(part) for part in lists}) != 1:
-        raise InputError(f"{path}: must hold one list per EXPECTED file, all of the same length")
-    if not lists[0]:
-        raise InputError(f"{path}: the lists are empty; give lists with sentences")
-    return lists
 
 
 def main() -> int:

@@ -4,10 +4,10 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -15,9 +15,6 @@ from tyro.conf import Positional, arg
 from elmo_jax.config import Dtype
 from elmo_jax.errors import InputError
 from experiments.common import cli
-
-if TYPE_CHECKING:
-    from elmo_jax.elmo import Elmo
 
 _CONTEXT = 4  # words printed on either side
 _SENTENCES_PER_CALL = 256
@@ -70,12 +67,18 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     Returns:
         For texts that name senses: by layer, the fraction of nearest neighbours with the same sense.
     """
-    picture = None if config.picture is None else _check_picture(Path(config.picture), config.overwrite)
+    if config.picture is not None:
+        _check_picture(Path(config.picture), config.overwrite)
     elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
     found = list(itertools.islice(_find_occurrences(config), config.most))
     if len(found) < 2:
         raise InputError(f"{config.word!r} occurs {len(found)} times in the texts; give a more frequent word")
-    vectors = _embed(elmo, found)
+    sentences = [occurrence.sentence for occurrence in found]
+    columns = []
+    for i in range(0, len(found), _SENTENCES_PER_CALL):
+        layers = elmo.embed(sentences[i : i + _SENTENCES_PER_CALL])
+        columns += [part[:, o.position] for part, o in zip(layers, found[i:], strict=False)]
+    vectors = np.stack(columns, axis=1)  # [L, N, F]
     cosines = [cosine_similarity(layer) for layer in vectors]
     titles = ["token vectors", *(f"LSTM layer {i}" for i in range(1, len(cosines)))]
     senses = [occurrence.sense for occurrence in found]
@@ -86,22 +89,19 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     agreement = []
     if None not in senses:
         agreement = [sense_agreement(layer, senses, config.nearest) for layer in cosines]
-        by_layer = ", ".join(f"{title} {part:.0%}" for title, part in zip(titles, agreement, strict=True))
+        percent = [f"{fraction:.0%}" for fraction in agreement]
+        by_layer = ", ".join(map(" ".join, zip(titles, percent, strict=True)))
         cli.say(f"\nsame sense among the {config.nearest} nearest: {by_layer}")
-        titles = [
-            f"{title}\n{part:.0%} of neighbours share the sense"
-            for title, part in zip(titles, agreement, strict=True)
-        ]
-    if picture is not None:
+        titles = [f"{t}\n{p} of neighbours share the sense" for t, p in zip(titles, percent, strict=True)]
+    if config.picture is not None:
         examples = {found[i].sense: f"{found[i].sense}: {found[i]}" for i in queries}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
-        _plot([principal_components(layer) for layer in vectors], groups, titles, picture)
-        cli.say(f"\nwritten to {picture}")
+        _plot([principal_components(layer) for layer in vectors], groups, titles, Path(config.picture))
+        cli.say(f"\nwritten to {config.picture}")
     return agreement
 
 
-def _check_picture(picture: Path, overwrite: bool) -> Path:
-    """Return the path if a picture can be written there."""
+def _check_picture(picture: Path, overwrite: bool) -> None:
     if picture.suffix.lower() != ".png":
         raise InputError(f"--picture must name a .png file, not {str(picture)!r}")
     if picture.is_dir():
@@ -110,7 +110,6 @@ def _check_picture(picture: Path, overwrite: bool) -> Path:
         raise InputError(f"--picture {picture}: its folder is missing or not writable; give another path")
     if picture.exists() and not overwrite:
         raise InputError(f"--picture {picture}: already exists; replace it with --overwrite")
-    return picture
 
 
 def _plot(points: list[np.ndarray], groups: list[str], titles: list[str], picture: Path) -> None:
@@ -129,51 +128,33 @@ def _find_occurrences(config: NeighboursConfig) -> Iterator[Occurrence]:
     from elmo_jax.data.sample_corpus import sample_corpus
     from elmo_jax.data.text import read_lines, tokenize
 
-    if not config.texts:
-        for n, text in enumerate(sample_corpus().test):
-            senses = {position: name.partition("/")[2] for position, name in text.senses}
-            words = text.text.split()
-            for i in _positions(words, config.word):
-                yield Occurrence(words, i, f"sample:{n + 1}", senses.get(i, config.word))
-    for name in config.texts:
-        for n, words in read_lines(Path(name), tokenize if config.tokenize else str.split):
-            for i in _positions(words, config.word):
-                yield Occurrence(words, i, f"{name}:{n + 1}", None)
-
-
-def _positions(words: list[str], word: str) -> list[int]:
-    return [i for i, other in enumerate(words) if other == word]
-
-
-def _embed(elmo: "Elmo", found: list[Occurrence]) -> np.ndarray:
-    """Return the word's vectors ``[L, N, F]``."""
-    columns = []
-    for i in range(0, len(found), _SENTENCES_PER_CALL):
-        part = found[i : i + _SENTENCES_PER_CALL]
-        layers = elmo.embed([occurrence.sentence for occurrence in part])
-        columns += [layer[:, o.position] for o, layer in zip(part, layers, strict=True)]
-    return np.stack(columns, axis=1)
+    lines: Iterable[tuple[list[str], str, dict[int, str] | None]]
+    if config.texts:
+        split = tokenize if config.tokenize else str.split
+        texts = ((name, read_lines(Path(name), split)) for name in config.texts)
+        lines = ((words, f"{name}:{n + 1}", None) for name, text in texts for n, words in text)
+    else:
+        test = enumerate(sample_corpus().test, 1)
+        lines = ((text.text.split(), f"sample:{n}", dict(text.senses)) for n, text in test)
+    for words, source, senses in lines:
+        for i, word in enumerate(words):
+            if word == config.word:
+                sense = None if senses is None else senses.get(i, word).rpartition("/")[2]
+                yield Occurrence(words, i, source, sense)
 
 
 def cosine_similarity(x: np.ndarray) -> np.ndarray:
-    """Return cosines ``[N, N]`` of vectors ``[N, F]``, with -1 on the diagonal.
-
-    Example:
-        >>> cosine_similarity(np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
-        [[-1.0, 0.0, 1.0], [0.0, -1.0, 0.0], [1.0, 0.0, -1.0]]
-    """
+    """Return cosines ``[N, N]`` of vectors ``[N, F]``, with -1 on the diagonal: none is its own neighbour."""
     unit = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosines = unit @ unit.T
-    np.fill_diagonal(cosines, -1)  # a vector is not its own neighbour
+    np.fill_diagonal(cosines, -1)
     return cosines
 
 
 def principal_components(x: np.ndarray) -> np.ndarray:
     """Return the first two principal components ``[N, 2]`` of vectors ``[N, F]``."""
     left, size, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    points = np.zeros((len(x), 2))
-    points[:, : min(2, len(size))] = (left * size)[:, :2]
-    return points
+    return (left * size)[:, :2]
 
 
 def sense_agreement(cosines: np.ndarray, senses: Sequence[str | None], k: int) -> float:
@@ -202,8 +183,7 @@ def _show(query: int, found: list[Occurrence], cosines: list[np.ndarray], titles
             why = "this layer has no context" if title == titles[0] else "all contexts are similar"
             cli.say(f"     1.00  every occurrence: {why}")
             continue
-        nearest = np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]
-        for i in nearest:
+        for i in np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]:
             sense = f", {found[i].sense}" if found[i].sense else ""
             cli.say(f"    {others[i]:5.2f}  {found[i]}  ({found[i].source}{sense})")
 

@@ -9,10 +9,8 @@ from exported import MODEL, PARAMS, WORDS
 
 from elmo_jax.data.csv_dataset import DataConfig
 from elmo_jax.elmo import Elmo
-from elmo_jax.models.combiners import CombinerConfig
 from elmo_jax.storage.files import write_config
 from experiments import embed, evaluate, pretrain, vectors
-from experiments.common.config import SourceConfig
 from experiments.compare import __main__ as compare
 
 
@@ -110,28 +108,6 @@ def test_where_embeddings_cannot_go(name, model, text, tmp_path, monkeypatch, re
     for flags in ([], ["--overwrite"], ["--resume"]):
         refused(embed.main, [text, out, "--pretrained", model, *flags], said)
     assert text.read_text() == "the bank\nthe\n"
-
-
-LAMBDAS = {
-    "empty": b"",
-    "no object": b"[1]",
-    "nested": b'{"lambdas":' + b"[" * 100_000,
-    "text": b'{"lambdas": ["a", "b"]}',
-    "nothing": b'{"lambdas": null}',
-    "NaN": b'{"lambdas": [NaN, 1.0]}',
-    "binary": b"\xff\xfe",
-}
-
-
-@pytest.mark.parametrize("name", LAMBDAS)
-def test_weights_of_a_mix(name, model, text, tmp_path, refused):
-    run = tmp_path / "downstream"
-    run.mkdir()
-    settings = {"source": asdict(SourceConfig()), "combiner": asdict(CombinerConfig())}
-    write_config(run, settings, {})
-    (run / "results.json").write_bytes(LAMBDAS[name])
-    args = [text, tmp_path / "out.h5", "--pretrained", model, "--layers", "mix", "--mix-from", run]
-    refused(embed.main, args, "results.json: has no lambdas")
 
 
 EVALUATE = {

@@ -1,4 +1,4 @@
-"""Models and word vectors of others that are not what they should be, by command."""
+"""Commands refuse damaged or hostile models and word vectors."""
 
 import zipfile
 from dataclasses import replace
@@ -14,22 +14,21 @@ from elmo_jax.baselines.word_vectors import WordVectors
 from elmo_jax.models.combiners import CombinerConfig
 from elmo_jax.pretrained.folder import VOCABULARY
 from elmo_jax.storage.files import digest, write_config
-from experiments import downstream, embed, evaluate
+from experiments import downstream, evaluate
 
 SENTENCES = {
-    "empty": (b"", "holds no JSON list"),
-    "binary": (b"\xff\xfe", "holds no JSON list"),
-    "nested": (b"[" * 100_000, "holds no JSON list"),
-    "numbers": (b"[[1]]", "holds no JSON list"),
-    "an object": (b'{"a": 1}', "has no dataset 0"),
-    "two lists": (b'[["the"], ["the"]]', "as many lists as there are EXPECTED files"),
-    "no lists": (b"[]", "as many lists"),
-    "others": (b'[["the bank"]]', "e.hdf5: has no dataset 0 of shape"),
+    "empty": (b"", "s.json: Input data was truncated"),
+    "binary": (b"\xff\xfe", "s.json: JSON is malformed"),
+    "numbers": (b"[[1]]", "give a JSON list of lists of sentences"),
+    "two lists": (b'[["the"], ["the"]]', "must hold one list per EXPECTED file"),
+    "no lists": (b"[]", "must hold one list per EXPECTED file"),
+    "empty list": (b"[[]]", "all of one length above 0"),
+    "other sentences": (b'[["the bank"]]', "e.hdf5: has no dataset 0 of shape"),
 }
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-def test_selfcheck(name, tmp_path, refused):
+def test_selfcheck_refuses_sentences(name, tmp_path, refused):
     make(tmp_path)
     data, said = SENTENCES[name]
     (tmp_path / "s.json").write_bytes(data)
@@ -57,18 +56,25 @@ def announce(name, shape, dtype, **more):
     return change
 
 
-HDF5 = {  # of the file of the softmax, whose sizes no other file tells
+HDF5 = {  # the softmax file sets its own sizes, unlike the weights
     "empty": (raw(b""), "cannot be read as HDF5"),
     "binary": (raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000), "cannot be read as HDF5"),
     "a folder": (folder, "it is not a regular file"),
     "tokens of numbers": (swap("tokens", np.arange(5)), "has no list of tokens"),
     "tokens twice": (swap("tokens", ["<S>", "</S>", "<UNK>", "a", "a"]), "'a' occurs twice"),
     "tokens of bytes": (swap("tokens", [b"<S>", b"</S>", b"<UNK>", b"\xff", b"b"]), "is not UTF-8"),
-    "another shape": (swap("softmax_bias", np.zeros(3, "f")), "dataset softmax_bias is float32 (3,)"),
+    "another shape": (
+        swap("softmax_bias", np.zeros(3, "f")),
+        "dataset softmax_bias is float32 (3,), expected float (6,)",
+    ),
     "NaN": (swap("softmax_bias", np.full(6, np.nan, "f")), "softmax_bias holds numbers that are not finite"),
     "a million million tokens": (
         announce("tokens", 10**12, h5py.string_dtype(), chunks=(1000,)),
         "dataset tokens announces more",
+    ),
+    "data in another file": (
+        announce("softmax_bias", (6,), "f", external=[("/etc/passwd", 0, 24)]),
+        "softmax_bias is stored in another file",
     ),
     "a link to another file": (
         swap("tokens", h5py.ExternalLink("/etc/passwd", "/x")),
@@ -78,15 +84,11 @@ HDF5 = {  # of the file of the softmax, whose sizes no other file tells
 
 
 @pytest.mark.parametrize("name", HDF5)
-def test_models_in_the_official_format(name, tmp_path, refused):
-    text = tmp_path / "in.txt"
-    text.write_text("the bank\n")
+def test_softmax_file_is_refused(name, tmp_path, refused):
     make(tmp_path, vocabulary=WORDS)
-    change, said = HDF5[name]
+    change, message = HDF5[name]
     change(tmp_path / "weights.softmax.hdf5")
-    bilm = [tmp_path / "options.json", tmp_path / "weights.hdf5"]
-    refused(evaluate.main, [text, "--bilm", *bilm], said)
-    refused(embed.main, [text, tmp_path / "out.h5", "--bilm", *bilm], said)
+    refused(evaluate.main, ["x", "--bilm", tmp_path / "options.json", tmp_path / "weights.hdf5"], message)
 
 
 def archive(path, **members):
@@ -128,7 +130,7 @@ NUMBERS = np.frombuffer(b"<UNK>\nbank", np.uint8)
 
 @pytest.fixture
 def counted(tmp_path):
-    """A run of experiments.vectors."""
+    """A run of vectors."""
     run = tmp_path / "svd"
     run.mkdir()
     (run / VOCABULARY).write_text("<S>\n</S>\n<UNK>\nbank\n")
@@ -140,7 +142,7 @@ def counted(tmp_path):
 
 
 @pytest.mark.parametrize("name", NPZ)
-def test_downstream_of_vectors(name, counted, tmp_path, refused):
+def test_word_vectors_are_refused(name, counted, tmp_path, refused):
     change, said = NPZ[name]
     change(counted / "vectors.npz")
     refused(downstream.main, ["--features", "svd", "--vectors", counted, "--output", tmp_path / "down"], said)
@@ -178,7 +180,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_downstream_of_runs(name, counted, tmp_path, monkeypatch, refused):
+def test_downstream_flags_are_refused(name, counted, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     args, said = RUNS[name]
     if "changed" in args:
@@ -187,7 +189,7 @@ def test_downstream_of_runs(name, counted, tmp_path, monkeypatch, refused):
     refused(downstream.main, args, said)
 
 
-def test_what_a_preset_sets_is_not_refused_where_nothing_reads_it(tmp_path, monkeypatch, refused):
+def test_unused_settings_of_a_preset_are_not_refused(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     mixed = replace(downstream.PRESETS["best"], combiner=CombinerConfig("frozen", "softmax", True, "tanh"))
     monkeypatch.setitem(downstream.PRESETS, "best", mixed)
