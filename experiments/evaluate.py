@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from tyro.conf import Positional, arg
 
-from elmo_jax.config import Dtype
+from elmo_jax.config import Count, Dtype, Positive
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -35,14 +35,14 @@ class EvaluateConfig:
     """Tokenize raw text as the training commands do. Without it, spaces separate the tokens of a line."""
     precision: Dtype | None = None
     """Matmul dtype; the model's own if not given."""
-    top: int = 20
+    top: Count = 20
     """Number of least likely words to print."""
     selfcheck: bool = False
     """Compare a model's stateful top layer with known embeddings, as bilm-tf's tests do. SENTENCES is a
     JSON list of lists of sentences; EXPECTED is one HDF5 file per list."""
-    rtol: float = 1e-5
+    rtol: Positive = 1e-5
     """Relative tolerance of --selfcheck."""
-    atol: float = 2e-6
+    atol: Positive = 2e-6
     """Absolute tolerance of --selfcheck."""
     output: str | None = None
     """Folder for scores.jsonl, with one record per sentence; not written if not given."""

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from tyro.conf import Positional, arg
 
-from elmo_jax.config import Dtype
+from elmo_jax.config import Count, Dtype
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -37,9 +37,9 @@ class NeighboursConfig:
     """Matmul dtype; the model's own if not given."""
     tokenize: bool = False
     """Tokenize raw text as the training commands do. Without it, spaces separate the tokens of a line."""
-    nearest: int = 3
+    nearest: Count = 3
     """Number of neighbours to print."""
-    most: int = 500
+    most: Count = 500
     """Use the first occurrences up to this number."""
     picture: str | None = None
     """PNG file for a plot of the occurrences, one panel per layer."""

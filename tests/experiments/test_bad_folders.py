@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from experiments.common.features import data_of
+from experiments.common.inputs import data_of
 from exported import CONFIGURATION, MODEL, PARAMS, WEIGHTS, WORDS, seal, weights
 
 from elmo_jax.data.csv_dataset import DataConfig

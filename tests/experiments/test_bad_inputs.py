@@ -22,13 +22,13 @@ FLAGS = {
     "--seed=-1": "--seed must be at least 0",
     "--seed=1e3": "--seed",
     "--split-seed=4294967296": "--split-seed must be at most",
-    "--learning-rate=nan": "--learning-rate must be above 0 and finite",
-    "--learning-rate=inf": "--learning-rate must be above 0 and finite",
+    "--learning-rate=nan": "--learning-rate must be a finite number",
+    "--learning-rate=inf": "--learning-rate must be a finite number",
     "--learning-rate=0": "--learning-rate must be above 0",
     "--clip-norm=-1": "--clip-norm must be above 0",
-    "--warmup=1": "--warmup must be between 0 and 1",
-    "--dropout=nan": "--dropout must be between 0 and 1",
-    "--validation=0": "--validation must be between 0 and 1",
+    "--warmup=1": "--warmup must be below 1, not 1.0",
+    "--dropout=nan": "--dropout must be a finite number",
+    "--validation=0": "--validation must be above 0",
     "--batch-size=0": "--batch-size must be at least 1",
     "--batch-size=1000000000": "--batch-size must be at most 65536",
     "--embedding=1000000000": "--embedding must be at most 65536",
@@ -44,26 +44,26 @@ FLAGS = {
     "--steps-per-call=1000000000": "--steps-per-call must be at most",
     "--max-length=0": "--max-length must be at least 1",
     "--negatives=0": "--negatives must be at least 1",
-    "--filters 60 4": "--filters must have widths from 1 to 50 characters, not 60",
-    "--filters 1 4 0 4": "--filters must have widths from 1 to 50 characters, not 0",
-    "--filters 1 0": "--filters must have from 1 to 65536 filters of a width, not 0",
-    "--filters 1 99999999": "--filters must have from 1 to 65536 filters of a width, not 99999999",
+    "--filters 60 4": "--filters[0][0] must be at most 50, not 60",
+    "--filters 1 4 0 4": "--filters[1][0] must be at least 1, not 0",
+    "--filters 1 0": "--filters[0][1] must be at least 1, not 0",
+    "--filters 1 99999999": "--filters[0][1] must be at most 65536",
     "--filters": "--filters",
     "--filters 3": "--filters",
     "--dtype=float8": "--dtype",
     "--optimizer=lion": "--optimizer",
     "--dataset=": "--dataset is empty",
     "--dataset=/dev/null": "/dev/null: no such folder",
-    "--dataset=a\0b": "--dataset holds a NUL character",
+    "--dataset=a\0b": "--dataset contains a NUL character",
     "--dataset=ag_news --data-dir=/nowhere": "/nowhere: no such folder",
-    "--data-dir=/nowhere": "--data-dir needs --dataset ag_news",
-    "--dataset=/nowhere --data-dir=/nowhere": "--data-dir needs --dataset ag_news",
-    "--dataset=ag_news --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
-    "--data-dir=/nowhere --corpus=x --valid-corpus=x": "--corpus stands in place of --dataset",
+    "--data-dir=/nowhere": "ag_news; add that, or give the folder as",
+    "--dataset=/nowhere --data-dir=/nowhere": "ag_news; add that, or give the folder as",
+    "--dataset=ag_news --corpus=x --valid-corpus=x": "--corpus replaces --dataset",
+    "--data-dir=/nowhere --corpus=x --valid-corpus=x": "--corpus replaces --dataset",
     "--output=/dev/null": "/dev/null: is a file",
     "--output=/dev/null/below": "cannot be written",
     f"--output={'long' * 100}": "File name too long",
-    "--resume --overwrite": "two different things",
+    "--resume --overwrite": "exclude each other",
     "stray": "stray",
 }
 
@@ -148,9 +148,9 @@ def test_class_names_and_compressed_files_are_refused(tmp_path, refused):
 
 
 def test_flags_with_several_values_are_checked(tmp_path, refused):
-    refused(evaluate.main, ["a\0b", "c"], "--paths holds a NUL character")
-    refused(evaluate.main, ["x", "--bilm", "a\0b", "c"], "--bilm holds a NUL character")
-    refused(embed.main, ["in", "out", "--bilm", "a", "c\0d"], "--bilm holds a NUL character")
+    refused(evaluate.main, ["a\0b", "c"], "--paths contains a NUL character")
+    refused(evaluate.main, ["x", "--bilm", "a\0b", "c"], "--bilm contains a NUL character")
+    refused(embed.main, ["in", "out", "--bilm", "a", "c\0d"], "--bilm contains a NUL character")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])

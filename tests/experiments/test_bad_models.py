@@ -106,8 +106,8 @@ NAMES = npy((10,), "|u1", b"<UNK>\nbank")
 NPZ = {
     "empty": (raw(b""), "holds no word vectors"),
     "binary": (raw(b"PK\x03\x04" + b"\xff" * 100), "holds no word vectors"),
-    "missing": (lambda path: path.unlink(), "holds no word vectors"),
-    "a folder": (folder, "holds no word vectors"),
+    "missing": (lambda path: path.unlink(), "no word vectors here"),
+    "a folder": (folder, "no word vectors here"),
     "NaN": (lambda path: np.savez(path, tokens=NUMBERS, matrix=[[np.nan], [1]]), "'<UNK>' is not finite"),
     "another shape": (lambda path: np.savez(path, tokens=NUMBERS, matrix=np.zeros((3, 1))), "holds no word"),
     "no matrix": (lambda path: np.savez(path, tokens=NUMBERS, matrix=np.zeros(2)), "holds no word vectors"),
@@ -150,10 +150,10 @@ def test_word_vectors_are_refused(name, counted, tmp_path, refused):
 
 
 RUNS = {
-    "no run": (["--features", "sgns", "--vectors", "none"], "none: holds no word vectors; make them with"),
+    "no run": (["--features", "sgns", "--vectors", "none"], "none: no word vectors here; make them with"),
     "another method's": (
         ["--features", "sgns", "--vectors", "svd"],
-        "holds svd vectors, not --features sgns",
+        "svd: holds svd vectors; give a run of",
     ),
     "fine-tuned": (["--features", "svd", "--vectors", "svd", "--finetune"], "need --features elmo"),
     "no labels": (["--features", "svd", "--vectors", "svd", "--labels", "0"], "--labels must be above 0"),
@@ -193,4 +193,4 @@ def test_unused_settings_of_a_preset_are_not_refused(tmp_path, monkeypatch, refu
     monkeypatch.chdir(tmp_path)
     mixed = replace(downstream.PRESETS["best"], combiner=CombinerConfig("frozen", "softmax", True, "tanh"))
     monkeypatch.setitem(downstream.PRESETS, "best", mixed)
-    refused(downstream.main, ["--preset", "best", "--features", "svd"], "runs/svd: holds no word vectors")
+    refused(downstream.main, ["--preset", "best", "--features", "svd"], "runs/svd: no word vectors here")
