@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from experiments.common.inputs import data_of
 from exported import CONFIGURATION, MODEL, PARAMS, WEIGHTS, WORDS, seal, weights
 
 from elmo_jax.data.csv_dataset import DataConfig
@@ -17,6 +16,7 @@ from elmo_jax.pretrained.folder import VOCABULARY
 from elmo_jax.storage.files import CONFIG, read_config, write_config
 from elmo_jax.training.checkpoint import Position, Run
 from experiments import downstream
+from experiments.common.inputs import data_of
 
 
 @pytest.fixture
