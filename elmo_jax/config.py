@@ -4,6 +4,7 @@ Bounds stand on the fields and are checked by `msgspec` wherever a config is rea
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -16,7 +17,7 @@ Layers = Literal["all", "top", "average", "mix"]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, le=2**16)]
 Depth = Annotated[int, Meta(ge=1, le=64)]
-Seed = Annotated[int, Meta(ge=0, lt=2**31)]
+NonNegative = Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -55,7 +56,7 @@ class CharCNNConfig:
     """Width in characters and number of filters, for each width."""
     character_features: Count = 16
     """Width of the character vectors."""
-    highway: Seed = 2
+    highway: NonNegative = 2
     """Number of highway layers."""
     activation: Literal["relu", "tanh"] = "relu"
     """Activation after max pooling over a word's characters."""
@@ -91,15 +92,15 @@ class BiLMConfig:
     dtype: Dtype = "float32"
     """Matmul dtype. Accumulation, states and parameters stay float32."""
 
-    @property
+    @cached_property
     def projected(self) -> bool:
-        """Whether LSTM outputs are projected to the embedding width."""
+        """True if LSTM outputs are projected to the embedding width."""
         return self.project_cells or self.cells != self.embedding
 
 
 @dataclass(frozen=True)
 class CombinerConfig:
-    """How the layers of a language model become one vector per token."""
+    """Combiner of the layers of a language model."""
 
     combiner: str = "trainable"
     """trainable or frozen scalar weights for the layers, or function (learned, of all layers)."""

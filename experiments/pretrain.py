@@ -156,21 +156,13 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     texts = run_on_all(lambda: load_texts(config.data, config.corpus, with_characters, max_tokens))
     model = BiLM(config.model, len(texts.vocabulary), config.kernel)
     train = texts.stream(config.corpus, config.batch_size, config.seed, config.steps_per_call)
+    bounds = train.bounds if isinstance(train, BatchStream) else None
     held_out = BatchStream(
-        texts.held_out,
-        config.batch_size,
-        bounds=train.bounds if isinstance(train, BatchStream) else None,
-        steps_per_call=config.steps_per_call,
+        texts.held_out, config.batch_size, bounds=bounds, steps_per_call=config.steps_per_call
     )
-    if texts.fraction < 1:
-        cli.say(f"estimated from the first {texts.fraction:.2%} of the corpus:")
-    parts = (texts.train,) if texts.held_out is texts.train else (texts.train, texts.held_out)
-    cli.describe(parts, texts.vocabulary, train)
+    _describe_texts(texts, train)
     init_state, optimizer, loss_fn = _prepare_training(config, model, texts, train, mesh)
-    parameters = cli.count_parameters(init_state.like().params)
-    cli.say(
-        f"model: {parameters:,} parameters, {jax.default_backend()} x {jax.device_count()}, {kernel} LSTM"
-    )
+    _describe_model(init_state, kernel)
     if config.dry_run:
         steps = config.epochs * train.steps_per_epoch / texts.fraction
         estimate(init_state(), loss_fn, optimizer, train, steps, config.seed)
@@ -202,6 +194,23 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     run_on_first(lambda: _write_results(records, train, run.path))
     run.close()
     return records
+
+
+def _describe_texts(texts: Texts, train: Any) -> None:
+    """Print the sizes of the parts, the vocabulary and the batches."""
+    if texts.fraction < 1:
+        cli.say(f"estimated from the first {texts.fraction:.2%} of the corpus:")
+    parts = (texts.train,) if texts.held_out is texts.train else (texts.train, texts.held_out)
+    cli.describe(parts, texts.vocabulary, train)
+
+
+def _describe_model(init_state: Plan[TrainState], kernel: str) -> None:
+    """Print the number of parameters, the devices and the kernel."""
+    import jax
+
+    parameters = cli.count_parameters(init_state.like().params)
+    devices = f"{jax.default_backend()} x {jax.device_count()}"
+    cli.say(f"model: {parameters:,} parameters, {devices}, {kernel} LSTM")
 
 
 def _dry_run_tokens(config: PretrainConfig) -> int:

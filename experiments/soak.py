@@ -41,7 +41,7 @@ class SoakConfig:
 
 
 def soak(config: SoakConfig) -> dict[str, Any]:
-    """Run the command and return the slopes."""
+    """Run the command and return the growth of memory and open files."""
     if not Path("/proc/self/statm").is_file():
         raise InputError("this system has no /proc to read memory from; run this on Linux")
     samples: list[dict[str, float]] = []

@@ -21,7 +21,6 @@ TERMS = {
     "drawn": "sampled",
     "turned": "transposed, reversed",
     "slopes": "local derivatives",
-    "marks": "BOS and EOS",
     "spelled": "character ids",
     "spellings": "character ids",
     "rowwise": "row-sparse",
@@ -31,7 +30,7 @@ TERMS = {
     "obstacle": "unsupported_reason",
 }
 # Old names that a shim, an alias or a file format must keep.
-KEPT = {"dispatches", "rowwise", "steps_per_dispatch"}
+KEPT = {"after_dispatch", "dispatches", "rowwise", "spelled", "spellings", "steps_per_dispatch", "wanted"}
 TERM = re.compile(r"\b(?:" + "|".join(TERMS) + r")\b", re.IGNORECASE)
 OPENING = re.compile(r"(What|Whether|Of|How|Where|Who|Which|It|They)\b")
 

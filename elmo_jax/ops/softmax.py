@@ -203,14 +203,14 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
 
     Args:
         hidden: ``[N, P]``.
-        true: N candidates, the true class of each position.
-        noise: C candidates shared by all positions; a position ignores its own true class among them.
+        true: True class of each position.
+        noise: C classes shared by all positions; a position ignores its true class among them.
         weight: ``[N]``.
         with_gradient: Whether to compute the gradients of the weighted sum.
 
     Returns:
-        The weighted sum and each position's value ``[N]``; and None, or the gradients: of `hidden` in its
-        dtype, and of the rows and shifts of `true` and of `noise` in the accumulation dtype.
+        The weighted sum and each position's value ``[N]``, and the gradients or None: of `hidden` in its
+        dtype, of the rows and shifts of `true` and of `noise` in the accumulation dtype.
     """
     sums, axes = np.promote_types(hidden.dtype, np.float32), _axes()
     parts, n = _split_into_chunks(_max_chunk_rows(len(noise.rows)), (hidden, true, weight))
@@ -227,9 +227,7 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
         ) + position.shift.astype(sums)
         products = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
 
-        def logits() -> Array:
-            return products + _along_classes(of_class)
-
+        logits = lambda: products + _along_classes(of_class)  # noqa: E731
         shift = _choose_shift(logits, true_logit, h, max_norm, max_shift)
         is_true = _along_classes(noise.classes) == _along_rows(position.classes)
         exps, true_exp = (

@@ -200,8 +200,8 @@ def compile_steps(
         optimizer: Optimizer that the state was created with.
         like: A state, or its shapes and shardings; needed with a mesh or with `ahead`.
         ahead: Batches of shapes to compile for now; other shapes are compiled when they occur. On an
-            accelerator this runs in background threads, on a CPU it finishes before this returns. The key
-            of these calls must be of JAX's default type.
+            accelerator this runs in background threads, on a CPU before this returns. Keys must be of JAX's
+            default type.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, metrics [K, ...])``. The first `count` metrics
@@ -209,8 +209,7 @@ def compile_steps(
     """
     mesh, shardings, all_steps = find_mesh(like), None, runs_all_steps()
     if like is not None and mesh is not None:
-        of_state = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={}))
-        shardings = of_state, replicated(mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), replicated(mesh)
     options = compiler_options(isinstance(loss_fn, MatmulBound))
     optimizer = as_step_optimizer(optimizer)
     take_step = inspect.unwrap(train_step)  # without the wrapper for old argument names
@@ -231,16 +230,14 @@ def compile_steps(
             state, metrics = step(state, jax.tree.map(lambda a: a[i], batches), key, is_enabled(i))
             return state, {name: filled[name].at[i].set(value) for name, value in metrics.items()}
 
-        first = jax.tree.map(lambda a: a[0], batches)
-        shapes = jax.eval_shape(step, state, first, key, is_enabled(0))[1]
+        shapes = jax.eval_shape(step, state, jax.tree.map(lambda a: a[0], batches), key, is_enabled(0))[1]
         most = jax.tree.leaves(batches)[0].shape[0]
         filled = {name: jnp.zeros((most, *s.shape), s.dtype) for name, s in shapes.items()}
         state, filled = jax.lax.fori_loop(0, most if all_steps else count, body, (state, filled))
         return replace(state, frozen={}), filled
 
     compiled: dict[Any, Future[Any]] = {}
-    for batches in ahead:  # traced in this thread, because JAX settings are per thread
-        assert like is not None
+    for batches in ahead if like else ():  # traced in this thread, because JAX settings are per thread
         traced = run_steps.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
         compiled[shape_key(batches)] = _start(traced.compile, in_background=all_steps)
 

@@ -251,7 +251,7 @@ def flag_of(name: str) -> str:
 
 
 def flags_in(args: Sequence[str]) -> list[str]:
-    """Return the flags of a command line in order, spelled as in the help; ``--no-X`` counts as ``--X``.
+    """Return the flags of a command line in order, as the help writes them; ``--no-X`` counts as ``--X``.
 
     Example:
         >>> flags_in(["text.txt", "--no-layer_norm", "--epochs=2"])

@@ -145,10 +145,10 @@ def plot_dots(
     """Plot the mean and standard deviation of repetitions, one name a line, as a PNG.
 
     Args:
-        values: By name, one value for each repetition; drawn from top to bottom.
+        values: By name, one value for each repetition; plotted from top to bottom.
         path: PNG file to write.
         xlabel: Axis label with its unit.
-        reference: Value to compare with, drawn as a dashed line.
+        reference: Value to compare with, plotted as a dashed line.
     """
     with _new_figure(path, 6.2, 0.8 + 0.4 * len(values)) as figure:
         axes = figure.subplots()
