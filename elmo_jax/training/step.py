@@ -199,9 +199,8 @@ def compile_steps(
         loss_fn: ``(params, batch, key) -> (loss, metrics)``.
         optimizer: Optimizer that the state was created with.
         like: A state, or its shapes and shardings; needed with a mesh or with `ahead`.
-        ahead: Batches of shapes to compile for now; other shapes are compiled when they occur. On an
-            accelerator this runs in background threads, on a CPU before this returns. Keys must be of JAX's
-            default type.
+        ahead: Batches of shapes to compile for now, on an accelerator in the background; other shapes are
+            compiled when they occur. Keys of calls must then be of JAX's default type.
 
     Returns:
         ``(state, batches [K, ...], count, key) -> (state, metrics [K, ...])``. The first `count` metrics
@@ -237,7 +236,8 @@ def compile_steps(
         return replace(state, frozen={}), filled
 
     compiled: dict[Any, Future[Any]] = {}
-    for batches in ahead if like else ():  # traced in this thread, because JAX settings are per thread
+    for batches in ahead:  # traced in this thread, because JAX settings are per thread
+        assert like is not None
         traced = run_steps.lower(replace(like, frozen={}), like.frozen, batches, 1, jax.random.key(0))
         compiled[shape_key(batches)] = _start(traced.compile, in_background=all_steps)
 
