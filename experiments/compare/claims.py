@@ -53,20 +53,12 @@ class Studies:
 def plan_studies(comparison: Comparison, full: Mapping[str, Sequence[Stage]]) -> Studies:
     """Return the runs of the studies, given the classifiers of the comparison."""
     seeds = range(len(full[ELMO]))
-    fractions = _find_distinct_fractions(comparison)
-    few_labels = {
-        method: {
+    few_labels: dict[str, dict[float, list[Stage]]] = {method: {} for method in (ELMO, *STATIC)}
+    for fraction in _find_distinct_fractions(comparison):
+        for method, of_method in few_labels.items():
             # Few documents make few steps an epoch, so the number of epochs grows.
-            fraction: [
-                comparison.classifier(
-                    method, seed, fraction, round(full[method][0].settings.epochs / fraction**0.5)
-                )
-                for seed in seeds
-            ]
-            for fraction in fractions
-        }
-        for method in (ELMO, *STATIC)
-    }
+            epochs = round(full[method][0].settings.epochs / fraction**0.5)
+            of_method[fraction] = [comparison.classifier(method, seed, fraction, epochs) for seed in seeds]
     untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in seeds]
     output = comparison.output / "context"
     context = replace(comparison, data=DataConfig(), output=output, pretrained=None).sources.values()
@@ -221,10 +213,11 @@ def describe_transfer(pretrained: Sequence[float], untrained: Sequence[float]) -
         -1: f"loses from pre-training{_beyond_deviation(len(gains))}",
         0: "neither gains nor loses from pre-training",
     }[_find_sign(gains, 4)]
+    difference = format_mean(gains, sign="+")
     return (
         f"The same classifier {verdict}: {format_mean(pretrained)} on the pre-trained language model, "
-        f"{format_mean(untrained)} on one with random parameters "
-        f"(difference {format_mean(gains, sign='+')}). " + _describe_seeds(len(gains))
+        f"{format_mean(untrained)} on one with random parameters (difference {difference}). "
+        f"{_describe_seeds(len(gains))}"
     )
 
 
@@ -254,12 +247,10 @@ def describe_context(values: Mapping[str, float], baseline: float, occurrences: 
     static = max(STATIC, key=lambda name: values[name])
     return (
         f"The sample corpus records the sense of each of the {occurrences:,} ambiguous words in its test "
-        "texts. "
-        f"A linear probe predicts {values[best]:.1%} of the senses from the best layer of ELMo "
+        f"texts. A linear probe predicts {values[best]:.1%} of the senses from the best layer of ELMo "
         f"({best.removeprefix('ELMo, ')}) and {values[static]:.1%} from the better static vectors "
-        f"({static}). "
-        f"Always predicting a word's most frequent sense (dashed line) gets {baseline:.1%}. "
-        + _describe_seeds(1)
+        f"({static}). Always predicting a word's most frequent sense (dashed line) gets {baseline:.1%}. "
+        f"{_describe_seeds(1)}"
     )
 
 

@@ -173,34 +173,32 @@ COMPARE = {
     "a number of another": (["--downstream=--epochs 0"], "--epochs must be at least 1"),
     "no run": (["--pretrained", "none"], "none: holds no run"),
     "no finished run": (["--pretrained", "model"], "model: is not a finished run"),
-    "a file": (["--output", "in.txt"], "in.txt: is a file"),
+    "a file": (["--output", "in.txt"], "in.txt: Not a directory"),
     "another's run": (["--output", "model"], "model: holds a run of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
-    "metrics of another": (
-        ["--output", "old"],
-        "metrics.jsonl: cannot be read as times of stages",
-    ),
+    "metrics of another": (["--output", "old"], "metrics.jsonl: cannot be read as the times of the stages"),
     "a number for a configuration": (["--output", "five"], "config.json: cannot be read; restore it"),
     "more seeds than anyone has": (["--seeds", "1000000000"], "--seeds must be at most 1000"),
     "two data sets": (
         ["--pretrained", "model", "--dataset", "x", "--min-count", "1"],
         "leave out --dataset, --min-count",
     ),
-    "two language models": (["--pretrained", "model", "--pretrain=--epochs 1"], "leave out it or --pretrain"),
+    "two language models": (
+        ["--pretrained", "model", "--pretrain=--epochs 1"],
+        "--pretrain has no effect with --pretrained",
+    ),
     "a run of vectors": (["--pretrained", "svd"], "svd: is not a finished run of experiments.pretrain"),
-    "help": (["--pretrain=--epochs 1 --help"], "asks for help; see python -m experiments.pretrain --help"),
-    "help in short": (["--downstream=-h"], "asks for help; see python -m experiments.downstream --help"),
     "data of a stage": (
         ["--pretrain=--max_length 5"],
-        "--pretrain --max-length: is for the comparison to set",
+        "--pretrain --max-length: is set by the comparison",
     ),
-    "a corpus": (["--pretrain=--corpus x --valid-corpus y"], "--pretrain --corpus: is for the comparison"),
-    "a dry run": (["--pretrain=--dry-run"], "--pretrain --dry-run: is for the comparison"),
-    "a method": (["--vectors=--method svd"], "--vectors --method: is for the comparison"),
+    "a corpus": (["--pretrain=--corpus x --valid-corpus y"], "--pretrain --corpus: is set by the comparison"),
+    "a dry run": (["--pretrain=--dry-run"], "--pretrain --dry-run: is set by the comparison"),
+    "a method": (["--vectors=--method svd"], "--vectors --method: is set by the comparison"),
 }
 OWNED = "--seed=7 --pretrained=foo --output=bar --combiner=function --features=svd --labels=0.5 --untrained"
 COMPARE |= {
-    f"downstream's {flag}": ([f"--downstream={flag}"], f"{flag.split('=')[0]}: is for the comparison to set")
+    f"downstream's {flag}": ([f"--downstream={flag}"], f"{flag.split('=')[0]}: is set by the comparison")
     for flag in f"{OWNED} --vectors=x --overwrite --resume --allow-config-change --process=1".split()
 }
 

@@ -1,181 +1,168 @@
-"""What is said of the studies' figures, whichever way they fall."""
+"""Sentences about the studies, whichever way their results turn out."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from elmo_jax.data.csv_dataset import DataConfig
+from elmo_jax.config import DataConfig
 from experiments.compare import claims
-from experiments.compare.claims import Occurrences, commonest, probe
-from experiments.compare.stages import METHODS, CompareConfig, Comparison, Origins
+from experiments.compare.claims import Occurrences, most_frequent_sense_accuracy, probe_accuracy
+from experiments.compare.stages import METHODS, Comparison
 
 SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
-NONE = [[0.1] * 5]
+LOW = [0.1] * 5
+DEVIATION = "one standard deviation over the seeds"
 
 
-def curves(elmo, sgns, svd=NONE, sizes=SIZES):
-    """By method and seed, accuracies by labelled documents."""
-    every = {claims.ELMO: elmo, "SGNS": sgns, "SVD": svd * len(elmo) if svd is NONE else svd}
-    return {m: [dict(zip(sizes, row, strict=False)) for row in rows] for m, rows in every.items()}
+def curves(elmo, sgns, svd=None, x=SIZES):
+    """Accuracies of each method and seed, by x."""
+    of_method = {claims.ELMO: elmo, "SGNS": sgns, "SVD": svd or [LOW] * len(elmo)}
+    return {m: [dict(zip(x, row, strict=False)) for row in rows] for m, rows in of_method.items()}
+
+
+def plain(sentence):
+    return sentence.replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.mark.parametrize(
-    ("elmo", "sgns", "said"),
+    ("elmo", "sgns", "expected"),
     [
-        ([0.5, 0.5, 0.9, 0.9, 0.9], [0.5, 0.7, 0.7, 0.7, 0.8], "It leads at 3 of 5 points. One seed"),
-        ([0.9, 0.5, 0.5, 0.5, 0.5], [0.5, 0.7, 0.7, 0.7, 0.8], "It leads at 1 of 5 points. One seed"),
+        ([0.5, 0.5, 0.9, 0.9, 0.9], [0.5, 0.7, 0.7, 0.7, 0.8], "leads at 3 of 5 points. One seed"),
+        ([0.9, 0.5, 0.5, 0.5, 0.5], [0.5, 0.7, 0.7, 0.7, 0.8], "leads at 1 of 5 points. One seed"),
         ([0.9, 0.5, 0.5, 0.5, 0.9], [0.5, 0.7, 0.7, 0.7, 0.8],
-         "It leads at 2 of 5 points. With the fewest labels its lead is larger than with all. One seed"),
-        ([0.9] * 5, [0.85, 0.7, 0.7, 0.7, 0.6], "5 points. With the fewest labels its lead is smaller than"),
-        ([0.9] * 5, [0.8, 0.7, 0.7, 0.7, 0.8], "5 points. With the fewest labels its lead is the same as w"),
-        ([0.5001] * 5, [0.5] * 5, "+0.000 with 400. It leads at 0 of 5 points. One seed each"),
-        ([0.5], [0.4], "+0.100 with 4. It leads at 1 of 1 points. One seed each"),
+         "leads at 2 of 5 points. With the fewest labels its lead is larger than with all labels. One"),
+        ([0.9] * 5, [0.85, 0.7, 0.7, 0.7, 0.6], "With the fewest labels its lead is smaller than with all"),
+        ([0.9] * 5, [0.8, 0.7, 0.7, 0.7, 0.8], "With the fewest labels its lead is the same as with all"),
+        ([0.5001] * 5, [0.5] * 5, "+0.000 with 400. ELMo leads at 0 of 5 points. One seed each"),
+        ([0.5], [0.4], "+0.100 with 4. ELMo leads at 1 of 1 points. One seed each"),
     ],
 )  # fmt: skip
-def test_the_lead_is_counted_wherever_it_is_measured(elmo, sgns, said):
-    assert said in claims.efficiency_sentence(curves([elmo], [sgns]))
+def test_lead_is_counted_at_every_point(elmo, sgns, expected):
+    assert expected in claims.describe_efficiency(curves([elmo], [sgns]))
 
 
-def test_the_lead_is_over_the_better_of_the_static_vectors_at_each_point():
-    said = claims.efficiency_sentence(
+def test_lead_is_over_the_better_static_vectors_at_each_point():
+    text = claims.describe_efficiency(
         curves([[0.9] * 5], [[0.8, 0.8, 0.5, 0.5, 0.5]], [[0.5, 0.7, 0.7, 0.95, 0.6]])
     )
-    assert ": +0.100 with 4, +0.100 with 12, +0.200 with 40, -0.050 with 120, +0.300 with 400." in said
+    assert ": +0.100 with 4, +0.100 with 12, +0.200 with 40, -0.050 with 120, +0.300 with 400." in text
 
 
-def test_a_lead_is_larger_only_beyond_the_deviation_over_seeds():
-    sgns = [[0.5] * 5] * 2
-    clear = claims.efficiency_sentence(curves([[0.8, 0.6, 0.6, 0.6, 0.6], [0.82, 0.6, 0.6, 0.6, 0.6]], sgns))
-    assert "its lead is larger than with all. Means of 2 seeds." in clear
-    noisy = claims.efficiency_sentence(curves([[0.6, 0.6, 0.6, 0.6, 0.6], [0.9, 0.6, 0.6, 0.6, 0.6]], sgns))
-    assert "its lead is not shown to differ from that with all, by the deviation over seeds. Means" in noisy
-    assert "larger" not in noisy
-
-
-def test_shares_are_those_of_the_documents_that_were_trained_on(tmp_path, monkeypatch):
-    def run(documents, accuracy):
-        return {"train": {"confusion_matrix": [[documents, 0], [0, 0]]}, "test": {"accuracy": accuracy}}
-
-    monkeypatch.setattr(claims, "measure", lambda found: SimpleNamespace(results=found))
-    drawn = []
-    monkeypatch.setattr(claims.report, "plot_bands", lambda curves, *_, **__: drawn.append(curves))
-    methods = (claims.ELMO, *claims.STATIC)
-    shares = {0.01: [run(5, 0.3)], 0.03: [run(5, 0.4)], 0.1: [run(5, 0.5)], 0.3: [run(12, 0.6)]}
-    made = claims.Studies({m: [run(40, 0.7)] for m in methods}, dict.fromkeys(methods, shares), [], [])
-    said = claims._efficiency(made, tmp_path / "efficiency.png")
-    assert drawn == [{m: [{5.0: 0.5, 12.0: 0.6, 40.0: 0.7}] for m in methods}]
-    assert "Test accuracy with 5 labelled documents (12.5%): ELMo, trainable λ 0.500; SGNS 0.500;" in said
-    assert "of 3 points" in said
+def test_lead_counts_only_beyond_one_standard_deviation():
+    elmo, sgns = [[0.6, 0.5, 0.5, 0.6, 0.62], [0.9, 0.7, 0.5, 0.7, 0.6]], [[0.5] * 5, [0.58] * 5]
+    text = plain(claims.describe_efficiency(curves(elmo, sgns)))
+    assert ": +0.210 ± 0.156 with 4, +0.060 ± 0.085 with 12, -0.040 ± 0.057 with 40, " in text
+    assert f"ELMo leads at 2 of 5 points by more than {DEVIATION}. " in text
 
 
 @pytest.mark.parametrize(
-    ("rows", "shares", "said"),
+    ("first", "expected"),
+    [(0.82, "larger than with all labels"), (0.9, f"not clearly different from its lead with all labels "
+                                                  f"(within {DEVIATION})")],
+)  # fmt: skip
+def test_larger_lead_with_few_labels_must_exceed_the_deviation(first, expected):
+    elmo = [[0.8 if first == 0.82 else 0.6, *[0.6] * 4], [first, *[0.6] * 4]]
+    text = claims.describe_efficiency(curves(elmo, [[0.5] * 5] * 2))
+    assert f"its lead is {expected}. Means of 2 seeds." in text
+
+
+def test_efficiency_is_plotted_against_the_documents_trained_on(tmp_path, monkeypatch):
+    def run(documents, accuracy):
+        return SimpleNamespace(path=(documents, accuracy))
+
+    def read(path):
+        train, test = {"confusion_matrix": [[path[0], 0], [0, 0]]}, {"accuracy": path[1]}
+        return SimpleNamespace(results={"train": train, "test": test})
+
+    plotted = []
+    monkeypatch.setattr(claims, "read_classifier", read)
+    monkeypatch.setattr(claims.report, "plot_bands", lambda curves, *_, **__: plotted.append(curves))
+    methods = (claims.ELMO, *claims.STATIC)
+    few = {0.01: [run(5, 0.3)], 0.03: [run(5, 0.5)], 0.3: [run(12, 0.6)]}
+    studies = claims.Studies({m: [run(40, 0.7)] for m in methods}, dict.fromkeys(methods, few), [], [])
+    text = claims.study_efficiency(studies, tmp_path / "efficiency.png")
+    assert plotted == [{m: [{5.0: 0.5, 12.0: 0.6, 40.0: 0.7}] for m in methods}]
+    assert "Test accuracy with 5 labelled documents (12.5%): ELMo, trainable λ 0.500; SGNS 0.500;" in text
+    assert "of 3 points" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "fractions", "expected"),
     [
-        (20, [0.03, 0.1, 0.3], "1% of the labels are the same documents as 3% of them, and left out\n"),
-        (2, [], "".join(f"{n}% of the labels are the same documents as 100% of them, and left out\n"
+        (20, [0.03, 0.1, 0.3], "skipping 1% of the labels: the same documents as 3%\n"),
+        (2, [], "".join(f"skipping {n}% of the labels: the same documents as 100%\n"
                         for n in (1, 3, 10, 30))),
-        (2000, [0.01, 0.03, 0.1, 0.3], ""),
+        (400, [0.01, 0.03, 0.1, 0.3], ""),
     ],
 )  # fmt: skip
-def test_shares_that_come_to_the_same_documents_are_trained_once(tmp_path, capsys, rows, shares, said):
+def test_fractions_with_the_same_documents_are_trained_once(tmp_path, capsys, rows, fractions, expected):
     (tmp_path / "data").mkdir()
     for part, count in (("train", rows), ("test", 1)):
         texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
         (tmp_path / "data" / f"{part}.csv").write_text(texts)
-    config = CompareConfig(DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2))
-    comparison = Comparison(config, config.data, tmp_path / "out", Origins())
-    made = claims.studies(comparison, {method: [comparison.classifier(method, 0)] for method in METHODS})
-    assert capsys.readouterr().out == said
-    assert [list(of_method) for of_method in made.few.values()] == [shares] * 3
-    digests = [Origins().texts(config.data, labels=share) for share in (*claims.SHARES, 1.0)]
-    assert len(set(digests)) == len(shares) + 1
+    data = DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2)
+    comparison = Comparison(data, tmp_path / "out")
+    classifiers = {method: [comparison.classifier(method, 0)] for method in METHODS}
+    studies = claims.plan_studies(comparison, classifiers)
+    assert capsys.readouterr().out == expected
+    assert [list(few) for few in studies.few_labels.values()] == [fractions] * 3
+    names = [stage.name for stage in studies.stages]
+    assert names[:3] == ["context pretrain", "context svd", "context sgns"]
+    assert len(names) == len(set(names)) == 3 + 1 + 3 * len(fractions)
 
 
-def test_the_sentence_of_convergence():
-    leads = {claims.ELMO: (0.8, 0.9), "SGNS": (0.7, 0.88), "SVD": (0.6, 0.87)}
-    learned = {name: [dict(zip((1.0, 100.0), values, strict=True))] for name, values in leads.items()}
-    said = claims.convergence_sentence(learned)
-    assert "ELMo, trainable λ 0.800; SGNS 0.700; SVD 0.600. " in said
-    assert "SGNS is at its best, 0.880, after 100 updates; ELMo reaches that after 100" in said
-    never = {**learned, "SVD": [{1.0: 0.6, 100.0: 0.99}]}
-    assert "ELMo reaches that never" in claims.convergence_sentence(never)
+def test_convergence_is_when_elmo_reaches_the_best_of_the_static_vectors():
+    x = (1.0, 100.0)
+    text = claims.describe_convergence(curves([[0.8, 0.9]], [[0.7, 0.88]], [[0.6, 0.99]], x))
+    assert "first measured point: ELMo, trainable λ 0.800; SGNS 0.700; SVD 0.600. " in text
+    assert "SGNS is best after 100 updates (0.880); ELMo reaches this after 100 updates. " in text
+    assert "SVD is best after 100 updates (0.990); ELMo never reaches this. One seed" in text
+    text = plain(claims.describe_convergence(curves([[0.7, 0.9], [0.9, 0.9]], [[0.7, 0.9]] * 2, x=x)))
+    assert "SGNS is best after 100 updates (0.900 ± 0.000); ELMo reaches this after 100 updates. " in text
 
 
 @pytest.mark.parametrize(
-    ("pretrained", "untrained", "said"),
+    ("pretrained", "untrained", "expected"),
     [
-        ([0.9, 0.92], [0.8, 0.81], "gains by pre-training by more than the deviation over seeds: 0.9100 ±"),
-        ([0.7, 0.8], [0.8, 0.9], "loses by pre-training by more than the deviation over seeds: 0.7500 ±"),
-        (
-            [0.8, 0.9],
-            [0.8, 0.85],
-            "is not shown to gain or to lose by pre-training, by the deviation over",
-        ),
-        (
-            [0.8, 0.81],
-            [0.85, 0.8],
-            "is not shown to gain or to lose by pre-training, by the deviation over",
-        ),
-        ([0.8, 0.9], [0.8, 0.9], "neither gains nor loses by pre-training: 0.8500 ±"),
+        ([0.9, 0.92], [0.8, 0.81], f"gains from pre-training by more than {DEVIATION}: 0.9100 ±"),
+        ([0.7, 0.8], [0.8, 0.9], f"loses from pre-training by more than {DEVIATION}: 0.7500 ±"),
+        ([0.8, 0.9], [0.8, 0.85], "neither clearly gains nor clearly loses from pre-training (the diff"),
+        ([0.8, 0.81], [0.85, 0.8], "neither clearly gains nor clearly loses from pre-training (the diff"),
+        ([0.8, 0.9], [0.8, 0.9], "neither gains nor loses from pre-training: 0.8500 ±"),
+        ([0.9], [0.8], "gains from pre-training: 0.9000 on the pre-trained language model, 0.8000 on"),
+        ([0.80001], [0.8], "neither gains nor loses from pre-training: "),
     ],
 )
-def test_what_pre_training_is_worth_is_said_beyond_the_deviation_alone(pretrained, untrained, said):
-    sentence = claims.transfer_sentence(pretrained, untrained).replace("\N{NO-BREAK SPACE}", " ")
-    assert said in sentence and sentence.endswith("). Means of 2 seeds.")
+def test_gain_from_pretraining(pretrained, untrained, expected):
+    text = plain(claims.describe_transfer(pretrained, untrained))
+    seeds = "Means of 2 seeds." if len(pretrained) > 1 else "One seed each, so"
+    assert expected in text and f"). {seeds}" in text
 
 
-def test_a_difference_is_shown_with_its_deviation():
-    said = claims.transfer_sentence([0.9, 0.92], [0.8, 0.81])
-    assert "(+0.1050 ±\N{NO-BREAK SPACE}0.0071)" in said
+def test_difference_has_a_deviation():
+    text = plain(claims.describe_transfer([0.9, 0.92], [0.8, 0.81]))
+    assert "(difference +0.1050 ± 0.0071)" in text
 
 
-def test_leads_within_the_deviation_over_seeds_are_none():
-    elmo, sgns = [[0.6, 0.5, 0.5, 0.6, 0.62], [0.9, 0.7, 0.5, 0.7, 0.6]], [[0.5] * 5, [0.58] * 5]
-    said = claims.efficiency_sentence(curves(elmo, sgns)).replace("\N{NO-BREAK SPACE}", " ")
-    assert ": +0.210 ± 0.156 with 4, +0.060 ± 0.085 with 12, -0.040 ± 0.057 with 40, " in said
-    assert "It leads at 2 of 5 points by more than the deviation over seeds. Means of 2 seeds." in said
-
-
-def test_what_is_reached_within_the_deviation_alone_is_told_from_what_is_passed():
-    def said(*elmo):
-        static = [[0.6, 0.8], [0.6, 0.82]]
-        learned = {claims.ELMO: elmo, "SGNS": static, "SVD": static}
-        made = {m: [dict(zip((1.0, 100.0), row, strict=True)) for row in rows] for m, rows in learned.items()}
-        return claims.convergence_sentence(made).replace("\N{NO-BREAK SPACE}", " ")
-
-    assert "SVD is at its best, 0.810 ± 0.014, after 100 updates; ELMo reaches" in said(
-        [0.7, 0.9], [0.7, 0.9]
-    )
-    told = "ELMo reaches that in the mean after 1, and by more than the deviation over seeds exceeds it"
-    assert f"{told} after 100. " in said([0.78, 0.9], [0.88, 0.9])
-    assert f"{told} never. " in said([0.78, 0.82], [0.88, 0.82])
-    assert "reaches that never in the mean, but comes within the deviation over seeds. " in said(
-        [0.7, 0.8], [0.8, 0.8]
-    )
-    assert "ELMo reaches that never. " in said([0.7, 0.7], [0.7, 0.72])
-
-
-def test_sentences_about_pictures_of_dots():
-    said = claims.transfer_sentence([0.9], [0.8])
-    assert "gains by pre-training: 0.9000 with it, 0.8000" in said and "(+0.1000). One seed each" in said
-    assert "neither gains nor loses by pre-training: " in claims.transfer_sentence([0.80001], [0.8])
+def test_sentence_about_senses_names_the_better_vectors():
     values = {"ELMo, token vectors": 0.5, "ELMo, LSTM layer 1": 0.75, "SVD": 0.9, "SGNS": 0.5}
-    said = claims.context_sentence(values, 0.4, 20)
-    assert "75.0% of the senses from the best of ELMo's layers (LSTM layer 1), and 90.0%" in said
-    assert "static vectors (SVD)" in said and "gets 40.0%" in said
+    text = claims.describe_context(values, 0.4, 20)
+    assert "75.0% of the senses from the best layer of ELMo (LSTM layer 1) and 90.0%" in text
+    assert "static vectors (SVD)" in text and "gets 40.0%" in text
 
 
-def test_context_is_told_from_vectors_that_know_it_and_only_from_those(rng):
+def test_probe_finds_senses_only_in_vectors_that_depend_on_them(rng):
     words = ["bank", "match"] * 60
     senses = [f"{w}/{rng.integers(2)}" for w in words]
     part = Occurrences([], [], words, senses)
-    known = {s: rng.normal(size=8) for s in sorted(set(senses))}
-    vectors = rng.normal(size=(120, 8)) * 0.1 + [known[s] for s in senses]
+    of_sense = {s: rng.normal(size=8) for s in sorted(set(senses))}
+    contextual = rng.normal(size=(120, 8)) * 0.1 + [of_sense[s] for s in senses]
     static = rng.normal(size=(120, 8)) * 0 + [[w == "bank"] * 8 for w in words]
-    assert probe(vectors[:60], senses[:60], vectors[60:], senses[60:]) > 0.95
-    floor = commonest(
+    assert probe_accuracy(contextual[:60], senses[:60], contextual[60:], senses[60:]) > 0.95
+    baseline = most_frequent_sense_accuracy(
         replace(part, words=words[:60], senses=senses[:60]),
         replace(part, words=words[60:], senses=senses[60:]),
     )
-    assert probe(static[:60], senses[:60], static[60:], senses[60:]) == pytest.approx(floor)
+    accuracy = probe_accuracy(static[:60], senses[:60], static[60:], senses[60:])
+    assert accuracy == pytest.approx(baseline)

@@ -1,76 +1,77 @@
-"""Pictures and tables of a run, of few classes and of hundreds."""
-
-import struct
+"""Plots and tables of a run, with few and with many classes, and the page of results."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.common import report
 
 
-def pixels(path):
-    """A PNG's width and height, which its first chunk begins with."""
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    return struct.unpack(">II", data[16:24])
-
-
 @pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, by what they say."""
+def figures(monkeypatch):
+    """The figures that a test plots; none is rendered to a file."""
     figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: None)
     monkeypatch.setattr(plt, "close", figures.append)
     yield figures
     monkeypatch.undo()
     plt.close("all")
 
 
+def diagonal(classes, count=1):
+    return (count * np.eye(classes, dtype=int)).tolist()
+
+
+def tick_labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
 @pytest.mark.parametrize(("classes", "cells", "names"), [(2, 4, 2), (25, 625, 25), (26, 0, 13), (600, 0, 25)])
-def test_a_confusion_matrix_of_any_number_of_classes(tmp_path, drawn, classes, cells, names):
-    named = [f"class {i}" for i in range(classes)]
-    report.plot_confusion(np.eye(classes, dtype=int).tolist(), named, "test", tmp_path / "confusion.png")
-    assert max(pixels(tmp_path / "confusion.png")) < 12.5 * 150
-    (axes,) = drawn[0].axes
-    assert len(axes.texts) == cells
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [int(label.get_text().split()[1]) for label in labels] == list(
-            range(0, classes, -(-classes // 25))
-        )
-        assert len(labels) == names
+def test_confusion_matrix_with_many_classes_labels_some(tmp_path, figures, classes, cells, names):
+    report.plot_confusion(diagonal(classes), [f"class {i}" for i in range(classes)], "test", tmp_path / "a")
+    (axes,) = figures[0].axes
+    assert figures[0].get_size_inches().max() <= 12 and len(axes.texts) == cells
+    expected = [f"class {i}" for i in range(0, classes, -(-classes // 25))]
+    assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == expected and len(expected) == names
 
 
-def test_numbers_of_a_confusion_matrix_stay_in_their_cells(tmp_path, drawn):
-    for classes in (2, 13, 25):
-        named = list(map(str, range(classes)))
-        report.plot_confusion(
-            (99_999 * np.eye(classes, dtype=int)).tolist(), named, "", tmp_path / "confusion.png"
-        )
-        (axes,) = drawn[-1].axes
-        cell = axes.get_window_extent().width / classes
-        assert max(text.get_window_extent().width for text in axes.texts) < cell
+@pytest.mark.parametrize("classes", [2, 25])
+def test_numbers_of_confusion_matrix_fit_into_their_cells(tmp_path, figures, classes):
+    report.plot_confusion(diagonal(classes, 99_999), list(map(str, range(classes))), "", tmp_path / "a")
+    (axes,) = figures[-1].axes
+    cell = axes.get_window_extent().width / classes
+    assert max(text.get_window_extent().width for text in axes.texts) < cell
 
 
-def test_a_class_may_be_named_like_mathematics(tmp_path, drawn):
-    names = ["$^$", "a $x$ b"]
-    report.plot_confusion([[1, 0], [0, 1]], names, "test", tmp_path / "confusion.png")
-    (axes,) = drawn[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == names
-    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+def test_class_may_be_named_like_a_formula(tmp_path):
+    report.plot_confusion([[1, 0], [0, 1]], ["$^$", "a $x$ b"], "test", tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_table_of_many_classes_is_one_line():
+def test_classes_that_the_font_cannot_write_are_numbered(tmp_path, figures):
+    names = ["Sports", "体育", "Äpfel", "财 经"]
+    report.plot_confusion(diagonal(4), names, "test", tmp_path / "c.png")
+    (axes,) = figures[0].axes
+    expected = ["Sports", "class 2", "Äpfel", "class 4"]
+    assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == expected
+    assert report.explain_numbers(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
+    assert report.explain_numbers(["Sports", "Äpfel", "$^$"], "class") == ""
+
+
+def test_table_of_many_classes_is_one_line():
     few, many = ([f"c{i}" for i in range(n)] for n in (25, 600))
-    assert len(report.confusion_table(np.eye(25, dtype=int).tolist(), few).splitlines()) == 26
-    said = report.confusion_table(np.eye(600, dtype=int).tolist(), many)
-    assert said == "600 classes: the confusion matrix is in results.json"
+    assert len(report.confusion_table(diagonal(25), few).splitlines()) == 26
+    text = "600 classes: the confusion matrix is in results.json"
+    assert report.confusion_table(diagonal(600), many) == text
 
 
-def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
-    report.plot_lambdas([{"epoch": i, "lambdas": [j / 36 for j in range(9)]} for i in (1, 2)], tmp_path / "l")
+def test_curves_have_different_styles_and_a_legend_within_the_axes(tmp_path, figures):
+    records = [{"epoch": i, "lambdas": [j / 36 for j in range(9)]} for i in (1, 2)]
+    report.plot_lambdas(records, tmp_path / "lambdas.png")
     curves = {f"ELMo, frozen {i}": [{1.0: i / 8, 2.0: 1.0}] for i in range(8)}
-    report.plot_bands(curves, tmp_path / "b.png", "epoch", "accuracy")
-    for figure, count in zip(drawn, (9, 8), strict=True):
+    report.plot_bands(curves, tmp_path / "bands.png", "epoch", "accuracy")
+    for figure, count in zip(figures, (9, 8), strict=True):
         (axes,) = figure.axes
         assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == count
         legend = axes.get_legend()
@@ -78,43 +79,49 @@ def test_every_curve_is_drawn_and_told_from_the_others(tmp_path, drawn):
         assert legend.get_window_extent().width <= axes.get_window_extent().width
 
 
-@pytest.mark.parametrize(
-    "x", [(1,), (2,), (1, 2), range(1, 11), (1960,), range(1960, 9801, 1960), (3 * 10**6,)]
-)
-def test_epochs_and_updates_are_whole_numbers(tmp_path, drawn, x):
+@pytest.mark.parametrize("x", [(1,), (1, 2), range(1, 11), range(1960, 9801, 1960), (3 * 10**6,)])
+def test_ticks_of_epochs_and_updates_are_integers(tmp_path, figures, x):
     report.plot_curves([{"epoch": i, "loss": 1.0} for i in x], {"loss": ""}, tmp_path / "c.png", "loss")
     report.plot_bands({"SVD": [{float(i): 0.5 for i in x}]}, tmp_path / "b.png", "updates", "accuracy")
-    for figure in drawn:
+    for figure in figures:
         (axes,) = figure.axes
         low, high = axes.get_xlim()
-        labels = {
-            at: label.get_text() for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-        }
-        seen = {at: label for at, label in labels.items() if low <= at <= high}
-        assert seen and all(float(label.replace(",", "")) == at == round(at) for at, label in seen.items())
+        ticks = zip(axes.get_xticks(), tick_labels(axes.xaxis), strict=True)
+        visible = {at: label for at, label in ticks if low <= at <= high}
+        assert visible and all(float(label.replace(",", "")) == at for at, label in visible.items())
 
 
 @pytest.mark.parametrize("repetitions", [1, 2])
-def test_the_deviation_of_a_single_point_is_seen(tmp_path, drawn, repetitions):
-    report.plot_bands(
-        {"SVD": [{1.0: 0.6}, {1.0: 0.8}][:repetitions]}, tmp_path / "b.png", "epoch", "accuracy"
-    )
-    (axes,) = drawn[0].axes
-    bars = [
-        segment for bar in axes.collections if hasattr(bar, "get_segments") for segment in bar.get_segments()
-    ]
+def test_single_point_has_error_bars_over_repetitions(tmp_path, figures, repetitions):
+    runs = [{1.0: 0.6}, {1.0: 0.8}][:repetitions]
+    report.plot_bands({"SVD": runs}, tmp_path / "b.png", "epoch", "accuracy")
+    (axes,) = figures[0].axes
+    bars = [bar for lines in axes.collections for bar in lines.get_segments()]
     deviation = np.std([0.6, 0.8], ddof=1)
-    want = [[[1, 0.7 - deviation], [1, 0.7 + deviation]]] if repetitions > 1 else []
-    np.testing.assert_allclose(bars, want)
+    expected = [[[1, 0.7 - deviation], [1, 0.7 + deviation]]] if repetitions > 1 else []
+    np.testing.assert_allclose(bars, expected)
 
 
-def test_classes_that_the_font_cannot_write_are_numbered_and_told(tmp_path, drawn):
-    names = ["Sports", "体育", "Äpfel", "财 经"]
-    report.plot_confusion(
-        np.eye(4, dtype=int).tolist(), names, "test", tmp_path / "c.png"
-    )  # without a warning
-    (axes,) = drawn[0].axes
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert [label.get_text() for label in labels] == ["Sports", "class 2", "Äpfel", "class 4"]
-    assert report.explain_numbers(names, "class").endswith(": class 2 is 体育; class 4 is 财 经.")
-    assert report.explain_numbers(["Sports", "Äpfel", "$^$"], "class") == ""
+def test_dots_have_error_bars_and_a_reference_line(tmp_path, figures):
+    report.plot_dots({"a": [0.5, 0.7], "b": [0.8]}, tmp_path / "d.png", "accuracy", reference=0.4)
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.texts] == ["0.600", "0.800"]
+    assert len(axes.collections) == 1 and list(axes.lines[0].get_xdata()) == [0.4, 0.4]
+
+
+def test_page_holds_its_figures_and_escapes_its_text(tmp_path):
+    (tmp_path / "figures").mkdir()
+    figure = tmp_path / "figures" / "a b.png"
+    figure.write_bytes(b"\x89PNG")
+    page = report.Page("A < B", tmp_path / "page")
+    page.add_text("run `x --y` & wait")
+    page.add_table(["name", "n|m"], [["<b>", "1"]])
+    page.add_figures((figure, "a curve", 'the "caption"'))
+    page.write()
+    html, markdown = ((tmp_path / f"page.{kind}").read_text() for kind in ("html", "md"))
+    assert 'src="data:image/png;base64,iVBORw=="' in html and "http" not in html
+    assert "<title>A &lt; B</title>" in html and "<code>x --y</code> &amp; wait" in html
+    assert "<td>&lt;b&gt;</td>" in html and 'name="viewport"' in html
+    assert 'alt="a curve"' in html and html.count("&quot;caption&quot;") == 1
+    assert '![a curve](<figures/a b.png>)\n\nthe "caption"' in markdown
+    assert "| name | n\\|m |" in markdown

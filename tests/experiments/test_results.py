@@ -1,79 +1,111 @@
-"""What the comparison's page says of figures that are given."""
+"""Statistics and sentences of the comparison's page, on given results."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.compare import results
-from experiments.compare.results import Classifier
+from experiments.compare.results import Classifier, paired_bootstrap
 
-SCORE = dict.fromkeys(("f1", "precision", "recall"), 0.5)
+
+class RecordedPage(results.Page):
+    """A page that keeps its paragraphs and tables as they were added."""
+
+    def __init__(self):
+        super().__init__("title", Path("page"))
+        self.texts, self.tables = [], []
+
+    def add_text(self, text):
+        self.texts.append(text)
+
+    def add_table(self, head, rows):
+        self.tables.append((head, rows))
 
 
 @pytest.fixture
-def page(monkeypatch):
-    """A page that keeps its text and its tables as they were given."""
-    made = results.Page("x", results.Path("x"))
-    made.said, made.tables = [], []
-    monkeypatch.setattr(made, "add_text", made.said.append)
-    monkeypatch.setattr(made, "add_table", lambda head, rows: made.tables.append((head, rows)))
-    return made
+def page():
+    return RecordedPage()
 
 
-def scores(accuracy):
-    return [{part: {"accuracy": accuracy, **SCORE} for part in results.PARTS}]
+def run(accuracy=0.5, predicted=None):
+    """A classifier of this accuracy, with these predictions of documents of class 0."""
+    scores = dict.fromkeys(("f1", "precision", "recall"), 0.5) | {"accuracy": accuracy}
+    predicted = np.zeros(1, np.int32) if predicted is None else predicted
+    return Classifier(
+        Path("run"), dict.fromkeys(results.PARTS, scores), [], np.zeros_like(predicted), predicted
+    )
 
 
-def differences(page, first, second):
-    """The table's head and row, of which of 100 documents each seed of two methods has right."""
-    labels = np.zeros(100, np.int32)
-    found = {
-        name: [Classifier({}, [], labels, (np.arange(100) >= n).astype(np.int32)) for n in rights]
-        for name, rights in (("a", first), ("b", second))
+def compare_counts(page, first, second):
+    """Test methods a and b, given each seed's number of correct documents among the first of 100."""
+    ranked = {
+        name: [run(predicted=(np.arange(100) >= correct).astype(np.int32)) for correct in counts]
+        for name, counts in (("a", first), ("b", second))
     }
-    results._difference(page, {name: [results.Path(name)] * len(runs) for name, runs in found.items()}, found)
+    results.add_significance(page, ranked)
     head, (row,) = page.tables[-1]
     return head, row
 
 
-def test_equal_methods_do_not_stand_the_other_way_round(page):
-    order = ["SVD", "SGNS"]  # the report has them the other way round
-    results._summary(page, {"SVD": scores(0.5), "SGNS": scores(0.5)}, order, results.REPORT)
-    assert "The report's order, on AG News, is: SGNS; SVD. No two stand against it." in page.said
-    results._summary(page, {"SVD": scores(0.6), "SGNS": scores(0.5)}, order, results.REPORT)
-    assert any(text.endswith("other way round here: SVD above SGNS.") for text in page.said)
+def test_equal_accuracies_are_not_swapped(page):
+    results.add_summary(page, {"SVD": [run(0.5)], "SGNS": [run(0.5)]}, results.REPORT)
+    order = "The original report ranks them on AG News as: SGNS; SVD."
+    assert f"{order} No pair is swapped here." in page.texts
+    results.add_summary(page, {"SVD": [run(0.6)], "SGNS": [run(0.5)]}, results.REPORT)
+    assert f"{order} Here the opposite holds for: SVD above SGNS." in page.texts
 
 
-def test_methods_whose_names_hold_commas_are_told_apart(page):
-    order = ["ELMo, learned function", "ELMo, trainable λ"]
-    results._summary(page, {method: scores(0.5) for method in order}, order, results.REPORT)
-    assert (
-        page.said[0] == "Test accuracy, best first: ELMo, learned function 0.5000; ELMo, trainable λ 0.5000."
+def test_method_names_with_commas_are_separated_by_semicolons(page):
+    names = ("ELMo, learned function", "ELMo, trainable λ")
+    results.add_summary(page, {name: [run()] for name in names}, results.REPORT)
+    ranking = "Test accuracy, best first: ELMo, learned function 0.5000; ELMo, trainable λ 0.5000."
+    assert page.texts[0] == ranking
+    assert "as: ELMo, learned function; ELMo, trainable λ. " in page.texts[1]
+
+
+@pytest.mark.parametrize("reported", [results.REPORT, {}])
+def test_accuracies_of_the_report_are_shown_for_its_data_set_only(page, reported):
+    results.add_metrics(page, {"SVD": [run()]}, reported)
+    results.add_summary(page, {"SVD": [run()]}, reported)
+    head, rows = page.tables[0]
+    assert ("original report (AG News)" in head) == ("0.8595" in rows[-1]) == bool(reported)
+    assert any("report" in text for text in page.texts) == bool(reported)
+    assert {len(row) for row in rows} == {len(head)}
+
+
+def test_several_seeds_are_compared_by_their_mean(page):
+    head, row = compare_counts(page, (80, 80, 80), (90, 50, 50))  # in seed 0 alone, b is better
+    assert head == ["pair", "difference of accuracy", "p", "result"]
+    assert row[1] == "+0.1667" and row[3] == "a is better" and "bootstrap" in page.texts[-1]
+    assert compare_counts(page, (80, 80), (90, 70))[1][1:] == ["+0.0000", "1", "not significant"]
+
+
+def test_one_seed_is_compared_by_mcnemar(page):
+    assert compare_counts(page, (80,), (74,))[1] == ["a – b", "6", "0", "0.0312", "a is better"]
+    assert compare_counts(page, (80,), (76,))[1][3:] == ["0.125", "not significant"]
+    assert "McNemar" in page.texts[-1]
+
+
+@pytest.mark.parametrize("p", [0.0498, 0.04996, 0.05 - 1e-9, 0.05, 0.0502, 1.0, 1e-5])
+def test_formatted_p_value_stays_on_its_side_of_the_level(p):
+    level = results.SIGNIFICANCE_LEVEL
+    assert (float(results.format_p(p)) < level) == (p < level)
+
+
+@pytest.mark.parametrize(("better", "correlation"), [(0.5, 0.0), (0.56, 0.3), (0.6, 0.7), (0.75, 0.3)])
+def test_bootstrap_equals_resampling_document_by_document(rng, better, correlation):
+    labels = rng.integers(0, 3, 200)
+    difficulty = correlation * rng.random(200)  # shared by all runs
+    a, b = (
+        np.where(difficulty + (1 - correlation) * rng.random((3, 200)) < correct, labels, (labels + 1) % 3)
+        for correct in (better, 0.5)
     )
-    assert "AG News, is: ELMo, learned function; ELMo, trainable λ." in page.said[1]
-
-
-def test_the_reports_figures_are_of_one_data_set(page):
-    known, other = (results._table({"SVD": scores(0.5)}, ["SVD"], told) for told in (results.REPORT, {}))
-    assert known[0][3] == "the report's (AG News)" and known[1][-1][3] == "0.8595"
-    assert len(other[0]) == len(other[1][0]) == len(known[0]) - 1
-    results._summary(page, {"SVD": scores(0.5)}, ["SVD"], {})
-    assert not any("report" in text for text in page.said)
-
-
-def test_the_better_of_many_seeds_is_never_said_to_be_the_worse(page):
-    head, row = differences(page, (80, 80, 80), (90, 50, 50))  # the first seed alone has it the other way
-    assert head == ["pair", "first above second", "p", "differ"]
-    assert row[1] == "+0.1667" and row[3] == "a is better" and "bootstrap" in page.said[-1]
-    assert differences(page, (80, 80), (90, 70))[1][1:] == ["+0.0000", "1", "not shown"]
-
-
-def test_the_one_seed_has_an_exact_test(page):
-    assert differences(page, (80,), (74,))[1] == ["a – b", "6", "0", "0.0312", "a is better"]
-    assert differences(page, (80,), (76,))[1][3:] == ["0.125", "not shown"]
-    assert "McNemar" in page.said[-1]
-
-
-def test_a_probability_stands_on_its_own_side_of_the_threshold():
-    for p in (0.0498, 0.04996, 0.05 - 1e-9, 0.05, 0.0502, 1.0, 1e-5):
-        assert (float(results.shown(p)) < results.LEVEL) == (p < results.LEVEL)
-    assert results.shown(0.0498) == "0.0498"
+    difference, p = paired_bootstrap(labels, a, b)
+    gain = (a == labels).mean(0) - (b == labels).mean(0)
+    assert difference == pytest.approx((a == labels).mean() - (b == labels).mean())
+    resampled = gain[rng.integers(0, 200, (4000, 200))].mean(1)
+    expected = min(1, 2 * min((resampled <= 1e-12).mean(), (resampled >= -1e-12).mean()))
+    assert p == pytest.approx(expected, abs=0.04)
+    assert paired_bootstrap(labels, b, a) == (-difference, pytest.approx(p, abs=0.03))
+    assert paired_bootstrap(labels, a, a[[2, 0, 1, 0, 1, 2]]) == (0, 1)
