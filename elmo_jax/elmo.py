@@ -43,7 +43,7 @@ class Elmo:
         params: Parameters of the model.
         vocabulary: Token ids; None for a model that reads characters and has no softmax.
 
-    Example:
+    Examples:
         >>> from elmo_jax.config import BiLMConfig
         >>> from elmo_jax.data.batching import Batch
         >>> vocabulary = Vocabulary.from_counts({"the": 2, "bank": 1})

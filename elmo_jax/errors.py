@@ -6,7 +6,7 @@ import signal
 class InputError(ValueError):
     """A file, flag or argument is wrong; the message names it and the remedy.
 
-    Example:
+    Examples:
         >>> raise InputError("vocab.txt:4: 'bank' occurs twice; remove one")
         Traceback (most recent call last):
         elmo_jax.errors.InputError: vocab.txt:4: 'bank' occurs twice; remove one

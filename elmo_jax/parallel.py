@@ -38,7 +38,7 @@ def make_mesh(batch_size: int, model_parallel: int = 1) -> Mesh | None:
     Raises:
         InputError: the number of devices or `batch_size` is not divisible.
 
-    Example:
+    Examples:
         >>> make_mesh(batch_size=32) is None or jax.device_count() > 1
         True
     """
@@ -86,7 +86,7 @@ class Plan(Generic[T]):
         tables: Paths of the parameters whose first axis is split along "model", together with the
             optimizer's state for them. The carry of a `TrainState`, ``[D, B, ...]``, is split along "data".
 
-    Example:
+    Examples:
         >>> zeros = Plan(lambda: jax.numpy.zeros(2))
         >>> zeros.like().shape, zeros().tolist()
         ((2,), [0.0, 0.0])
@@ -140,7 +140,8 @@ def feed(stream: Chunked, first: int, last: int, mesh: Mesh | None, prefetch: bo
 
     Args:
         stream: The same in every process.
-        first, last: Steps from `first` up to but not including `last`.
+        first: First step.
+        last: End of the steps, exclusive.
         mesh: Mesh over which batch rows are split.
         prefetch: Without a mesh, start the copy to the device. Otherwise the arrays stay in NumPy, from
             which a single step is cut without a compiled call.
@@ -222,7 +223,7 @@ def align_varying(tree: T) -> T:
     The gradient of an array that was the same on all devices is summed over them once. Outside
     `jax.shard_map` the arrays are returned unchanged.
 
-    Example:
+    Examples:
         >>> align_varying((jax.numpy.ones(2), None))
         (Array([1., 1.], dtype=float32), None)
     """
@@ -299,7 +300,7 @@ def run_on_first(work: Callable[[], T]) -> T | None:
     Raises:
         InputError: in every process, if the work failed.
 
-    Example:
+    Examples:
         >>> run_on_first(lambda: 5)
         5
     """

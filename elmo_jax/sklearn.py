@@ -37,8 +37,10 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
             in the official format. None trains a new model on the texts of `fit`.
         layers: "top", "average", "all" (concatenated), or the index of a layer.
         pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
-        embedding, cells: Width of the token vectors and LSTM cells per direction of a new model.
-        epochs, batch_size: Passes over the texts and texts per batch in training.
+        embedding: Width of the token vectors of a new model.
+        cells: LSTM cells per layer and direction of a new model.
+        epochs: Passes over the texts in training.
+        batch_size: Texts per batch in training.
         negatives: Negative samples of the sampled softmax in training.
         min_count: Rarer tokens become unknown to a new model.
         random_state: Random seed of training, a `numpy.random.RandomState`, or None for a new seed each time.
@@ -47,7 +49,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         elmo_: The model.
         n_features_out_: Width of the vectors.
 
-    Example:
+    Examples:
         >>> from sklearn.linear_model import LogisticRegression
         >>> from sklearn.pipeline import make_pipeline
         >>> texts, labels = ["the bank rose", "the team won"] * 8, [0, 1] * 8

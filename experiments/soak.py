@@ -105,7 +105,7 @@ def fit_slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     Args:
         x, y: at least `BLOCKS` values each.
 
-    Example:
+    Examples:
         >>> fit_slope(range(24), [3.0 * x for x in range(24)])
         (3.0, 0.0)
     """

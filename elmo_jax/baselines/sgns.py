@@ -6,7 +6,7 @@ samples. So the scores of a span's pairs are a band of one matrix product ``[T, 
 Other axes: G spans of a step, C = T + 2W tokens of a span with its context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -150,7 +150,7 @@ def sgns_rows(batch: Spans, key: Array) -> dict[str, Array]:
     }
 
 
-def sgns_loss(config: SGNSConfig):
+def sgns_loss(config: SGNSConfig) -> Callable[..., Any]:
     """Return the loss function of SGNS, summed over all pairs of a centre u and a context word v.
 
     For each pair it is -log σ(u·v) - k mean_s log σ(-u·v_s) over the S negative samples v_s of the span. The

@@ -20,7 +20,7 @@ def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_mat
     Returns:
         Symmetric counts ``[V, V]`` float64.
 
-    Example:
+    Examples:
         >>> documents = Documents(np.array([0, 1, 2]), np.array([0, 3]), np.array([0]))
         >>> cooccurrence(documents, 3, window=1).toarray().tolist()
         [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
@@ -47,7 +47,7 @@ def ppmi(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     Returns:
         ``[V, V]``, entries that are 0 left out.
 
-    Example:
+    Examples:
         >>> ppmi(sparse.csr_matrix([[0.0, 2.0], [2.0, 0.0]])).toarray().round(3).tolist()
         [[0.0, 0.693], [0.693, 0.0]]
     """
@@ -78,7 +78,7 @@ def svd_vectors(
     Raises:
         InputError: No pair has a positive weight, or the vectors overflow or vanish with this exponent.
 
-    Example:
+    Examples:
         >>> documents = Documents(np.array([0, 1, 2, 1]), np.array([0, 4]), np.array([0]))
         >>> svd_vectors(documents, 3, window=1, dimensions=2, config=SVDConfig()).shape
         (3, 2)

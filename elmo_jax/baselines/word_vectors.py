@@ -26,7 +26,7 @@ class WordVectors:
         tokens: V unique tokens.
         matrix: Vectors ``[V, F]``, converted to float32.
 
-    Example:
+    Examples:
         >>> vectors = WordVectors(["bank", "rate", "goal"], np.array([[1, 0], [2, 0.1], [0, 1]]))
         >>> [token for token, _ in vectors.nearest("bank", 1)]
         ['rate']

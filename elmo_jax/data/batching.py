@@ -35,7 +35,7 @@ class Batch:
         chars: int32 character ids ``[B, T, C]``, 0 beyond the length, or None.
         unique_words: `UniqueWords` of exactly these words, or None.
 
-    Example:
+    Examples:
         >>> batch = Batch.of([[7, 8], [9]])
         >>> batch.words.tolist(), batch.lengths.tolist()
         ([[1, 7, 8, 2], [1, 9, 2, 0]], [4, 3])
@@ -204,7 +204,7 @@ class BatchStream:
         bounds: Padded lengths; None uses `bucket_bounds`. Longer documents get one more bound.
         steps_per_call: K, at most 8; does not change the order.
 
-    Example:
+    Examples:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.array([0, 1]))
         >>> stream = BatchStream(docs, batch_size=2)
         >>> stream.steps_per_epoch, [chunk.batches.words.shape for chunk in stream.chunks(0, 1)]
@@ -304,10 +304,11 @@ def bucket_bounds(
 
     Args:
         lengths: Steps per document ``[N]``, at least one.
-        batch_size, max_buckets: B, and the maximum number of bounds.
+        batch_size: B.
+        max_buckets: Maximum number of bounds.
         bucket_cost: Positions per epoch that another bucket must save to be worth its compilation.
 
-    Example:
+    Examples:
         >>> bucket_bounds(np.repeat([3, 4, 20], [9000, 9000, 9000]))
         (4, 20)
     """
@@ -336,11 +337,12 @@ class ContiguousStream:
 
     Args:
         documents: Sentences; InputError if they have fewer than B (U + 1) tokens with ``<S>``, ``</S>``.
-        batch_size, unroll: B and U.
+        batch_size: B.
+        unroll: U, the steps of a window.
         seed: Random seed of the order of sentences.
         steps_per_call: K.
 
-    Example:
+    Examples:
         >>> docs = Documents(np.arange(4, 14, dtype=np.int32), np.array([0, 3, 10]), np.zeros(2, np.int32))
         >>> stream = ContiguousStream(docs, batch_size=2, unroll=3, seed=0)
         >>> stream.steps_per_epoch, [chunk.batches.words.shape for chunk in stream.chunks(0, 2)]

@@ -38,7 +38,7 @@ def find_unique_words(ids: np.ndarray, axes: int, group_size: int = GROUP_SIZE) 
         axes: Number of axes of a step.
         group_size: S, words that the character CNN reads at once.
 
-    Example:
+    Examples:
         >>> found = find_unique_words(np.arange(2000).reshape(2, 1000) % 7, axes=2)
         >>> found.first[0, :8].tolist(), found.inverse[0, :9].tolist()
         ([0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 0, 1])
@@ -77,7 +77,7 @@ def character_ids(words: Sequence[str], multiple: int | None = None) -> np.ndarr
     Returns:
         int32 ``[N, C]`` in [1, 262).
 
-    Example:
+    Examples:
         >>> character_ids(["no", "<S>"])[:, :5].tolist()
         [[259, 111, 112, 260, 261], [259, 257, 260, 261, 261]]
         >>> character_ids(["no"], multiple=8).shape

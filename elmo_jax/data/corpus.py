@@ -53,7 +53,9 @@ def count_words(
     """Count the tokens of a corpus, or read the counts of an earlier call.
 
     Args:
-        pattern, on_bytes, folder: See `load_corpus`.
+        pattern: Glob of text files.
+        on_bytes: Called with the number of bytes read.
+        folder: Folder of the saved counts; the user's cache folder if None.
         keep: Save the counts for the next call.
 
     Raises:

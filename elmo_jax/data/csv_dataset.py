@@ -72,7 +72,7 @@ def load_dataset(
     Raises:
         InputError: A file is missing or wrong; the message names its line.
 
-    Example:
+    Examples:
         >>> data = load_dataset(DataConfig())
         >>> data.classes, len(data.train), len(data.validation), len(data.test)
         (('World', 'Sports', 'Business', 'Sci/Tech'), 2240, 560, 700)

@@ -158,7 +158,7 @@ def sample_corpus(seed: int = 0, train: int = 2800, test: int = 700) -> Sample:
         train: Number of training texts.
         test: Number of test texts.
 
-    Example:
+    Examples:
         >>> corpus = sample_corpus(train=8, test=4)
         >>> [t.label for t in corpus.test]
         [0, 1, 2, 3]

@@ -28,7 +28,7 @@ _BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr
 def clean(text: str) -> str:
     r"""Remove news-feed markup: HTML entities, tags and backslashes used as line breaks.
 
-    Example:
+    Examples:
         >>> clean(r"Yahoo #39;s  #36;5bn plan\ &lt;b&gt;...&lt;/b&gt;")
         "Yahoo's $5bn plan ..."
     """
@@ -45,7 +45,7 @@ def _restore_entity(match: re.Match[str]) -> str:
 def tokenize(text: str) -> list[str]:
     """Clean a text and split it into lower-case words and single punctuation characters.
 
-    Example:
+    Examples:
         >>> tokenize("The bank's rate: 4.5%")
         ['the', 'bank', "'", 's', 'rate', ':', '4', '.', '5', '%']
     """
@@ -65,7 +65,7 @@ class Vocabulary:
     Raises:
         InputError: A special token is missing or a token occurs twice.
 
-    Example:
+    Examples:
         >>> v = Vocabulary.from_counts({"bank": 3, "the": 9, "rare": 1}, min_count=2)
         >>> len(v), v.ids(["the", "bank", "rare"]).tolist()
         (6, [4, 5, 3])

@@ -44,7 +44,7 @@ class BiLM(nn.Module):
         vocabulary: V, special tokens included; 0 builds a model without softmax, as in the official format.
         kernel: Kernel of the LSTM layers; it is not saved with the model.
 
-    Example:
+    Examples:
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
         >>> batch = Batch.of([[5, 6, 7], [8]])
         >>> (layers, state), _ = model.init_with_output(jax.random.key(0), batch)

@@ -28,7 +28,7 @@ class BiLSTMClassifier(nn.Module):
         classes: C.
         kernel: LSTM kernel.
 
-    Example:
+    Examples:
         >>> model = BiLSTMClassifier(ClassifierConfig(hidden=4), classes=3)
         >>> x, lengths = jnp.zeros((2, 5, 6)), jnp.array([5, 2])
         >>> logits, _ = model.init_with_output(jax.random.key(0), x, lengths)
@@ -118,11 +118,13 @@ def static_features(params: Any, batch: Batch, key: Array | None) -> Array:
     return jax.lax.stop_gradient(jnp.take(params["vectors"], batch.words, axis=0))[None]
 
 
-def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier):
+def classifier_loss(features: Features, combiner: Any, model: BiLSTMClassifier) -> Callable[..., Any]:
     """Return the loss function of the classifier: mean cross-entropy per document.
 
     Args:
-        features, combiner, model: As in `classify`.
+        features: Function from batches to layers, as in `classify`.
+        combiner: Combiner module.
+        model: Classifier module.
 
     Returns:
         A pure function ``(params, batch, key) -> (loss, metrics)``; key None turns regularization off.
@@ -144,7 +146,8 @@ def confusion_matrix(labels: Array, predicted: Array, weight: Array, classes: in
     """Return weighted counts ``[C, C]`` float32, a row for each true class, a column for each predicted one.
 
     Args:
-        labels, predicted: Classes ``[B]`` int32.
+        labels: True classes ``[B]`` int32.
+        predicted: Predicted classes ``[B]`` int32.
         weight: Weight of each document ``[B]``, 0 for filler rows.
         classes: C.
     """

@@ -22,7 +22,7 @@ _LAYER_NORM_EPSILON = 1e-6
 class OneLayer(nn.Module):
     """Combiner of features that have a single layer, which it returns.
 
-    Example:
+    Examples:
         >>> OneLayer().apply({}, jnp.ones((1, 2, 3, 4))).shape
         (2, 3, 4)
     """
@@ -40,7 +40,7 @@ class ScalarMix(nn.Module):
     With ``normalize="softmax"`` it is γ Σ_j s_j h_j, s = softmax(w), where w starts at 0 and γ at 1; without,
     Σ_j λ_j h_j, where λ starts at 1 / L. Both start as the mean of the layers.
 
-    Example:
+    Examples:
         >>> layers = jnp.stack([jnp.zeros((1, 2, 4)), jnp.ones((1, 2, 4))])
         >>> mixed, _ = ScalarMix().init_with_output(jax.random.key(0), layers)
         >>> mixed.shape, float(mixed[0, 0, 0])
@@ -67,7 +67,7 @@ class ScalarMix(nn.Module):
 class FrozenMix(nn.Module):
     """Weighted sum Σ_j λ_j h_j, with λ sampled once from a standard normal distribution and not trained.
 
-    Example:
+    Examples:
         >>> layers = jnp.ones((3, 1, 2, 4))
         >>> params = FrozenMix().init(jax.random.key(0), layers)
         >>> gradient = jax.grad(lambda p: FrozenMix().apply(p, layers).sum())(params)
@@ -90,7 +90,7 @@ class FrozenMix(nn.Module):
 class LearnedFunction(nn.Module):
     """Dense layer over the concatenated layers of a token: activation([h_0; h_1; …] W + b).
 
-    Example:
+    Examples:
         >>> mixed, _ = LearnedFunction().init_with_output(jax.random.key(0), jnp.ones((3, 1, 2, 4)))
         >>> mixed.shape
         (1, 2, 4)
@@ -144,7 +144,7 @@ class Mix:
         weights: Weight of each layer, γ included.
         layer_norm: As in `CombinerConfig`.
 
-    Example:
+    Examples:
         >>> Mix([0.5, 2.0]).apply(np.ones((2, 1, 3), np.float32)).tolist()
         [[2.5, 2.5, 2.5]]
     """

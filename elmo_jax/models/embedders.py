@@ -22,7 +22,7 @@ class WordEmbedder(nn.Module):
         features: E, the width of the vectors.
         dtype: Dtype of the vectors; the table is float32.
 
-    Example:
+    Examples:
         >>> embedder = WordEmbedder(vocabulary=9, features=4)
         >>> vectors, _ = embedder.init_with_output(jax.random.key(0), jnp.array([[1, 2, 3]]))
         >>> vectors.shape
@@ -95,7 +95,7 @@ class CharCNN(nn.Module):
         features: E, the width of the token vectors.
         dtype: Matmul dtype; accumulation is float32.
 
-    Example:
+    Examples:
         >>> from elmo_jax.data.characters import character_ids
         >>> cnn = CharCNN(CharCNNConfig(filters=((1, 4), (3, 8)), character_features=4), features=6)
         >>> ids = jnp.asarray(character_ids(["no", "<S>", "yes"]))

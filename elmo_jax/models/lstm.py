@@ -75,7 +75,7 @@ def reverse_valid(x: Array, lengths: Array) -> Array:
     Returns:
         ``[B, T, ...]``, dtype of x.
 
-    Example:
+    Examples:
         >>> reverse_valid(jnp.array([[1, 2, 3, 0]]), jnp.array([3])).tolist()
         [[3, 2, 1, 0]]
     """
@@ -119,7 +119,7 @@ class LSTM(nn.Module):
             depend on it. "plain" differentiates in every mode, "fast" in reverse mode to any order, and
             "persistent" once in reverse mode.
 
-    Example:
+    Examples:
         >>> layer = LSTM(cells=4)
         >>> x, lengths = jnp.zeros((2, 3, 5, 6)), jnp.array([5, 2, 0])
         >>> (h, state), _ = layer.init_with_output(jax.random.key(0), x, lengths)

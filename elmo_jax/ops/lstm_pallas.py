@@ -214,7 +214,7 @@ def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> 
         projection: P, or None.
         dtype: Matmul dtype.
 
-    Example:
+    Examples:
         >>> unsupported_reason(4096, 512, "bfloat16")
         'it has a projection'
     """

@@ -42,7 +42,7 @@ def log_uniform_negatives(key: Array, classes: int, count: int) -> Negatives:
     Raises:
         ValueError: count is not between 1 and V.
 
-    Example:
+    Examples:
         >>> samples, log_expected = log_uniform_negatives(jax.random.key(0), 5, 5)
         >>> samples.tolist(), float(abs(log_expected).max())
         ([0, 1, 2, 3, 4], 0.0)
@@ -97,7 +97,7 @@ def full_nll(hidden: Array, table: Array, bias: Array, targets: Array, weight: A
     Returns:
         The weighted sum, a scalar, and each position's value ``[N]``, through which no gradient flows.
 
-    Example:
+    Examples:
         >>> h, w = jnp.zeros((3, 4)), jnp.zeros((10, 4))
         >>> total, each = full_nll(h, w, jnp.zeros(10), jnp.array([1, 2, 3]), jnp.ones(3))
         >>> round(float(total), 3)  # 3 ln 10

@@ -97,7 +97,7 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Return the first difference between a folder and its manifest, or None.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as name:
         ...     _ = (Path(name) / "weights").write_text("3.1")

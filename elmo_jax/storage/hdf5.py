@@ -104,7 +104,7 @@ def create(path: Path) -> Iterator[h5py.File]:
     Raises:
         OSError: The file cannot be written, as on a full disk; the older file stays as it was.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with create(Path(folder) / "numbers.h5") as file:

@@ -81,7 +81,7 @@ class StepStore:
     Args:
         path: Folder of the steps; the first save makes it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     steps = StepStore(Path(folder) / "steps")
@@ -280,7 +280,7 @@ def check_shapes(saved: Any, expected: Any, source: str) -> None:
     Raises:
         InputError: they differ; the message names the first difference.
 
-    Example:
+    Examples:
         >>> check_shapes({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, "run/5")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         elmo_jax.errors.InputError: run/5: w is float32 [2], expected float32 [3]; ...
@@ -330,7 +330,7 @@ class Run:
         path: The folder.
         monitor: Name of the figure in the records that is lowest at the best epoch.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = Run.create(Path(folder) / "run", {"seed": 1}, monitor="val_loss")
@@ -550,7 +550,7 @@ class Run:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return every setting that differs, with its old and new value.
 
-    Example:
+    Examples:
         >>> changes({"model": {"cells": 4}, "seed": 0}, {"model": {"cells": 8}, "seed": 0})
         {'model.cells': '4 -> 8'}
     """
@@ -567,7 +567,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
 def fixed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return the `changes` of settings that must not change when a run is resumed.
 
-    Example:
+    Examples:
         >>> fixed_changes({"epochs": 1, "data": {"data_dir": "a"}}, {"epochs": 2, "data": {"data_dir": "b"}})
         {}
     """

@@ -82,7 +82,7 @@ def classification(confusion: np.ndarray) -> dict[str, Any]:
     Returns:
         ``accuracy``, ``f1``, ``precision``, ``recall``, and the ``confusion_matrix`` as integers.
 
-    Example:
+    Examples:
         >>> classification(np.array([[3, 1], [0, 4]]))["accuracy"]
         0.875
     """
@@ -107,7 +107,7 @@ def perplexities(metrics: Mapping[str, Any]) -> dict[str, float]:
     Args:
         metrics: ``nll_forward`` and ``nll_backward`` in nats, and ``tokens`` predicted in each direction.
 
-    Example:
+    Examples:
         >>> round(perplexities({"nll_forward": 2.0, "nll_backward": 4.0, "tokens": 1.0})["perplexity"], 3)
         20.086
     """

@@ -247,7 +247,7 @@ def _show_progress(progress: "ProgressBar", position: Position, per_epoch: int, 
 def iterate_with_progress(items: Sequence[T], unit: str) -> Iterator[T]:
     """Iterate over items with a `ProgressBar`.
 
-    Example:
+    Examples:
         >>> sum(iterate_with_progress([1, 2, 3], "number"))
         6
     """

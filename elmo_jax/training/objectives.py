@@ -89,7 +89,7 @@ def bilm_training(
     Raises:
         InputError: lazy_adam is combined with the full softmax, which uses every row.
 
-    Example:
+    Examples:
         >>> from elmo_jax import BiLMConfig
         >>> model = BiLM(BiLMConfig(embedding=4, cells=4), vocabulary=9)
         >>> loss_fn, optimizer = bilm_training(model, OptimizerConfig(), steps=100, negatives=5)

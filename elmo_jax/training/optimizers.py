@@ -25,7 +25,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         config: Optimizer, learning rate schedule and clipping.
         steps: Optimizer steps of the whole run, over which the schedule falls.
 
-    Example:
+    Examples:
         >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), steps=100)
         >>> isinstance(optimizer, optax.GradientTransformation)
         True
@@ -175,7 +175,7 @@ class RowSparse:
             order, filled up with V or more. The loss function gets ``[R, F]`` in place of the table.
         dense: Whether the other rows take a step too.
 
-    Example:
+    Examples:
         >>> params = {"table": jnp.ones((4, 2))}
         >>> optimizer = RowSparse(optax.sgd(0.5), lambda batch, key: {"table": batch})
         >>> rows = optimizer.rows(jnp.array([1, 3]), jax.random.key(0))

@@ -37,7 +37,7 @@ class MatmulBound:
     Attributes:
         loss_fn: The loss function.
 
-    Example:
+    Examples:
         >>> loss_fn = MatmulBound(lambda params, batch, key: (jnp.sum(params["w"] @ batch), {}))
         >>> loss, metrics = loss_fn({"w": jnp.ones((2, 3))}, jnp.ones(3), jax.random.key(0))
         >>> float(loss)
@@ -114,7 +114,7 @@ def train_step(
         The next state, and the metrics with ``loss`` and the count ``steps`` = 1 added. All metrics
         are 0 if the step changed nothing.
 
-    Example:
+    Examples:
         >>> loss_fn = lambda params, batch, key: (jnp.sum((params["w"] - batch) ** 2), {})
         >>> optimizer = optax.sgd(0.5)
         >>> state = TrainState.create({"w": jnp.zeros(2)}, optimizer)
@@ -155,7 +155,7 @@ def compiler_options(matmul_bound: bool) -> dict[str, Any]:
     Returns:
         Names and values; none for other backends.
 
-    Example:
+    Examples:
         >>> step = jax.jit(lambda x: x @ x.T, compiler_options=compiler_options(matmul_bound=True))
         >>> step(jnp.ones((1, 2))).tolist()
         [[2.0]]

@@ -107,7 +107,7 @@ def _one_line_reason(error: Exception, config: type) -> str:
 def prog(name: str) -> str:
     """Return the start of a command line, in the way the user started this process.
 
-    Example:
+    Examples:
         >>> prog("vectors")
         'python -m experiments.vectors'
     """
@@ -243,7 +243,7 @@ def _first_paragraph(message: str) -> str:
 def flag_of(name: str) -> str:
     """Return the flag of a config field.
 
-    Example:
+    Examples:
         >>> flag_of("layer_norm")
         '--layer-norm'
     """
@@ -253,7 +253,7 @@ def flag_of(name: str) -> str:
 def flags_in(args: Sequence[str]) -> list[str]:
     """Return the flags of a command line in order, as the help writes them; ``--no-X`` counts as ``--X``.
 
-    Example:
+    Examples:
         >>> flags_in(["text.txt", "--no-layer_norm", "--epochs=2"])
         ['--layer-norm', '--epochs']
     """
@@ -264,7 +264,7 @@ def flags_in(args: Sequence[str]) -> list[str]:
 def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> dict[str, str]:
     """Return messages for `refuse_unused` about fields without effect while flag `by` has this value.
 
-    Example:
+    Examples:
         >>> without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
         {'--unroll': 'has no effect with --batching sentences; leave it out, or give --batching contiguous'}
     """
@@ -530,7 +530,7 @@ def configure_malloc() -> bool:
 def process_peak(status: Path = Path("/proc/self/status")) -> int | None:
     """Return this process's peak memory in bytes, or None on Windows.
 
-    Example:
+    Examples:
         >>> process_peak() > 2**20
         True
     """

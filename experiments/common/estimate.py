@@ -101,7 +101,7 @@ def matmul_flops(jaxpr: Any) -> float:
     Args:
         jaxpr: the `jaxpr` attribute of what `jax.make_jaxpr` returns.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> product = lambda a, b: jax.lax.scan(lambda x, _: (x @ b, None), a, length=5)[0]
         >>> matmul_flops(jax.make_jaxpr(product)(jnp.ones((2, 3)), jnp.ones((3, 3))).jaxpr)

@@ -241,7 +241,7 @@ def _number_unwritable(names: Sequence[str], kind: str) -> list[str]:
 def explain_numbers(names: Sequence[str], kind: str) -> str:
     """Return a sentence that names the numbered classes or words of a plot, empty if there are none.
 
-    Example:
+    Examples:
         >>> explain_numbers(["Sports", "体育"], "class")
         'The plots use a font without these characters and show numbers: class 2 is 体育.'
     """
@@ -254,7 +254,7 @@ def explain_numbers(names: Sequence[str], kind: str) -> str:
 def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """Return a confusion matrix as text, one row a true class; refer to results.json if it is too large.
 
-    Example:
+    Examples:
         >>> print(confusion_table([[3, 1], [0, 4]], ["World", "Sports"]))
         true \\ predicted   World  Sports
         World                  3       1

@@ -44,7 +44,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
         The number of documents that only a classifies correctly, the number that only b does, and the
         two-sided p-value.
 
-    Example:
+    Examples:
         >>> labels = np.zeros(12, int)
         >>> mcnemar(labels, labels, np.repeat([1, 0], [6, 6]))
         (6, 0, 0.03125)
@@ -74,7 +74,7 @@ def paired_bootstrap(
         The mean accuracy of a minus that of b, and the two-sided p-value: twice the fraction of
         resamples in which the difference is zero or has the opposite sign.
 
-    Example:
+    Examples:
         >>> labels = np.zeros(100, int)
         >>> better, worse = (np.repeat([[0, 1]], [n, 100 - n], axis=1) for n in (90, 60))
         >>> difference, p = paired_bootstrap(labels, better, worse)
@@ -186,7 +186,7 @@ def _mean_accuracy(runs: Sequence[Classifier]) -> float:
 def format_mean(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str = "") -> str:
     """Format the mean, with the standard deviation if there are several values.
 
-    Example:
+    Examples:
         >>> format_mean([0.5, 0.7]), format_mean([0.5]), format_mean([-0.00001], sign="+")
         ('0.6000 ±\\xa00.1414', '0.5000', '+0.0000')
     """
@@ -291,7 +291,7 @@ def _check_documents(ranked: Found) -> None:
 def format_p(p: float) -> str:
     """Format a p-value with three digits, or with more if rounding would cross the significance level.
 
-    Example:
+    Examples:
         >>> format_p(0.0498), format_p(0.04999), format_p(0.75)
         ('0.0498', '0.04999', '0.75')
     """

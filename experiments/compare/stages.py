@@ -160,7 +160,7 @@ def _read_times(output: Path) -> dict[str, float]:
 class InputDigests:
     """Digests of the inputs of runs, each computed once.
 
-    Example:
+    Examples:
         >>> len(InputDigests().texts(DataConfig()))
         64
     """
