@@ -1,3 +1,5 @@
+"""Embeddings and surprisal of a small model, and its export."""
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from elmo_jax.training.objectives import bilm_sums
 SENTENCES = [["the", "bank", "rose", "."], ["bank"], [], ["the", "river", "bank", "of", "the", "river"] * 4]
 
 
-def test_layers_are_the_models_without_the_markers(elmo):
+def test_layers_equal_the_model_without_bos_and_eos(elmo):
     states = jax.jit(elmo.model.apply)
     for sentence, layers in zip(SENTENCES, elmo.embed(SENTENCES), strict=True):
         assert layers.shape == (3, len(sentence), 8)
@@ -23,7 +25,7 @@ def test_layers_are_the_models_without_the_markers(elmo):
         np.testing.assert_allclose(layers, want, atol=1e-6)
 
 
-def test_neighbours_order_and_repetition_change_nothing(elmo):
+def test_batching_and_order_do_not_change_embeddings(elmo):
     together = elmo.embed(SENTENCES)
     backwards = elmo.embed(SENTENCES[::-1], batch_tokens=20)[::-1]
     alone = [elmo.embed([sentence], batch_tokens=1)[0] for sentence in SENTENCES]
@@ -48,7 +50,7 @@ def test_batch_tokens_bound_the_rows_of_a_batch(elmo, monkeypatch):
     assert rows == [4]
 
 
-def test_surprisal_is_the_training_loss_token_by_token(elmo):
+def test_surprisal_sums_to_the_training_loss(elmo):
     windows = Elmo(elmo.model, elmo.params, elmo.vocabulary)
     windows._window = 5
     sums = jax.jit(bilm_sums(elmo.model))
@@ -68,7 +70,7 @@ def ids(elmo, sentence):
     return np.array([1, *elmo.vocabulary.ids(sentence), 2])
 
 
-def test_context_changes_the_upper_layers_alone(elmo):
+def test_context_changes_the_upper_layers_only(elmo):
     river, money = elmo.embed([["river", "bank"], ["the", "bank"]])
     np.testing.assert_array_equal(river[0, 1], money[0, 1])
     assert np.abs(river[1:, 1] - money[1:, 1]).max() > 1e-4
@@ -83,9 +85,9 @@ def test_export_then_import_is_identity(elmo, tmp_path):
     np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
 
 
-def test_a_run_is_not_exported_over(elmo, tmp_path):
+def test_run_is_not_overwritten_by_an_export(elmo, tmp_path):
     elmo.save_pretrained(tmp_path / "out")
-    elmo.save_pretrained(tmp_path / "out")  # an export may be renewed
+    elmo.save_pretrained(tmp_path / "out")  # an export may be replaced
     Run.create(tmp_path / "run", {"model": {}}, monitor="perplexity").close()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(InputError, match="run: holds a run that would be lost; give another folder"):
@@ -93,7 +95,7 @@ def test_a_run_is_not_exported_over(elmo, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
-def test_a_sentence_that_is_a_string_is_named(elmo):
+def test_sentence_that_is_a_string_is_refused(elmo):
     with pytest.raises(InputError, match="sentence 1 is a string"):
         elmo.embed([["fine"], "not fine"])
     with pytest.raises(InputError, match="sentence 0 holds 3, which is not a string"):
@@ -101,7 +103,7 @@ def test_a_sentence_that_is_a_string_is_named(elmo):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("config.json", b"{", r"config\.json: cannot be read"),
         ("config.json", b"{}", r"config\.json: is not what was saved"),
@@ -110,15 +112,15 @@ def test_a_sentence_that_is_a_string_is_named(elmo):
         ("model.safetensors", b"\x00" * 20, r"model\.safetensors is not what was saved"),
     ],
 )
-def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
+def test_damaged_folder_is_refused(elmo, tmp_path, name, data, message):
     elmo.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         Elmo.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (None, "holds no language model"),
         ("a digest, as a classifier's run has", "holds no language model"),
@@ -127,14 +129,14 @@ def test_a_wrong_folder_is_named(elmo, tmp_path, name, data, said):
         ({"embedding": 6, "cells": 5}, r"\[8, 4\], expected float32 \[8, 6\]"),
     ],
 )
-def test_a_whole_folder_of_no_model_is_named(elmo, tmp_path, model, said):
+def test_folder_with_wrong_settings_is_refused(elmo, tmp_path, model, message):
     elmo.save_pretrained(tmp_path)
     config = read_config(tmp_path)
     write_config(tmp_path, {"model": model} if model else {}, config["files"])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         Elmo.from_pretrained(tmp_path)
 
 
-def test_no_folder(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         Elmo.from_pretrained(tmp_path / "none")

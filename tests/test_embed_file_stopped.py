@@ -1,8 +1,6 @@
 """Embedding files that are interrupted, resumed, overwritten, or written by two processes at once."""
 
 import os
-import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,40 +118,15 @@ def test_parts_of_another_text_are_refused(elmo, text, content):
         np.testing.assert_allclose(file["0"], elmo.embed([["the", "bank", "bank", "."]])[0], atol=1e-6)
 
 
-def test_printed_command_resumes_an_overwriting_call(elmo, text, monkeypatch, capfd):
-    monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", 6)
-    model, out, codes, written = text.with_name("model"), text.with_name("out.h5"), [], []
-    elmo.save_pretrained(model)
+def test_resumed_file_keeps_the_permission_to_overwrite(elmo, text):
+    out = text.with_name("out.h5")
     out.write_bytes(b"old")
-    real = Dump._write_part
-
-    def stop(self, path, lines):
-        if len(written) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        written.append(path.name)
-        real(self, path, lines)
-
-    def leave(code):
-        codes.append(code)
-        sys.exit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(Dump, "_write_part", stop)
-    monkeypatch.setattr(sys, "argv", ["x", str(text), str(out), "--pretrained", str(model), "--overwrite"])
-    with pytest.raises(SystemExit):
-        embed.main()
-    err = capfd.readouterr().err
-    assert codes == [143] and out.read_bytes() == b"old" and len(written) == 2
-    again = shlex.split(err[err.index("python -m experiments.embed ") :])[2:]
-    monkeypatch.setattr(
-        Dump, "_write_part", lambda self, path, lines: (written.append(path.name), real(self, path, lines))
-    )
-    monkeypatch.setattr(sys, "argv", again)
-    assert embed.main() == 0, capfd.readouterr().err
-    assert len(written) == len(set(written)) > 2
-    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "model", "out.h5"]
+    unfinished(elmo, text, overwrite=True)
+    assert out.read_bytes() == b"old"
+    prepare(elmo, text, resume=True).write()
     with h5py.File(out) as file:
         np.testing.assert_allclose(file["4"], elmo.embed([LINES[4].split()])[0], atol=1e-6)
+    assert sorted(path.name for path in text.parent.iterdir()) == ["in.txt", "out.h5"]
 
 
 # Writes a part, prints "written", and waits for a line before it writes the others.

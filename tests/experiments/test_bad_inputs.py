@@ -99,11 +99,11 @@ CSVS = {
 
 @pytest.mark.parametrize("name", CSVS)
 def test_training_files_are_refused(name, tmp_path, refused):
-    data, said = CSVS[name]
+    data, message = CSVS[name]
     (tmp_path / "train.csv").write_bytes(data)
     (tmp_path / "test.csv").write_bytes(GOOD)
     args = ["--dataset", tmp_path, "--output", tmp_path / "run"]
-    refused(pretrain.main, args, said)
+    refused(pretrain.main, args, message)
     assert not (tmp_path / "run").exists()
 
 
@@ -117,31 +117,31 @@ TESTS = {
 
 @pytest.mark.parametrize("name", TESTS)
 def test_test_files_are_refused(name, tmp_path, refused):
-    data, said = TESTS[name]
+    data, message = TESTS[name]
     (tmp_path / "train.csv").write_bytes(GOOD)
     (tmp_path / "test.csv").mkdir() if data is None else (tmp_path / "test.csv").write_bytes(data)
-    refused(pretrain.main, ["--dataset", tmp_path], said)
+    refused(pretrain.main, ["--dataset", tmp_path], message)
 
 
 def test_class_names_and_compressed_files_are_refused(tmp_path, refused):
     (tmp_path / "train.csv").write_bytes(GOOD)
     (tmp_path / "test.csv").write_bytes(GOOD)
     args = ["--dataset", tmp_path]
-    for names, said in (
+    for names, message in (
         (b"a\nb\na\n", "names a class twice"),
         (b" \n", "classes.txt: is empty"),
         (b"a\nc\n", "label 'b' is not one of"),
     ):
         (tmp_path / "classes.txt").write_bytes(names)
-        refused(pretrain.main, args, said)
-    for packed, said in (
+        refused(pretrain.main, args, message)
+    for packed, message in (
         (gzip.compress(b"\0" * 200_000_000), "unpacks to over a hundred times its size"),
         (b"no gzip", "cannot be read"),
         (gzip.compress(GOOD)[:-9], "cannot be read"),
     ):
         (tmp_path / "train.csv").unlink(missing_ok=True)
         (tmp_path / "train.csv.gz").write_bytes(packed)
-        refused(pretrain.main, args, said)
+        refused(pretrain.main, args, message)
     (tmp_path / "train.csv").symlink_to("train.csv")
     (tmp_path / "train.csv.gz").unlink()
     refused(pretrain.main, args, "train.csv: no such file")
@@ -183,7 +183,7 @@ SENTENCES = {
 
 @pytest.mark.parametrize("name", SENTENCES)
 def test_sentences_are_refused(name):
-    sentences, said = SENTENCES[name]
+    sentences, message = SENTENCES[name]
     with pytest.raises(InputError) as info:
         Elmo(MODEL, PARAMS, WORDS).embed(sentences)
-    assert said in str(info.value) and len(str(info.value)) < 1000
+    assert message in str(info.value) and len(str(info.value)) < 1000

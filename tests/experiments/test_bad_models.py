@@ -30,12 +30,12 @@ SENTENCES = {
 @pytest.mark.parametrize("name", SENTENCES)
 def test_selfcheck_refuses_sentences(name, tmp_path, refused):
     make(tmp_path)
-    data, said = SENTENCES[name]
+    data, message = SENTENCES[name]
     (tmp_path / "s.json").write_bytes(data)
     with h5py.File(tmp_path / "e.hdf5", "w") as file:
         file["0"] = np.zeros(3)
     paths = [tmp_path / file for file in ("options.json", "weights.hdf5", "s.json", "e.hdf5")]
-    refused(evaluate.main, ["--selfcheck", *paths], said)
+    refused(evaluate.main, ["--selfcheck", *paths], message)
 
 
 def swap(name, value):
@@ -143,9 +143,11 @@ def counted(tmp_path):
 
 @pytest.mark.parametrize("name", NPZ)
 def test_word_vectors_are_refused(name, counted, tmp_path, refused):
-    change, said = NPZ[name]
+    change, message = NPZ[name]
     change(counted / "vectors.npz")
-    refused(downstream.main, ["--features", "svd", "--vectors", counted, "--output", tmp_path / "down"], said)
+    refused(
+        downstream.main, ["--features", "svd", "--vectors", counted, "--output", tmp_path / "down"], message
+    )
     assert not (tmp_path / "down").exists()
 
 
@@ -182,11 +184,11 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_downstream_flags_are_refused(name, counted, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    args, said = RUNS[name]
+    args, message = RUNS[name]
     if "changed" in args:
         counted.rename("changed")
         (tmp_path / "changed" / VOCABULARY).write_text("<S>\n</S>\n<UNK>\nrank\n")
-    refused(downstream.main, args, said)
+    refused(downstream.main, args, message)
 
 
 def test_unused_settings_of_a_preset_are_not_refused(tmp_path, monkeypatch, refused):

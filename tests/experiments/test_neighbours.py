@@ -35,14 +35,14 @@ def test_command_prints_neighbours_and_writes_the_picture(elmo, tmp_path, capsys
     call = ["bank", text, "--pretrained", tmp_path / "model", "--picture", picture, "--nearest", "9"]
     monkeypatch.setattr("sys.argv", ["x", *map(str, call)])
     assert neighbours.main() == 0
-    said = capsys.readouterr().out
-    assert "bank: 5 occurrences" in said and "every occurrence: this layer has no context" in said
+    out = capsys.readouterr().out
+    assert "bank: 5 occurrences" in out and "every occurrence: this layer has no context" in out
     layers = elmo.embed([["the", "bank", "rose"], ["the", "bank", "rose", "."]])
     a, b = layers[0][2, 1], layers[1][2, 1]
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert f"{cosine:5.2f}  the [bank] rose .  ({text}:4)" in said
+    assert f"{cosine:5.2f}  the [bank] rose .  ({text}:4)" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "-1.00" not in said  # which would be the word's own occurrence
+    assert "-1.00" not in out  # the occurrence itself
     refused(neighbours.main, call, "already exists; replace it with --overwrite")
     refused(neighbours.main, ["flood", *call[1:4]], "'flood' occurs 0 times in the texts")
 
@@ -84,9 +84,9 @@ def test_bad_picture_path_is_refused_before_computing(name, tmp_path, monkeypatc
     for folder in ("folder", "folder.png"):
         (tmp_path / folder).mkdir()
     (tmp_path / "q.png").write_bytes(b"mine")
-    picture, said = PICTURES[name]
+    picture, message = PICTURES[name]
     for flags in ([], ["--overwrite"]) if name != "there already" else ([],):
-        refused(neighbours.main, ["bank", "--pretrained", "model", "--picture", picture, *flags], said)
+        refused(neighbours.main, ["bank", "--pretrained", "model", "--picture", picture, *flags], message)
     assert (tmp_path / "q.png").read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "folder.png", "q.png"]
 

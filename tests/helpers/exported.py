@@ -1,4 +1,4 @@
-"""A tiny model and its exported folder, with digests that are right whatever it holds."""
+"""Tiny model, and exported folders with valid digests for any content."""
 
 from dataclasses import asdict
 
@@ -22,7 +22,7 @@ PARAMS = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), SHAPES)
 
 
 def seal(folder, **settings):
-    """An exported folder or a run whose digests are right, whatever it holds."""
+    """Write the configuration of an exported folder or a run, with valid digests for its files."""
     files = {name: digest(folder / name) for name in (VOCABULARY, WEIGHTS) if (folder / name).is_file()}
     config = {"model": asdict(CONFIGURATION), "data": asdict(DataConfig())}
     write_config(folder, config | settings, files)

@@ -1,3 +1,3 @@
-"""The lines of a small text file, one of them empty and one repeated."""
+"""Lines of a small text file, one empty and one repeated."""
 
 LINES = ["the bank rose .", "", "the river bank of the river " * 3, "bank", "the bank rose ."]

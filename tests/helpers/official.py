@@ -12,7 +12,7 @@ from elmo_jax.models.embedders import CharCNNConfig
 
 
 def make(folder: Path, seed=0, vocabulary=None, **changes) -> Elmo:
-    """A small model with weights large enough that every clip is met."""
+    """Save a small model with weights so large that every clip takes effect."""
     characters = CharCNNConfig(
         filters=((1, 3), (2, 4), (5, 6)),
         character_features=4,
