@@ -257,7 +257,7 @@ def add_significance(page: Page, ranked: Found) -> None:
             only_a, only_b, p = mcnemar(labels, a[0], b[0])
             cells = [f"{only_a:,}", f"{only_b:,}"]
         result = f"{better} is better" if p < SIGNIFICANCE_LEVEL else "not significant"
-        rows.append([f"{better} – {worse}", *cells, format_p(p), result])
+        rows.append([f"{better} – {worse}", *cells, f"{p:.3g}", result])
     if seeds > 1:
         columns = ["difference of accuracy"]
         method = (
@@ -288,37 +288,26 @@ def _check_documents(ranked: Found) -> None:
             )
 
 
-def format_p(p: float) -> str:
-    """Format a p-value with three digits, or with more if rounding would cross the significance level.
-
-    Examples:
-        >>> format_p(0.0498), format_p(0.04999), format_p(0.75)
-        ('0.0498', '0.04999', '0.75')
-    """
-    texts = (f"{p:.{digits}g}" for digits in range(3, 18))
-    return next(text for text in texts if (float(text) < SIGNIFICANCE_LEVEL) == (p < SIGNIFICANCE_LEVEL))
-
-
 def _add_training(page: Page, found: Found, language_model: Path, figures: Path) -> None:
     records = read_records(language_model)
     lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
     report.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
     best = min(record["perplexity"] for record in records)
     caption = f"Pre-training: held-out perplexity with the full softmax; best mean {best:.1f}."
-    drawn = [(figures / "perplexity.png", "Perplexity by epoch", caption)]
+    plots = [(figures / "perplexity.png", "Perplexity by epoch", caption)]
     for method, runs in found.items():
         if "trainable" in method and runs[0].results["lambdas"]:
             report.plot_lambdas(runs[0].records, figures / "lambdas.png")
             last = ", ".join(f"{weight:.2f}" for weight in runs[0].records[-1]["lambdas"])
             caption = f"{method}{_name_seed(runs)}: weight of each layer; after the last epoch {last}."
-            drawn.append((figures / "lambdas.png", "Layer weights by epoch", caption))
+            plots.append((figures / "lambdas.png", "Layer weights by epoch", caption))
     accuracies = {
         method: [{float(record["epoch"]): record["val_accuracy"] for record in run.records} for run in runs]
         for method, runs in found.items()
     }
     report.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
     band = ", mean and standard deviation over the seeds" if len(next(iter(found.values()))) > 1 else ""
-    drawn.append(
+    plots.append(
         (
             figures / "validation.png",
             "Validation accuracy by epoch",
@@ -326,7 +315,7 @@ def _add_training(page: Page, found: Found, language_model: Path, figures: Path)
         )
     )
     page.add_heading("Training")
-    page.add_figures(*drawn)
+    page.add_figures(*plots)
 
 
 def _name_seed(runs: Sequence[Classifier]) -> str:
@@ -339,13 +328,13 @@ def _add_confusions(page: Page, ranked: Found, figures: Path) -> None:
     if numbers := report.explain_numbers(classes, "class"):
         page.add_text(numbers)
     for part in reversed(PARTS):
-        drawn = []
+        plots = []
         for i, (method, runs) in enumerate(ranked.items()):
             path, scores = figures / f"confusion_{i}_{part}.png", runs[0].results[part]
             title = f"{part}: accuracy {scores['accuracy']:.4f}"
             report.plot_confusion(scores["confusion_matrix"], classes, title, path)
-            drawn.append((path, "Confusion matrix", f"{method}{_name_seed(runs)}, {part} part"))
-        page.add_figures(*drawn)
+            plots.append((path, "Confusion matrix", f"{method}{_name_seed(runs)}, {part} part"))
+        page.add_figures(*plots)
 
 
 def _add_times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:

@@ -108,12 +108,12 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
         label = f"[{i + 1}/{len(stages)}] {stage.name}"
         if stage.is_finished:
             done.add(stage.name)
-            cli.say(f"{label}: already finished, {_estimate_time_left(stages, done, seconds)}")
+            cli.say(f"{label}: already finished, {_estimate_remaining(stages, done, seconds)}")
             continue
         done.discard(stage.name)
         reason = stage.stale_reason
         action = f"running again because {reason}" if reason else "running"
-        cli.say(f"{label}: {action}, {_estimate_time_left(stages, done, seconds)}")
+        cli.say(f"{label}: {action}, {_estimate_remaining(stages, done, seconds)}")
         start, earlier = time.perf_counter(), 0.0 if reason else seconds.pop(stage.name, 0.0)
         log = output / "logs" / f"{stage.name.replace(' ', '-')}.txt"
         try:
@@ -128,21 +128,19 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     return seconds
 
 
-def _estimate_time_left(stages: Sequence[Stage], done: set[str], seconds: Mapping[str, float]) -> str:
+def _estimate_remaining(stages: Sequence[Stage], done: set[str], seconds: Mapping[str, float]) -> str:
     """Estimate the time of the stages that are not done from the times of those that are."""
     waiting = [stage for stage in stages if stage.name not in done]
     rates: dict[str, list[float]] = {}
     for stage in stages:
         if stage.name in done and stage.name in seconds:
             rates.setdefault(stage.kind, []).append(seconds[stage.name] / stage.work)
-    if not waiting:
-        return "nothing left"
-    if not rates:
-        return "time left not known yet"
-    rate_of = {kind: sum(of_kind) / len(of_kind) for kind, of_kind in rates.items()}
-    overall = sum(rate_of.values()) / len(rate_of)
-    minutes = sum(rate_of.get(stage.kind, overall) * stage.work for stage in waiting) / 60
-    return f"about {minutes:.0f} min left in all" if minutes >= 1 else "less than a minute left in all"
+    if not waiting or not rates:
+        return "remaining time unknown" if waiting else "nothing remaining"
+    mean = {kind: sum(of_kind) / len(of_kind) for kind, of_kind in rates.items()}
+    overall = sum(mean.values()) / len(mean)
+    minutes = sum(mean.get(stage.kind, overall) * stage.work for stage in waiting) / 60
+    return f"about {minutes:.0f} min remaining" if minutes >= 1 else "less than a minute remaining"
 
 
 def _read_times(output: Path) -> dict[str, float]:
@@ -158,12 +156,7 @@ def _read_times(output: Path) -> dict[str, float]:
 
 
 class InputDigests:
-    """Digests of the inputs of runs, each computed once.
-
-    Examples:
-        >>> len(InputDigests().texts(DataConfig()))
-        64
-    """
+    """Digests of the inputs of runs, each computed once."""
 
     def __init__(self):
         self._texts = functools.cache(_digest_texts)
@@ -285,16 +278,16 @@ class Comparison:
         if self.pretrained is None:
             base = self._parse(pretrain.PretrainConfig, "pretrain", self._preset, pretrain.PRESETS)
             with_characters = base.model.input == "characters"
-            stages["pretrain"] = self._source(
+            stages["pretrain"] = self._make_source(
                 "pretrain", base.epochs, pretrain.pretrain, base, with_characters
             )
         for method, work in (("svd", 0.3), ("sgns", 1.0)):
             base = self._parse(vectors.VectorsConfig, "vectors", ["--method", method])
             defaults = {name: getattr(vectors.VectorsConfig(), name) for name in _UNUSED_SETTINGS[method]}
-            stages[method] = self._source(method, work, vectors.vectors, replace(base, **defaults))
+            stages[method] = self._make_source(method, work, vectors.vectors, replace(base, **defaults))
         return stages
 
-    def _source(
+    def _make_source(
         self, name: str, work: float, command: Callable, base: Any, with_characters: bool = False
     ) -> Stage:
         settings = self._place(base, name, data=self.data)

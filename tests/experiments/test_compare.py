@@ -1,4 +1,4 @@
-"""The whole comparison on a tiny data set."""
+"""The comparison on a tiny data set, from pre-training to the page."""
 
 import json
 import shutil

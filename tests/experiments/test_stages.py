@@ -68,9 +68,9 @@ def test_stopped_stages_continue_and_finished_ones_are_not_run_again(stages, com
     assert set(seconds) == {"a", "b", "c"}
     assert run_stages(stages, tmp_path) == seconds and len(command.calls) == 4
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "[1/3] a: running, time left not known yet"
-    assert lines[1] == "[2/3] b: running, less than a minute left in all"
-    assert lines[-1] == "[3/3] c: already finished, nothing left"
+    assert lines[0] == "[1/3] a: running, remaining time unknown"
+    assert lines[1] == "[2/3] b: running, less than a minute remaining"
+    assert lines[-1] == "[3/3] c: already finished, nothing remaining"
     assert "output of the command" in (tmp_path / "logs" / "b.txt").read_text()
 
 
