@@ -1,3 +1,5 @@
+"""The folder of a run: creating, resuming, replacing, locking and reading it."""
+
 import json
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from elmo_jax.training.checkpoint import Position, Run
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.int32(4), "half": jnp.ones(2, jnp.bfloat16)}
 
 
-def test_a_step_comes_back_as_it_was(tmp_path):
+def test_saved_step_is_restored_exactly(tmp_path):
     run = Run.create(tmp_path / "run", {"a": (1, 2)}, monitor="loss")
     before = Position(
         5, {"loss": np.float64(0.1), "confusion": np.eye(2)}, 1.5, [{"epoch": 1, "step": 3, "loss": 2.0}]
@@ -31,7 +33,6 @@ def test_a_step_comes_back_as_it_was(tmp_path):
 
 
 def test_saving_copies_before_it_returns(tmp_path):
-    """The state is donated to the next step while it is still being written."""
     import jax
 
     bump = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
@@ -46,7 +47,7 @@ def test_saving_copies_before_it_returns(tmp_path):
     np.testing.assert_array_equal(Run.open(tmp_path / "run").restore_best()["w"], want)
 
 
-def test_a_folder_with_a_run_is_only_replaced_or_continued_when_told(tmp_path):
+def test_existing_run_needs_resume_or_overwrite(tmp_path):
     path = tmp_path / "run"
     run = Run.create(path, {"lr": 1}, monitor="loss")
     run.save(STATE, Position(1))
@@ -82,7 +83,7 @@ def test_fewer_epochs_than_were_run_are_refused(tmp_path):
     create(2).close()
 
 
-def test_the_learning_rate_may_change_within_an_epoch_if_allowed(tmp_path):
+def test_learning_rate_may_change_within_an_epoch_if_allowed(tmp_path):
     def create(rate, **more):
         config = {"optimizer": {"learning_rate": rate}}
         return Run.create(tmp_path / "run", config, monitor="loss", resume=True, **more)
@@ -97,7 +98,7 @@ def test_the_learning_rate_may_change_within_an_epoch_if_allowed(tmp_path):
     run.close()
 
 
-def test_order_may_change_between_epochs_if_allowed(tmp_path):
+def test_seed_may_change_between_epochs_if_allowed(tmp_path):
     def create(seed, **more):
         return Run.create(tmp_path / "run", {"seed": seed, "lr": 1}, monitor="loss", resume=True, **more)
 
@@ -117,7 +118,7 @@ def test_order_may_change_between_epochs_if_allowed(tmp_path):
         Run.create(tmp_path / "run", {"seed": 1, "lr": 1}, "figure", resume=True, allow_config_change=True)
 
 
-def test_texts_must_be_the_same_to_go_on_and_are_mended(tmp_path):
+def test_resuming_needs_the_same_texts_and_repairs_them(tmp_path):
     def create(text):
         return Run.create(tmp_path / "run", {}, "loss", resume=True, files={"vocab.txt": text})
 
@@ -134,7 +135,7 @@ def test_texts_must_be_the_same_to_go_on_and_are_mended(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["files"]["vocab.txt"]["size"] == 9
 
 
-def test_one_writer_a_folder(tmp_path):
+def test_folder_has_one_writer(tmp_path):
     run = Run.create(tmp_path / "run", {}, monitor="loss")
     for how in ({"resume": True}, {"overwrite": True}, {}):
         with pytest.raises(InputError, match="another run writes there; wait for it"):
@@ -144,19 +145,19 @@ def test_one_writer_a_folder(tmp_path):
     Run.create(tmp_path / "run", {}, monitor="loss", overwrite=True).close()
 
 
-def test_what_is_exported_is_no_run(tmp_path):
+def test_saved_model_is_no_run(tmp_path):
     write_config(tmp_path, {"model": {}}, {})
     with pytest.raises(InputError, match="holds a saved model, not a run"):
         Run.open(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that refuses even root")
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_folder_that_cannot_be_written_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"/sys/kernel/run: cannot be written"):
         Run.create(Path("/sys/kernel/run"), {}, monitor="loss")
 
 
-def test_metrics_hold_no_number_that_json_has_not(tmp_path):
+def test_metrics_with_nan_are_refused(tmp_path):
     run = Run.create(tmp_path / "run", {}, monitor="loss")
     run.log([{"loss": 1.0}])
     with pytest.raises(ValueError, match="JSON"):
@@ -165,7 +166,7 @@ def test_metrics_hold_no_number_that_json_has_not(tmp_path):
     run.close()
 
 
-def test_places_a_run_cannot_go(tmp_path):
+def test_unusable_output_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file"):
         Run.create(tmp_path / "file", {}, monitor="loss")
@@ -177,7 +178,7 @@ def test_places_a_run_cannot_go(tmp_path):
         Run.create(tmp_path / "file" / "below", {}, monitor="loss")
 
 
-def test_runs_that_are_not_there(tmp_path):
+def test_missing_runs_are_reported(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         Run.open(tmp_path / "none")
     run = Run.create(tmp_path / "run", {}, monitor="loss")
@@ -189,7 +190,7 @@ def test_runs_that_are_not_there(tmp_path):
         Run.open(tmp_path / "run")
 
 
-def test_metrics_are_whole_lines(tmp_path):
+def test_metrics_are_complete_lines(tmp_path):
     run = Run.create(tmp_path / "run", {}, monitor="loss")
     for n in range(3):
         run.log([{"epoch": i} for i in range(n)])

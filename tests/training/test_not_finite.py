@@ -1,4 +1,4 @@
-"""Losses, gradients and figures that are not finite: skipped, counted, told, and never saved."""
+"""Losses, gradients and figures that are not finite are skipped, counted, reported and never saved."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def not_a_number(params, batch, key):
     return loss * jnp.nan, sums
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp_path):
+def test_repeated_skipped_steps_stop_the_run(documents, tmp_path):
     def sick(params, batch, key):
         loss, sums = loss_fn(params, batch, key)
         return loss + jnp.where(jnp.abs(params["table"]).max() > 0.1, jnp.nan, 0.0), sums
@@ -38,7 +38,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(documents, tmp
     )
 
 
-def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
+def test_message_says_when_no_step_is_saved(documents, tmp_path):
     with pytest.raises(
         InputError,
         match=r"5 steps in a row, up to step 5 .*; no step is saved yet, start again with overwrite=True$",
@@ -46,27 +46,30 @@ def test_a_run_that_fails_before_its_first_save_says_so(documents, tmp_path):
         run_fit(documents, tmp_path / "sick", loss=not_a_number)
 
 
-def test_an_epoch_without_a_sound_step_stops_the_run(documents, tmp_path, monkeypatch):
+def test_epoch_without_a_finite_step_stops_the_run(documents, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "MAX_SKIPPED", 1000)
     with pytest.raises(InputError, match=r"not finite at any step of epoch 1 \(.*clip_norm; no step is"):
         run_fit(documents, tmp_path / "run", loss=not_a_number)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):
+def test_skipped_step_changes_only_the_count(documents):
     stream = BatchStream(documents, 4, seed=1, bounds=(32,))
     (batch,) = (jax.tree.map(lambda a: a[0], d.batches) for d in stream.chunks(0, 1))
     optimizer = make_optimizer(OptimizerConfig(), 10)
     start = TrainState.create({"table": jnp.ones(50)}, optimizer, {"scale": jnp.ones(())})
 
-    def task(params, batch, key, loss=0.0, gradient=0.0):
-        value, sums = loss_fn(params, batch, key)
-        root = jnp.sqrt(jnp.sum((params["table"] - 1) ** 2))  # whose gradient here is 0 / 0
-        return value + loss + gradient * root, sums
+    @jax.jit
+    def step(offset, gradient):
+        def loss(params, batch, key):
+            value, metrics = loss_fn(params, batch, key)
+            root = jnp.sqrt(jnp.sum((params["table"] - 1) ** 2))  # its gradient here is 0 / 0
+            return value + offset + jnp.where(gradient, root, 0.0), metrics
 
-    for sick in ({"loss": jnp.nan}, {"loss": jnp.inf}, {"gradient": 1.0}):
-        loss = lambda params, batch, key, sick=sick: task(params, batch, key, **sick)  # noqa: E731
-        after, sums = train_step(start, batch, jax.random.key(0), loss, optimizer)
+        return train_step(start, batch, jax.random.key(0), loss, optimizer)
+
+    for offset, gradient in ((jnp.nan, False), (jnp.inf, False), (0.0, True)):
+        after, sums = step(offset, gradient)
         same((after.params, after.opt_state), (start.params, start.opt_state))
         assert int(after.step) == 1 and {name: float(a) for name, a in sums.items()} == {
             "documents": 0,
@@ -74,11 +77,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(documents):
             "loss": 0,
             "steps": 0,
         }
-    after, sums = train_step(start, batch, jax.random.key(0), loss_fn, optimizer)
+    after, sums = jax.jit(lambda state: train_step(state, batch, jax.random.key(0), loss_fn, optimizer))(
+        start
+    )
     assert float(sums["steps"]) == 1 and (np.asarray(after.params["table"]) != 1).any()
 
 
-def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documents, tmp_path):
+def test_skipped_steps_are_counted_and_reported(documents, tmp_path):
     longest = documents.lengths.max()
 
     def sick(params, batch, key):
@@ -96,7 +101,7 @@ def test_skipped_steps_are_counted_and_told_and_leave_the_rest_as_it_was(documen
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_figure_that_is_not_finite_stops_before_it_is_saved(documents, tmp_path):
+def test_monitored_figure_that_is_not_finite_is_not_saved(documents, tmp_path):
     figures = iter([1.0, float("nan")])
     with pytest.raises(InputError, match="figure is nan after epoch 2; lower learning_rate"):
         run_fit(documents, tmp_path / "run", figure=lambda: next(figures))

@@ -1,4 +1,4 @@
-"""What a gradient becomes before it is taken: warmed up, decayed and clipped."""
+"""Learning rate schedules and clipping."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("name", ["adam", "adagrad"])
-def test_first_steps_warm_up_and_last_ones_fall(schedule, name):
+def test_learning_rate_warms_up_and_decays(schedule, name):
     config = OptimizerConfig(name, 0.1, schedule, warmup=0.2, clip_norm=1e9)
     optimizer = make_optimizer(config, 20)
     params, sizes = jnp.zeros(()), []
@@ -37,9 +37,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(update["b"][1], -want["b"] / np.sqrt(1 + want["b"] ** 2), rtol=1e-4)
 
 
-@pytest.mark.parametrize("most", [0.5, 5.0, 100.0, 1e39, np.inf])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e15, np.nan])
-def test_gradients_are_clipped_as_optax_clips_them(most, scale):
+@pytest.mark.parametrize("most", [0.5, 100.0, np.inf])
+@pytest.mark.parametrize("scale", [0.0, 1e15, np.nan])
+def test_clipping_equals_optax(most, scale):
     gradients = {"a": scale * jnp.array([3.0, 0.5]), "b": scale * jnp.array([-4.0], jnp.bfloat16)}
     got, want = (
         clip.update(gradients, clip.init(gradients))[0]
@@ -52,6 +52,6 @@ def test_gradients_are_clipped_as_optax_clips_them(most, scale):
         )
 
 
-def test_a_gradient_that_is_not_finite_is_not_made_so_by_clipping():
+def test_clipping_keeps_gradients_that_are_not_finite():
     clip = clip_by_global_norm(1.0)
     assert not np.isfinite(clip.update({"a": jnp.array([1.0, np.inf])}, clip.init({}))[0]["a"]).all()

@@ -1,4 +1,4 @@
-"""One run in two processes: they stop at one step, and one of them writes."""
+"""One run in two processes: they stop at the same step, and the first one writes."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from elmo_jax.parallel import (
     DATA,
     MODEL,
     Plan,
+    check_same_on_all_processes,
     is_first_process,
     max_over_processes,
     run_on_all,
@@ -42,7 +43,7 @@ def loss_fn(params, batch, key):
 
 
 def train(path, index, port, epochs, mark=None):
-    """The same model in every process, its arrays in all of them."""
+    """Train the same model in every process."""
     join(port, index)
     documents = Documents(np.arange(160, dtype=np.int32) % 46 + 4, np.arange(0, 161, 4), np.arange(40) % 3)
     stream = BatchStream(documents, 4, seed=1, bounds=(6,), steps_per_call=2)
@@ -64,7 +65,7 @@ def train(path, index, port, epochs, mark=None):
         sys.exit(stop.exit_code)
 
 
-def both(work, *args):
+def start_both(work, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,9 +75,9 @@ def both(work, *args):
     return processes
 
 
-def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on_together(tmp_path):
+def test_signal_to_one_process_stops_both_at_one_step(tmp_path):
     path, step = tmp_path / "run", PROCESSES.Value("i", 0)
-    processes = both(train, path, 100_000, step)
+    processes = start_both(train, path, 100_000, step)
     wait_for(lambda: step.value > 40 or not all(p.is_alive() for p in processes))
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [finish(process) for process in processes] == [143, 143]
@@ -88,10 +89,10 @@ def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on_together(tmp_path
     )
 
     more = len(records) + 3
-    assert [finish(process) for process in both(train, path, more)] == [0, 0]
-    assert [finish(process) for process in both(train, tmp_path / "whole", more)] == [0, 0]
-    (last, records, got), (enabled, want_records, want) = outcome(path), outcome(tmp_path / "whole")
-    assert last == enabled and records == want_records
+    assert [finish(process) for process in start_both(train, path, more)] == [0, 0]
+    assert [finish(process) for process in start_both(train, tmp_path / "complete", more)] == [0, 0]
+    (last, records, got), (want_last, want_records, want) = outcome(path), outcome(tmp_path / "complete")
+    assert last == want_last and records == want_records
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -102,23 +103,25 @@ def fail(path, index, port):
         if index:
             raise InputError("no")
 
-    said = [is_first_process(), max_over_processes(3 * index), run_on_first(lambda: index)]
+    results = [is_first_process(), max_over_processes(3 * index), run_on_first(lambda: index)]
+    check_same_on_all_processes("same")
     for work in (
         lambda: run_on_first(lambda: Path(path / "none" / "x").write_text("")),
         lambda: run_on_all(refuse),
+        lambda: check_same_on_all_processes(str(index)),
     ):
         try:
             work()
         except (InputError, OSError) as error:
-            said.append(type(error).__name__)
+            results.append(type(error).__name__)
 
-    (path / f"{index}.json").write_text(json.dumps(said))
+    (path / f"{index}.json").write_text(json.dumps(results))
 
 
-def test_what_fails_in_one_fails_in_both(tmp_path):
-    assert [finish(process) for process in both(fail, tmp_path)] == [0, 0]
+def test_failure_in_one_process_is_raised_in_both(tmp_path):
+    assert [finish(process) for process in start_both(fail, tmp_path)] == [0, 0]
     said = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert said == [
-        [True, 3, 0, "FileNotFoundError", "InputError"],
-        [False, 3, None, "InputError", "InputError"],
+        [True, 3, 0, "FileNotFoundError", "InputError", "InputError"],
+        [False, 3, None, "InputError", "InputError", "InputError"],
     ]

@@ -1,4 +1,4 @@
-"""Saved steps: what is damaged is never used, what fails to be saved is told, what is whole stays."""
+"""Saved steps: damaged ones are never used, failed saves are reported, and valid steps are kept."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_whatever_file_of_a_step_is_damaged_the_step_before_is_used_and_says_so(run, tmp_path, how):
+def test_damage_to_any_file_is_reported_and_the_step_before_is_used(run, tmp_path, how):
     save(run, 3, 5)
     files = sorted(
         p.relative_to(run.path) for p in (run.path / "checkpoints" / "5").rglob("*") if p.is_file()
@@ -65,7 +65,7 @@ def test_whatever_file_of_a_step_is_damaged_the_step_before_is_used_and_says_so(
         shutil.rmtree(run.path / "checkpoints")
 
 
-def test_a_damaged_step_is_set_aside_and_its_place_taken(run):
+def test_damaged_step_is_set_aside_and_replaced(run):
     save(run, 3, 5)
     flip(run.path / "checkpoints" / "5" / "position.json")
     run.close()
@@ -81,7 +81,7 @@ def test_a_damaged_step_is_set_aside_and_its_place_taken(run):
         assert int(Run.open(run.path).restore_best()["step"]) == 5
 
 
-def test_where_no_step_is_whole_nothing_is_used_and_nothing_removed(run):
+def test_without_a_valid_step_nothing_is_used_or_removed(run):
     save(run, 3, 5)
     for step in ("3", "5"):
         flip(run.path / "checkpoints" / step / "position.json")
@@ -94,7 +94,7 @@ def test_where_no_step_is_whole_nothing_is_used_and_nothing_removed(run):
     assert run.steps.saved() == [3, 5]
 
 
-def test_a_damaged_best_epoch_gives_way_to_the_best_that_is_whole(run):
+def test_best_valid_epoch_is_used_if_the_best_is_damaged(run):
     losses = [3.0, 1.0, 2.0, 5.0]
     records = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
     for i in range(4):
@@ -107,7 +107,7 @@ def test_a_damaged_best_epoch_gives_way_to_the_best_that_is_whole(run):
         assert int(Run.open(run.path).restore_best()["step"]) == 3
 
 
-def test_what_a_crash_leaves_is_no_step_and_is_removed(run):
+def test_unfinished_save_is_no_step_and_is_removed(run):
     save(run, 3)
     shutil.copytree(run.path / "checkpoints" / "3", run.path / "checkpoints" / "5.part")
     assert int(run.restore_best()["step"]) == 3
@@ -117,13 +117,13 @@ def test_what_a_crash_leaves_is_no_step_and_is_removed(run):
 
 
 @pytest.mark.parametrize("step", [5, 4])
-def test_a_step_that_is_not_later_is_refused(run, step):
+def test_step_that_is_not_later_is_refused(run, step):
     save(run, 5)
     with pytest.raises(ValueError, match=f"step {step} is not later than step 5"):
         run.save(state(step), Position(step))
 
 
-def test_the_latest_is_the_highest_whatever_the_clock_says(run, monkeypatch):
+def test_newest_step_does_not_depend_on_the_clock(run, monkeypatch):
     began = time.time()
     for step in (8, 9, 10):
         monkeypatch.setattr(time, "time", lambda step=step: began - 1e6 * step)
@@ -134,7 +134,7 @@ def test_the_latest_is_the_highest_whatever_the_clock_says(run, monkeypatch):
     assert run.restore(state(0))[1].step == 10
 
 
-def test_numbers_that_are_not_finite_are_not_saved(run):
+def test_state_that_is_not_finite_is_not_saved(run):
     save(run, 3)
     sick = state(5) | {"params": {"w": jnp.array([1.0, np.nan])}}
     with pytest.raises(InputError, match="step 5 has numbers that are not finite"):
@@ -142,7 +142,7 @@ def test_numbers_that_are_not_finite_are_not_saved(run):
     assert run.steps.saved() == [3]
 
 
-def test_room_is_looked_for_first(run, monkeypatch):
+def test_free_space_is_checked_before_saving(run, monkeypatch):
     save(run, 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1_000_000))
     with pytest.raises(
@@ -161,13 +161,13 @@ def test_room_is_looked_for_first(run, monkeypatch):
         ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(1)}, r"params/b is missing, expected float32 \[1\]"),
     ],
 )
-def test_another_shape_or_dtype_is_refused_by_both_names(run, enabled, said):
+def test_other_shapes_or_dtypes_are_refused(run, enabled, said):
     save(run, 3)
     with pytest.raises(InputError, match=said):
         run.restore({"params": enabled, "step": jnp.int32(0)})
 
 
-def test_a_file_where_the_steps_should_be(run):
+def test_file_in_place_of_the_steps_folder_is_reported(run):
     (run.path / "checkpoints").write_text("")
     with pytest.raises(
         InputError, match=r"checkpoints/3: could not be saved \((File exists|Not a directory)\)"
@@ -175,8 +175,7 @@ def test_a_file_where_the_steps_should_be(run):
         save(run, 3)
 
 
-def test_a_saved_state_may_be_large_and_training_goes_on_meanwhile(tmp_path):
-    """The folder has its name only when the background is done; saving returns before."""
+def test_save_returns_before_the_step_is_written(tmp_path):
     steps, order = StepStore(tmp_path / "steps"), []
     finish = steps._finish
     steps._finish = lambda *args: (time.sleep(0.2), finish(*args), order.append("written"))
@@ -186,7 +185,7 @@ def test_a_saved_state_may_be_large_and_training_goes_on_meanwhile(tmp_path):
     assert order == ["returned", "written"]
 
 
-def test_on_equal_figures_the_earliest_is_the_best_and_is_kept(run):
+def test_earliest_of_equal_epochs_is_the_best_and_is_kept(run):
     records = [{"step": i + 1, "loss": loss} for i, loss in enumerate([3.0, 1.0, 1.0, 1.0, 2.0])]
     for i in range(5):
         run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
@@ -195,8 +194,8 @@ def test_on_equal_figures_the_earliest_is_the_best_and_is_kept(run):
     assert int(run.restore_best()["step"]) == 2
 
 
-def test_a_save_neither_counts_bytes_nor_needs_a_database(run, monkeypatch):
-    """Both leak, some 30 and 15 KB a save."""
+def test_save_avoids_orbax_features_that_leak_memory(run, monkeypatch):
+    """Counting bytes and the OCDBT database leak about 30 and 15 KB with every save."""
     counted = []
     monkeypatch.setattr(
         tensorstore, "experimental_collect_matching_metrics", lambda *a: counted.append(a) or []
