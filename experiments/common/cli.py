@@ -122,7 +122,8 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
     """Call a function at SIGINT or SIGTERM while the body runs.
 
     A handler that the body installs, as `elmo_jax.fit` does, gets the first signal to itself.
-    A thread waits for the signals because the main thread may be inside a long compilation.
+    Python runs handlers between two of its instructions, so a compilation delays them. A thread therefore
+    waits for the second signal, which always calls the function at once.
 
     Args:
         leave: ends the process; called once, with the signal's number, in either thread.
@@ -144,7 +145,7 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
         received = 0
         while number := os.read(reader, 1):
             received += number[0] in numbers
-            if number[0] in numbers and (received > 1 or signal.getsignal(number[0]) is act):
+            if number[0] in numbers and received > 1:
                 act(number[0])
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -335,7 +336,7 @@ def _arguments_to_flags(message: str, config: type) -> str:
     """Return a library message with Python arguments written as flags.
 
     ``name=True`` becomes ``--name`` and ``name=5`` becomes ``--name 5``. A bare name becomes a flag if it
-    has an underscore or begins the message; elsewhere it may be plain English.
+    stands in backticks, has an underscore or begins the message; elsewhere it may be plain English.
     """
     names: set[str] = set()
     configs: list[Any] = [config]
@@ -346,7 +347,9 @@ def _arguments_to_flags(message: str, config: type) -> str:
         configs += nested.values()
 
     def replace(match: re.Match) -> str:
-        name, value = match.groups()
+        quoted, name, value = match.groups()
+        if quoted:
+            return flag_of(quoted)
         if value is None and "_" not in name and match.start() > 0:
             return match[0]
         if value in (None, "True"):
@@ -354,7 +357,9 @@ def _arguments_to_flags(message: str, config: type) -> str:
         return flag_of(f"no_{name}") if value == "False" else f"{flag_of(name)} {value}"
 
     return re.sub(
-        rf"(?<![\w./-])({'|'.join(names)})(?:='?([\w.+-]*\w)'?)?(?![\w/:=]|[.-]\w)", replace, message
+        rf"`({'|'.join(names)})`|(?<![\w./-])({'|'.join(names)})(?:='?([\w.+-]*\w)'?)?(?![\w/:=]|[.-]\w)",
+        replace,
+        message,
     )
 
 

@@ -93,10 +93,9 @@ with exit_on_signals(lambda number: os._exit(100 + number)):
 """
 
 
-@pytest.mark.parametrize(("phase", "number"), [("training", signal.SIGTERM), ("other", signal.SIGINT)])
-def test_signals_end_a_computation_at_once(phase, number):
-    """The first one outside training, the second one always."""
-    assert run_python(BUSY, phase).returncode == 100 + number
+@pytest.mark.parametrize("phase", ["training", "other"])
+def test_second_signal_ends_a_computation_at_once(phase):
+    assert run_python(BUSY, phase).returncode == 100 + signal.SIGTERM
 
 
 # Errors
@@ -194,7 +193,8 @@ for command in __main__.COMMANDS:
 def test_help_and_wrong_flags_import_no_slow_module():
     done = run_python(HELP)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == done.stderr.count("error: Unrecognized options: --nonsense") == 9
+    lines = done.stderr.splitlines()
+    assert len(lines) == 9 and all(line.startswith("error: ") and "--help)" in line for line in lines)
 
 
 # The console command

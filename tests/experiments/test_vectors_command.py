@@ -7,7 +7,7 @@ from elmo_jax.baselines.word_vectors import WordVectors
 from experiments import vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ANEW = "lower --rate, and begin anew with --overwrite"
+ANEW = "lower --rate and start again with --overwrite"
 
 
 @pytest.fixture
