@@ -82,7 +82,7 @@ def test_a_run_that_cannot_be_continued_keeps_its_results(finished, trained, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert call(vectors.main, monkeypatch, *flags) == 2
-    assert "no saved step" in capsys.readouterr().err
+    assert "every saved step is damaged" in capsys.readouterr().err
     assert {name: (out / name).read_bytes() for name in made} == made
 
 
