@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from elmo_jax.models import combiners
+
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDES = sorted((DOCS / "guides").glob("*.md"))
 
 
-def test_python_blocks_of_the_extension_page_run():
+def test_python_blocks_of_the_extension_page_run(monkeypatch):
+    monkeypatch.setattr(combiners, "COMBINERS", combiners.COMBINERS.copy())
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extend.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3
     for block in blocks:
