@@ -35,6 +35,7 @@ STYLE: Any = {
 }
 _LEGEND: Any = {"frameon": False, "fontsize": 9, "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.5}
 _LEGEND |= {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}  # above the axes, where it covers no line
+_NOTE: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
 _MAX_LABELLED_CLASSES = 25  # the cells of a larger confusion matrix are too small for numbers
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
@@ -48,6 +49,7 @@ def series_style(i: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _new_figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
     """Yield a figure of this size in inches, then save it as a PNG."""
+    path.parent.mkdir(exist_ok=True)
     with plt.rc_context(STYLE | style):
         figure = plt.figure(figsize=(width, height))
         yield figure
@@ -67,20 +69,14 @@ def plot_curves(
         ylabel: Axis label with its unit.
         log: Use a logarithmic y axis.
     """
-    epochs = [record["epoch"] for record in records]
+    values = {label: np.array([[record[name] for record in records]]) for name, label in lines.items()}
     with _new_figure(path, 5.2, 3.2) as figure:
-        axes = figure.subplots()
-        for i, (name, label) in enumerate(lines.items()):
-            values = [record[name] for record in records]
-            axes.plot(epochs, values, markersize=4, label=label, **series_style(i))
+        axes = _plot_lines(figure, [record["epoch"] for record in records], values)
         axes.set(xlabel="epoch", ylabel=ylabel)
-        _set_integer_ticks(axes, epochs)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-        if len(lines) > 1:
-            axes.legend(**_LEGEND)
 
 
 def plot_lambdas(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -93,7 +89,8 @@ def plot_lambdas(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_bands(
-    curves: Mapping[str, Sequence[Mapping[float, float]]],
+    x: Sequence[float],
+    values: Mapping[str, np.ndarray],
     path: Path,
     xlabel: str,
     ylabel: str,
@@ -104,39 +101,37 @@ def plot_bands(
     A single x has no room for a band and gets error bars.
 
     Args:
-        curves: By name, one mapping from x to y for each repetition; all have the same x.
+        x: X increasing values.
+        values: By name, y for each repetition and x, ``[S, X]``.
         path: PNG file to write.
         xlabel, ylabel: Axis labels with their units.
         log: Use a logarithmic x axis.
     """
-    xs = sorted({x for runs in curves.values() for x in runs[0]})
     with _new_figure(path, 6.2, 3.8) as figure:
-        axes = figure.subplots()
-        for i, (name, runs) in enumerate(curves.items()):
-            x, style = sorted(runs[0]), series_style(i)
-            y = np.array([[run[at] for at in x] for run in runs])  # [S, X]
-            mean, spread = y.mean(0), deviation(y)
-            if len(x) > 1:
-                axes.plot(x, mean, markersize=4, label=name, **style)
-                axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
-            else:  # side by side, so that equal values stay visible
-                at = x[0] * (1 + (i - (len(curves) - 1) / 2) / 100)
-                bars = spread if len(runs) > 1 else None
-                axes.errorbar(at, mean, yerr=bars, markersize=4, capsize=3, label=name, **style)
+        axes = _plot_lines(figure, x, values)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         if log:
             axes.set_xscale("log")
-            axes.set_xticks(xs, [f"{x:,g}" for x in xs])
+            axes.set_xticks(x, [f"{each:,g}" for each in x])
             axes.xaxis.set_minor_locator(NullLocator())
-        else:
-            _set_integer_ticks(axes, xs)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.legend(**_LEGEND)
 
 
-def _set_integer_ticks(axes: Axes, x: Sequence[float]) -> None:
-    """Put the ticks of the x axis at integers, or at the only x."""
+def _plot_lines(figure: Figure, x: Sequence[float], values: Mapping[str, np.ndarray]) -> Axes:
+    """Plot means and standard deviations of ``[S, X]`` with integer ticks."""
+    axes = figure.subplots()
+    for i, (name, y) in enumerate(values.items()):
+        mean, spread, style = y.mean(0), deviation(y), {**series_style(i), "markersize": 4, "label": name}
+        if len(x) > 1:
+            axes.plot(x, mean, **style)
+            axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
+        else:  # side by side, so that equal values stay visible
+            at = x[0] * (1 + (i - (len(values) - 1) / 2) / 100)
+            axes.errorbar(at, mean, yerr=spread if len(y) > 1 else None, capsize=3, **style)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    if len(values) > 1:
+        axes.legend(**_LEGEND)
+    return axes
 
 
 def plot_dots(
@@ -158,8 +153,7 @@ def plot_dots(
             mean, spread = float(np.mean(runs)), float(deviation(np.array(runs)))
             axes.errorbar(mean, i, xerr=spread or None, fmt="o", color=COLOURS[0], capsize=3)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the dashed line
-            text: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "bbox": box}
-            axes.annotate(f"{mean:.3f}", (mean, i), (0, 8), **text)
+            axes.annotate(f"{mean:.3f}", (mean, i), (0, 8), bbox=box, **_NOTE)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.8)
         axes.grid(visible=False, axis="y")
@@ -197,8 +191,7 @@ def plot_layers(
             axes.set_facecolor("#f5f5f2")
             axes.set_title(title, fontsize=9)
             if np.ptp(xy, axis=0).max() < 1e-3 * size:
-                text: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **text)
+                axes.annotate(f"all {len(xy)} in one point", (0, 0), (0, -18), **_NOTE)
         figure.tight_layout(w_pad=1.0)
         legend: Any = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, 0.04), "fontsize": 9}
         labels = _number_unwritable(names, "word")
@@ -262,22 +255,22 @@ def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> 
     """
     if len(classes) > _MAX_LABELLED_CLASSES:
         return f"{len(classes)} classes: the confusion matrix is in results.json"
-    corner = "true \\ predicted"
-    first = max(len(corner), *map(len, classes))
-    width = max(*map(len, classes), *(len(f"{n:,}") for row in counts for n in row))
-    lines = [corner.ljust(first) + "".join(f"  {name:>{width}}" for name in classes)]
-    for name, row in zip(classes, counts, strict=True):
-        lines.append(name.ljust(first) + "".join(f"  {n:>{width},}" for n in row))
-    return "\n".join(lines)
+    rows = ([name, *(f"{n:,}" for n in row)] for name, row in zip(classes, counts, strict=True))
+    return _align_columns([["true \\ predicted", *classes], *rows])
 
 
 def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return accuracy, F1, precision and recall of each part as text."""
-    names = ("accuracy", "f1", "precision", "recall")
-    lines = [" " * 10 + "".join(f"  {name:>9}" for name in names)]
-    for part in ("train", "validation", "test"):
-        lines.append(f"{part:10}" + "".join(f"  {results[part][name]:9.4f}" for name in names))
-    return "\n".join(lines)
+    names, parts = ("accuracy", "f1", "precision", "recall"), ("train", "validation", "test")
+    rows = ([part, *(f"{results[part][name]:.4f}" for name in names)] for part in parts)
+    return _align_columns([["", *names], *rows])
+
+
+def _align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text: the first column left-aligned, the others right-aligned in one width."""
+    first = max(len(row[0]) for row in rows)
+    width = max(len(cell) for row in rows for cell in row[1:])
+    return "\n".join(row[0].ljust(first) + "".join(f"  {cell:>{width}}" for cell in row[1:]) for row in rows)
 
 
 class Page:
@@ -290,53 +283,44 @@ class Page:
 
     def __init__(self, title: str, path: Path):
         self.title, self.path = title, path
-        self._blocks: list[tuple[str, str]] = []  # Markdown and HTML
-        self._add(f"# {title}", f"<h1>{html.escape(title)}</h1>")
-
-    def _add(self, markdown: str, html: str) -> None:
-        self._blocks.append((markdown, html))
+        self._markdown, self._html = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
 
     def add_heading(self, text: str) -> None:
         """Start a section."""
-        self._add(f"## {text}", f"<h2>{html.escape(text)}</h2>")
+        self._markdown.append(f"## {text}")
+        self._html.append(f"<h2>{html.escape(text)}</h2>")
 
     def add_text(self, text: str) -> None:
         """Add a paragraph; backticks enclose code."""
-        self._add(text, f"<p>{_format_code(text)}</p>")
+        self._markdown.append(text)
+        self._html.append(f"<p>{_format_code(text)}</p>")
 
     def add_table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table whose first column names the rows."""
         lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
         lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+        self._markdown.append("\n".join(f"| {' | '.join(row)} |" for row in lines))
         top = "".join(f'<th scope="col">{_format_code(cell)}</th>' for cell in head)
         body = "".join(f"<tr>{''.join(f'<td>{_format_code(c)}</td>' for c in row)}</tr>\n" for row in rows)
-        self._add(
-            "\n".join(f"| {' | '.join(row)} |" for row in lines),
-            f'<div class="table"><table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>',
-        )
+        table = f"<table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+        self._html.append(f'<div class="table">{table}</div>')
 
     def add_figures(self, *figures: tuple[Path, str, str]) -> None:
         """Add PNG files side by side, each with its alternative text and its caption."""
-        markdown, inline = [], []
+        inline = []
         for path, alt, caption in figures:
             target = Path(os.path.relpath(path, self.path.parent)).as_posix()
-            markdown.append(f"![{alt}](<{target}>)\n\n{caption}")
+            self._markdown.append(f"![{alt}](<{target}>)\n\n{caption}")
             source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
             caption = f"<figcaption>{html.escape(caption)}</figcaption>"
             inline.append(f'<figure><img src="{source}" alt="{html.escape(alt)}">{caption}</figure>')
-        self._add("\n\n".join(markdown), f'<div class="figures">{"".join(inline)}</div>')
+        self._html.append(f'<div class="figures">{"".join(inline)}</div>')
 
     def write(self) -> None:
         """Write the Markdown and the HTML file."""
-        markdown, body = zip(*self._blocks, strict=True)
-        self.path.with_suffix(".md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-        head = (
-            f'<meta charset="utf-8">\n<title>{html.escape(self.title)}</title>\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<style>{_CSS}</style>"
-        )
-        page = ["<!doctype html>", '<html lang="en">', f"<head>{head}</head>", "<body>", *body, "</body>"]
-        self.path.with_suffix(".html").write_text("\n".join([*page, "</html>\n"]), encoding="utf-8")
+        self.path.with_suffix(".md").write_text("\n\n".join(self._markdown) + "\n", encoding="utf-8")
+        page = _HTML.format(title=html.escape(self.title), css=_CSS, body="\n".join(self._html))
+        self.path.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
 def _format_code(text: str) -> str:
@@ -345,6 +329,17 @@ def _format_code(text: str) -> str:
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
+_HTML = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8">
+<title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{css}</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
 _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; color: #1b1f24; background: #fff;

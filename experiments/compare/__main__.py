@@ -48,15 +48,12 @@ def compare(config: CompareConfig) -> None:
     """Run the unfinished stages and write the pages."""
     from elmo_jax.storage.files import write_atomically, writer_lock
     from experiments.compare import claims, results
-    from experiments.compare.stages import METHODS, Comparison, InputDigests, run_stages
+    from experiments.compare.stages import METHODS, Comparison, run_stages
 
-    output, digests = Path(config.output), InputDigests()
+    output, seeds = Path(config.output), range(config.seeds)
     _check_flags(config)
     _check_output(output)
-    data = config.data if config.pretrained is None else digests.pretrained_data(Path(config.pretrained))
-    extra_flags = {name: getattr(config, name) for name in ("pretrain", "vectors", "downstream")}
-    comparison = Comparison(data, output, config.preset, extra_flags, config.pretrained, digests)
-    seeds = range(config.seeds)
+    comparison = Comparison(config)
     classifiers = {method: [comparison.classifier(method, seed) for seed in seeds] for method in METHODS}
     stages = [*comparison.sources.values(), *(run for runs in classifiers.values() for run in runs)]
     studies = claims.plan_studies(comparison, classifiers) if config.claims else None
@@ -79,11 +76,9 @@ def _check_flags(config: CompareConfig) -> None:
     """Check flags that exclude each other."""
     if config.pretrained is None:
         return
-    default = dataclasses.asdict(DataConfig())
-    changed = [name for name, value in dataclasses.asdict(config.data).items() if value != default[name]]
-    if changed:
-        flags = ", ".join(map(cli.flag_of, changed))
-        raise InputError(f"--pretrained brings the data set of that run; leave out {flags}")
+    default, given = (dataclasses.asdict(data) for data in (DataConfig(), config.data))
+    if changed := [cli.flag_of(name) for name in given if given[name] != default[name]]:
+        raise InputError(f"--pretrained brings the data set of that run; leave out {', '.join(changed)}")
     if config.pretrain.strip() and not config.claims:
         raise InputError("--pretrain has no effect with --pretrained; leave one of them out")
 
@@ -95,9 +90,8 @@ def _check_output(output: Path) -> None:
         try:
             is_comparison = "seeds" in json.loads((output / _CONFIG).read_text("utf-8"))
         except (TypeError, ValueError):
-            raise InputError(
-                f"{output / _CONFIG}: cannot be read; restore it, or give --output a new folder"
-            ) from None
+            message = "cannot be read; restore it, or give --output a new folder"
+            raise InputError(f"{output / _CONFIG}: {message}") from None
         if not is_comparison:
             raise InputError(f"{output}: holds a run of another command; give --output another folder")
     elif names - {f"{_CONFIG}.part", _LOCK}:

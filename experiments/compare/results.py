@@ -1,11 +1,11 @@
 """The page of a comparison: metrics of the methods, significance tests, training curves and times.
 
-Axes in shape comments: S seeds, N documents.
+Axes in shape comments: S seeds, N documents, X epochs.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from elmo_jax.storage.files import read_arrays
 from elmo_jax.training.checkpoint import METRICS, RESULTS
 from experiments.common import report
 from experiments.common.report import Page
-from experiments.compare.stages import Comparison, Stage
+from experiments.compare.stages import ELMO, Comparison, Stage
 from experiments.downstream import PARTS, PREDICTIONS
 
 REPORT_DATASET = "ag_news"
@@ -31,10 +31,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
-    """Compare two classifiers on the same documents with an exact McNemar test.
-
-    If the classifiers are equally good, each is the correct one in half of the documents that exactly
-    one of them classifies correctly (McNemar 1947).
+    """Compare two classifiers on the same documents with an exact McNemar test (McNemar 1947).
 
     Args:
         labels: ``[N]`` true classes.
@@ -59,10 +56,9 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
 def paired_bootstrap(
     labels: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compare the mean accuracies of two classifiers over seeds with a paired bootstrap.
+    """Compare mean accuracies over seeds with a paired bootstrap (Efron and Tibshirani 1993).
 
-    Documents are resampled with replacement, each with the predictions of all seeds (Efron and
-    Tibshirani 1993). Seeds are not resampled.
+    Documents are resampled with replacement, each with the predictions of all seeds.
 
     Args:
         labels: ``[N]`` true classes.
@@ -112,34 +108,27 @@ class Classifier(NamedTuple):
         return self.results["test"]["accuracy"]
 
 
-def read_classifier(path: Path) -> Classifier:
-    """Read a finished run of ``experiments.downstream``.
-
-    Raises:
-        InputError: If a file is missing or damaged.
-    """
-    arrays = _read(path / PREDICTIONS, lambda file: read_arrays(file, ["test_labels", "test"]))
-    return Classifier(path, _read_results(path), read_records(path), *arrays)
+Runs = Mapping[str, Sequence[Classifier]]  # the classifiers of each method, one a seed
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a run, one an epoch.
-
-    Raises:
-        InputError: If they are missing or not JSON.
-    """
-    return _read(
-        path / METRICS, lambda file: [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    )
+def read_classifiers(stages: Mapping[str, Sequence[Stage]]) -> dict[str, list[Classifier]]:
+    """Read finished runs of ``experiments.downstream``; a missing or damaged file is an InputError."""
+    return {name: [_read_classifier(run.path) for run in runs] for name, runs in stages.items()}
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    return _read(path / RESULTS, lambda file: json.loads(file.read_text("utf-8")))
+def _read_classifier(path: Path) -> Classifier:
+    return Classifier(path, _read(path / RESULTS), _read(path / METRICS), *_read(path / PREDICTIONS))
 
 
-def _read(file: Path, read: Callable[[Path], Any]) -> Any:
+def _read(file: Path) -> Any:
+    """Return the contents of a JSON file, the records of a JSON Lines file or the arrays of the test part."""
     try:
-        return read(file)
+        if file.suffix == ".npz":
+            return read_arrays(file, ["test_labels", "test"])
+        text = file.read_text("utf-8")
+        return (
+            [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+        )
     except (OSError, ValueError) as error:
         hint = f"remove {file.with_name(RESULTS)} and run this command again"
         raise InputError(f"{file}: cannot be read ({error}); {hint}") from None
@@ -148,39 +137,26 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
 def write_page(
     comparison: Comparison, stages: Mapping[str, Sequence[Stage]], seconds: Mapping[str, float], about: str
 ) -> None:
-    """Draw the figures and write ``report.md`` and ``report.html``.
+    """Draw the figure and write ``report.md`` and ``report.html``.
 
     Args:
         comparison: Comparison whose stages are all finished.
         stages: Classifiers of each method, one a seed.
         seconds: Time by stage name, where it is known.
         about: First paragraph of the page.
-
-    Raises:
-        InputError: If a file of a run is missing or damaged, or runs have different test documents.
     """
-    found = {method: [read_classifier(run.path) for run in runs] for method, runs in stages.items()}
-    ranked = dict(sorted(found.items(), key=lambda item: -_mean_accuracy(item[1])))
+    runs = read_classifiers(stages)
+    ranked = dict(sorted(runs.items(), key=lambda item: -np.mean([run.accuracy for run in item[1]])))
     reported = REPORT if comparison.data.dataset == REPORT_DATASET else {}
-    figures = comparison.output / "figures"
-    figures.mkdir(exist_ok=True)
     page = Page("Comparison of ELMo with static word vectors", comparison.output / "report")
     page.add_text(about)
     add_summary(page, ranked, reported)
     add_metrics(page, ranked, reported)
     add_significance(page, ranked)
-    _add_training(page, found, Path(comparison.language_model), figures)
-    _add_confusions(page, ranked, figures)
-    runs = [*comparison.sources.values(), *(run for runs in stages.values() for run in runs)]
-    _add_times(page, runs, seconds)
+    _add_training(page, runs, Path(comparison.language_model))
+    _add_confusions(page, ranked)
+    _add_times(page, [*comparison.sources.values(), *itertools.chain(*stages.values())], seconds)
     page.write()
-
-
-Found = Mapping[str, Sequence[Classifier]]
-
-
-def _mean_accuracy(runs: Sequence[Classifier]) -> float:
-    return float(np.mean([run.accuracy for run in runs]))
 
 
 def format_mean(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str = "") -> str:
@@ -192,30 +168,25 @@ def format_mean(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str
     """
     mean = f"{np.mean(values):{sign}z.{digits}f}"
     # A no-break space keeps the sign and the deviation together in a narrow column.
-    return (
-        f"{mean} ±\N{NO-BREAK SPACE}{report.deviation(np.array(values)):.{digits}f}"
-        if len(values) > 1
-        else mean
-    )
+    deviation = f" ±\xa0{report.deviation(np.array(values)):.{digits}f}"
+    return mean + deviation * (len(values) > 1)
 
 
-def add_summary(page: Page, ranked: Found, reported: Mapping[str, float]) -> None:
+def add_summary(page: Page, ranked: Runs, reported: Mapping[str, float]) -> None:
     """Add the ranking of the methods, compared with that of the report."""
     accuracies = {method: [run.accuracy for run in runs] for method, runs in ranked.items()}
     ranking = "; ".join(f"{method} {format_mean(values)}" for method, values in accuracies.items())
     page.add_text(f"Test accuracy, best first: {ranking}.")
     if reported:
         order = "; ".join(sorted(ranked, key=lambda method: -reported[method]))
-        swapped = [
+        swapped = "; ".join(
             f"{a} above {b}"
-            for a, b in combinations(ranked, 2)
+            for a, b in itertools.combinations(ranked, 2)
             if reported[a] < reported[b] and np.mean(accuracies[a]) > np.mean(accuracies[b])
-        ]
-        verdict = (
-            f"Here the opposite holds for: {'; '.join(swapped)}." if swapped else "No pair is swapped here."
         )
+        verdict = f"Here the opposite holds for: {swapped}." if swapped else "No pair is swapped here."
         page.add_text(f"The original report ranks them on AG News as: {order}. {verdict}")
-    seeds = len(next(iter(ranked.values())))
+    seeds = _count_seeds(ranked)
     page.add_text(
         f"Each method was trained with {seeds} random seeds; values are mean ± standard deviation."
         if seeds > 1
@@ -224,123 +195,99 @@ def add_summary(page: Page, ranked: Found, reported: Mapping[str, float]) -> Non
     )
 
 
-def add_metrics(page: Page, ranked: Found, reported: Mapping[str, float]) -> None:
+def _count_seeds(runs: Runs) -> int:
+    return len(next(iter(runs.values())))
+
+
+def add_metrics(page: Page, ranked: Runs, reported: Mapping[str, float]) -> None:
     """Add a table of the metrics on each part of the data set."""
+    scores = ("accuracy", "f1", "precision", "recall")
     rows = []
-    for method, runs in ranked.items():
-        for part in PARTS:
-            cells = [
-                format_mean([run.results[part][score] for run in runs])
-                for score in ("accuracy", "f1", "precision", "recall")
-            ]
-            if reported:
-                cells.insert(1, f"{reported[method]:.4f}" if part == "test" else "–")
-            rows.append([method, part, *cells])
+    for (method, runs), part in itertools.product(ranked.items(), PARTS):
+        cells = [format_mean([run.results[part][score] for run in runs]) for score in scores]
+        if reported:
+            cells.insert(1, f"{reported[method]:.4f}" if part == "test" else "–")
+        rows.append([method, part, *cells])
     column = ["original report (AG News)"] if reported else []
     page.add_heading("Metrics")
     page.add_table(["method", "part", "accuracy", *column, "F1", "precision", "recall"], rows)
 
 
-def add_significance(page: Page, ranked: Found) -> None:
+def add_significance(page: Page, ranked: Runs) -> None:
     """Add a test of the difference between each method and the next one in the ranking."""
-    page.add_heading("Significance tests")
-    _check_documents(ranked)
-    seeds = len(next(iter(ranked.values())))
-    rows = []
-    for better, worse in pairwise(ranked):
-        labels = ranked[better][0].labels
-        a, b = (np.stack([run.predicted for run in ranked[method]]) for method in (better, worse))  # [S, N]
-        if seeds > 1:
-            difference, p = paired_bootstrap(labels, a, b)
-            cells = [f"{difference:+.4f}"]
-        else:
-            only_a, only_b, p = mcnemar(labels, a[0], b[0])
-            cells = [f"{only_a:,}", f"{only_b:,}"]
-        result = f"{better} is better" if p < SIGNIFICANCE_LEVEL else "not significant"
-        rows.append([f"{better} – {worse}", *cells, f"{p:.3g}", result])
+    seeds = _count_seeds(ranked)
     if seeds > 1:
         columns = ["difference of accuracy"]
-        method = (
+        test = (
             f"a paired bootstrap: 10,000 resamples of the test documents, each document with the predictions "
             f"of all {seeds} seeds. p is twice the fraction of resamples in which the difference of the mean "
             "accuracies is zero or has the opposite sign. It does not include the variation between seeds."
         )
     else:
         columns = ["only first correct", "only second correct"]
-        method = (
+        test = (
             "an exact McNemar test. The table shows how many test documents only one of the two methods "
             "classifies correctly; p is the probability of a split at least this uneven if both methods were "
             "equally good."
         )
+    rows = []
+    for better, worse in itertools.pairwise(ranked):
+        labels = ranked[better][0].labels  # all runs have the same test documents
+        a, b = (np.stack([run.predicted for run in ranked[method]]) for method in (better, worse))  # [S, N]
+        *cells, p = paired_bootstrap(labels, a, b) if seeds > 1 else mcnemar(labels, a[0], b[0])
+        result = f"{better} is better" if p < SIGNIFICANCE_LEVEL else "not significant"
+        numbers = [f"{cell:,}" if isinstance(cell, int) else f"{cell:+.4f}" for cell in cells]
+        rows.append([f"{better} – {worse}", *numbers, f"{p:.3g}", result])
     level = f"A difference with p below {SIGNIFICANCE_LEVEL} counts as significant."
-    page.add_text(f"Each method is compared with the next one in the ranking by {method} {level}")
+    page.add_heading("Significance tests")
+    page.add_text(f"Each method is compared with the next one in the ranking by {test} {level}")
     page.add_table(["pair", *columns, "p", "result"], rows)
 
 
-def _check_documents(ranked: Found) -> None:
-    """Check that all classifiers have the same test documents."""
-    first, *others = (run for runs in ranked.values() for run in runs)
-    for run in others:
-        if not np.array_equal(run.labels, first.labels):
-            message = f"has other test documents than {first.path / PREDICTIONS}"
-            raise InputError(
-                f"{run.path / PREDICTIONS}: {message}; remove both runs and run this command again"
-            )
-
-
-def _add_training(page: Page, found: Found, language_model: Path, figures: Path) -> None:
-    records = read_records(language_model)
-    lines = {"perplexity_forward": "forward", "perplexity_backward": "backward", "perplexity": "mean"}
-    report.plot_curves(records, lines, figures / "perplexity.png", "held-out perplexity", log=True)
-    best = min(record["perplexity"] for record in records)
-    caption = f"Pre-training: held-out perplexity with the full softmax; best mean {best:.1f}."
-    plots = [(figures / "perplexity.png", "Perplexity by epoch", caption)]
-    for method, runs in found.items():
-        if "trainable" in method and runs[0].results["lambdas"]:
-            report.plot_lambdas(runs[0].records, figures / "lambdas.png")
-            last = ", ".join(f"{weight:.2f}" for weight in runs[0].records[-1]["lambdas"])
-            caption = f"{method}{_name_seed(runs)}: weight of each layer; after the last epoch {last}."
-            plots.append((figures / "lambdas.png", "Layer weights by epoch", caption))
+def validation_curves(runs: Runs, x: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Return the "epoch" or "step" of each record and each method's validation accuracies ``[S, X]``."""
+    first = next(iter(runs.values()))[0]
     accuracies = {
-        method: [{float(record["epoch"]): record["val_accuracy"] for record in run.records} for run in runs]
-        for method, runs in found.items()
+        method: np.array([[record["val_accuracy"] for record in run.records] for run in of_method])
+        for method, of_method in runs.items()
     }
-    report.plot_bands(accuracies, figures / "validation.png", "epoch", "validation accuracy")
-    band = ", mean and standard deviation over the seeds" if len(next(iter(found.values()))) > 1 else ""
-    plots.append(
-        (
-            figures / "validation.png",
-            "Validation accuracy by epoch",
-            f"Classifiers: validation accuracy{band}.",
-        )
-    )
+    return [float(record[x]) for record in first.records], accuracies
+
+
+def _add_training(page: Page, runs: Runs, language_model: Path) -> None:
+    """Add the plot of pre-training, that of the layer weights and one of all classifiers."""
+    validation = page.path.parent / "figures" / "validation.png"
+    report.plot_bands(*validation_curves(runs, "epoch"), validation, "epoch", "validation accuracy")
+    elmo, is_mean = runs[ELMO][0], _count_seeds(runs) > 1
+    perplexity = min(record["perplexity"] for record in _read(language_model / METRICS))
+    pretraining = f"Pre-training: held-out perplexity with the full softmax; best mean {perplexity:.1f}."
+    last = ", ".join(f"{weight:.2f}" for weight in elmo.records[-1]["lambdas"])
+    weights = f"{ELMO}{', seed 0' * is_mean}: weight of each layer; after the last epoch {last}."
+    band = ", mean and standard deviation over the seeds" * is_mean
     page.add_heading("Training")
-    page.add_figures(*plots)
+    page.add_figures(
+        (language_model / "perplexity.png", "Perplexity by epoch", pretraining),
+        (elmo.path / "lambdas.png", "Layer weights by epoch", weights),
+        (validation, "Validation accuracy by epoch", f"Classifiers: validation accuracy{band}."),
+    )
 
 
-def _name_seed(runs: Sequence[Classifier]) -> str:
-    return ", seed 0" if len(runs) > 1 else ""
-
-
-def _add_confusions(page: Page, ranked: Found, figures: Path) -> None:
+def _add_confusions(page: Page, ranked: Runs) -> None:
     page.add_heading("Confusion matrices")
-    classes = next(iter(ranked.values()))[0].results["classes"]
-    if numbers := report.explain_numbers(classes, "class"):
+    if numbers := report.explain_numbers(next(iter(ranked.values()))[0].results["classes"], "class"):
         page.add_text(numbers)
+    seed = ", seed 0" * (_count_seeds(ranked) > 1)
     for part in reversed(PARTS):
-        plots = []
-        for i, (method, runs) in enumerate(ranked.items()):
-            path, scores = figures / f"confusion_{i}_{part}.png", runs[0].results[part]
-            title = f"{part}: accuracy {scores['accuracy']:.4f}"
-            report.plot_confusion(scores["confusion_matrix"], classes, title, path)
-            plots.append((path, "Confusion matrix", f"{method}{_name_seed(runs)}, {part} part"))
-        page.add_figures(*plots)
+        plots = {method: runs[0].path / f"confusion_{part}.png" for method, runs in ranked.items()}
+        page.add_figures(
+            *((path, "Confusion matrix", f"{method}{seed}, {part} part") for method, path in plots.items())
+        )
 
 
 def _add_times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:
     rows = []
     for stage in stages:
-        results = _read_results(stage.path)
+        results = _read(stage.path / RESULTS)
         total = f"{seconds[stage.name]:,.0f}" if stage.name in seconds else "–"
         rows.append([stage.name, f"{results['seconds']:,.0f}", f"{results['tokens_per_second']:,.0f}", total])
     page.add_heading("Time")

@@ -5,20 +5,22 @@ stopped continues. `Comparison` makes the stages: the language model, the word v
 classifiers on their features.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from elmo_jax.baselines.word_vectors import WordVectors
-from elmo_jax.config import DataConfig
+from elmo_jax.config import DataConfig, SGNSConfig, SVDConfig
 from elmo_jax.data.csv_dataset import load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
@@ -28,9 +30,11 @@ from elmo_jax.training.checkpoint import METRICS, PACING, PLACES, RESULTS, VOCAB
 from elmo_jax.training.objectives import init_params
 from experiments import downstream, pretrain, vectors
 from experiments.common import cli
-from experiments.common.cli import C, check, flag_of, flags_in, parse
 from experiments.common.config import HostsConfig, SourceConfig
 from experiments.common.inputs import VECTORS, data_of, keep_labels
+
+if TYPE_CHECKING:
+    from experiments.compare.__main__ import CompareConfig
 
 _CHANGED_INPUTS = {"texts": "its texts have changed", "model": "the model it builds on has changed"}
 
@@ -41,7 +45,6 @@ class Stage:
 
     Attributes:
         name: Name in messages and in the log.
-        kind: Stages of one kind take time in proportion to their work.
         work: Estimated time in arbitrary units.
         command: Function that takes the settings.
         settings: Settings with ``output``, ``resume`` and ``overwrite``.
@@ -51,11 +54,10 @@ class Stage:
     """
 
     name: str
-    kind: str
     work: float
     command: Callable[[Any], Any]
     settings: Any
-    source: "Stage | None" = None
+    source: Stage | None = None
     inputs: Callable[[], Mapping[str, str]] = dict
 
     @property
@@ -66,9 +68,8 @@ class Stage:
     @property
     def is_finished(self) -> bool:
         """True if a run with these settings and the current inputs reached its end."""
-        if not (self.path / RESULTS).is_file() or (self.source and not self.source.is_finished):
-            return False
-        return (self.path / CONFIG).is_file() and self.stale_reason is None
+        has_ended = (self.path / RESULTS).is_file() and (self.path / CONFIG).is_file()
+        return has_ended and (self.source is None or self.source.is_finished) and self.stale_reason is None
 
     @property
     def stale_reason(self) -> str | None:
@@ -86,10 +87,6 @@ class Stage:
         stale = [name for name, digest in self.inputs().items() if saved.get(name) != digest]
         return " and ".join(_CHANGED_INPUTS[name] for name in stale) or None
 
-    def run(self, overwrite: bool) -> None:
-        """Run the command, replacing the existing run or continuing it."""
-        self.command(replace(self.settings, resume=not overwrite, overwrite=overwrite))
-
 
 def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     """Run the unfinished stages in order and print one line a stage.
@@ -102,23 +99,21 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
         Seconds by stage name, for the stages that ran here now or earlier.
     """
     (output / "logs").mkdir(parents=True, exist_ok=True)
-    seconds = _read_times(output)
+    seconds = _read_times(output / METRICS)
     done = {stage.name for stage in stages if stage.is_finished}
-    for i, stage in enumerate(stages):
-        label = f"[{i + 1}/{len(stages)}] {stage.name}"
-        if stage.is_finished:
-            done.add(stage.name)
-            cli.say(f"{label}: already finished, {_estimate_remaining(stages, done, seconds)}")
-            continue
-        done.discard(stage.name)
-        reason = stage.stale_reason
+    for i, stage in enumerate(stages, 1):
+        is_finished, reason = stage.is_finished, stage.stale_reason
+        done = done | {stage.name} if is_finished else done - {stage.name}
         action = f"running again because {reason}" if reason else "running"
-        cli.say(f"{label}: {action}, {_estimate_remaining(stages, done, seconds)}")
-        start, earlier = time.perf_counter(), 0.0 if reason else seconds.pop(stage.name, 0.0)
+        action = "already finished" if is_finished else action
+        cli.say(f"[{i}/{len(stages)}] {stage.name}: {action}, {_estimate_remaining(stages, done, seconds)}")
+        if is_finished:
+            continue
+        start, earlier = time.perf_counter(), 0.0 if reason else seconds.get(stage.name, 0.0)
         log = output / "logs" / f"{stage.name.replace(' ', '-')}.txt"
         try:
             with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-                stage.run(overwrite=reason is not None)
+                stage.command(replace(stage.settings, resume=not reason, overwrite=bool(reason)))
         finally:  # a stopped stage keeps its time and continues later
             seconds[stage.name] = round(earlier + time.perf_counter() - start, 1)
             lines = (json.dumps({"event": "stage", "stage": n, "seconds": s}) for n, s in seconds.items())
@@ -130,179 +125,122 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
 
 def _estimate_remaining(stages: Sequence[Stage], done: set[str], seconds: Mapping[str, float]) -> str:
     """Estimate the time of the stages that are not done from the times of those that are."""
-    waiting = [stage for stage in stages if stage.name not in done]
-    rates: dict[str, list[float]] = {}
-    for stage in stages:
-        if stage.name in done and stage.name in seconds:
-            rates.setdefault(stage.kind, []).append(seconds[stage.name] / stage.work)
-    if not waiting or not rates:
+    waiting = sum(stage.work for stage in stages if stage.name not in done)
+    timed = [stage for stage in stages if stage.name in done and stage.name in seconds]
+    if not waiting or not timed:
         return "remaining time unknown" if waiting else "nothing remaining"
-    mean = {kind: sum(of_kind) / len(of_kind) for kind, of_kind in rates.items()}
-    overall = sum(mean.values()) / len(mean)
-    minutes = sum(mean.get(stage.kind, overall) * stage.work for stage in waiting) / 60
+    rate = sum(seconds[stage.name] for stage in timed) / sum(stage.work for stage in timed)
+    minutes = rate * waiting / 60
     return f"about {minutes:.0f} min remaining" if minutes >= 1 else "less than a minute remaining"
 
 
-def _read_times(output: Path) -> dict[str, float]:
-    path = output / METRICS
-    if not path.is_file():
-        return {}
+def _read_times(path: Path) -> dict[str, float]:
     try:
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         return {str(record["stage"]): float(record["seconds"]) for record in records}
+    except FileNotFoundError:
+        return {}
     except (KeyError, TypeError, ValueError):
         message = "cannot be read as the times of the stages; remove it, the runs stay"
         raise InputError(f"{path}: {message}") from None
 
 
-class InputDigests:
-    """Digests of the inputs of runs, each computed once."""
+ELMO = "ELMo, trainable λ"
+# The flag and its value that make each method, by the method's name on the page.
+METHODS: Mapping[str, tuple[str, str]] = {
+    "ELMo, learned function": ("--combiner", "function"),
+    ELMO: ("--combiner", "trainable"),
+    "SGNS": ("--features", "sgns"),
+    "ELMo, frozen λ": ("--combiner", "frozen"),
+    "SVD": ("--features", "svd"),
+}
+_WORK = {"svd": 0.3, "sgns": 1.0}  # in epochs of pre-training
+# Defaults for the settings that a word vector method does not use, so that they cannot make its run stale.
+_UNUSED_SETTINGS: Mapping[str, Any] = {
+    "svd": {"sgns": SGNSConfig(), "epochs": vectors.VectorsConfig.epochs},
+    "sgns": {"svd": SVDConfig()},
+}
+_COMMANDS: Mapping[str, tuple[type, Mapping[str, Any] | None]] = {
+    "pretrain": (pretrain.PretrainConfig, pretrain.PRESETS),
+    "vectors": (vectors.VectorsConfig, None),
+    "downstream": (downstream.DownstreamConfig, downstream.PRESETS),
+}
+_DATA_FLAGS = {cli.flag_of(field.name) for field in fields(DataConfig)}
+_RESERVED_FLAGS = {"--output", "--resume", "--overwrite", "--allow-config-change", "--dry-run", "--corpus",
+                   "--valid-corpus", "--vocab", "--method", "--combiner"}  # fmt: skip
+_RESERVED_FLAGS |= {cli.flag_of(field.name) for field in (*fields(HostsConfig), *fields(SourceConfig))}
+_RESERVED_FLAGS |= _DATA_FLAGS
+_RESERVED_FLAGS -= {"--finetune"}
 
-    def __init__(self):
-        self._texts = functools.cache(_digest_texts)
-        self._features = functools.cache(_digest_features)
 
-    def texts(
-        self, data: DataConfig, with_characters: bool = False, labels: float = 1.0, seed: int = 0
-    ) -> str:
-        """Return the digest that a run on this fraction of the labels records as "texts"."""
-        return self._texts(data, with_characters, labels, seed if labels < 1 else 0)
+class Comparison:
+    """The stages of a comparison.
 
-    def classifier(self, source: SourceConfig, seed: int) -> dict[str, str]:
-        """Return the digests that a classifier on the features of a finished run records.
+    Args:
+        config: Settings of the command.
 
-        "texts" is that of its data set, "model" that of the parameters it builds on.
-        """
-        path = Path(source.pretrained if source.features == "elmo" else source.vectors or "")
-        finish_time = (path / RESULTS).stat().st_mtime_ns  # a run that was made again has other features
-        model_seed = seed if source.untrained else None
-        model = self._features(path, finish_time, source.features == "elmo", model_seed)
-        saved = read_config(path)
-        texts = saved.get("texts", "")
-        if source.labels < 1 and (data := data_of(path)) is not None:
-            texts = self.texts(data, _reads_characters(saved), source.labels, seed)
-        return {"texts": texts, "model": model}
+    Attributes:
+        data: Data set of every stage.
+        output: Folder of the runs.
+        language_model: Run folder of the language model.
 
-    def pretrained_data(self, path: Path) -> DataConfig:
-        """Return the data set of a finished pre-training run.
+    Raises:
+        InputError: If the given language model is of another kind, unfinished or damaged, or its data set
+            has changed.
+    """
 
-        Raises:
-            InputError: If the run is of another kind, unfinished or damaged, or its data set has changed.
-        """
+    def __init__(self, config: CompareConfig):
+        self.config, self.output = config, Path(config.output)
+        self._texts, self._features = functools.cache(_digest_texts), functools.cache(_digest_features)
+        self.language_model = config.pretrained or str(self.output / "pretrain")
+        self.data = (
+            config.data if config.pretrained is None else self._pretrained_data(Path(config.pretrained))
+        )
+
+    def _pretrained_data(self, path: Path) -> DataConfig:
+        """Return the data set of a finished pre-training run."""
         saved = read_config(path)
         if not isinstance(saved.get("model"), dict) or not (path / RESULTS).is_file():
             raise InputError(f"{path}: is not a finished run of experiments.pretrain; finish it first")
         data = data_of(path)
         if data is None:
             raise InputError(f"{path}: was not trained on a labelled data set; give a run that was")
-        self.classifier(SourceConfig(pretrained=str(path)), 0)  # fails if the run is damaged
-        if self.texts(data, _reads_characters(saved)) != saved.get("texts"):
+        self._features(path, None)  # fails if the run is damaged
+        if self._texts(data, _reads_characters(saved), 1.0, 0) != saved.get("texts"):
             raise InputError(f"{path}: its data set has changed since it was trained; train it again")
         return data
-
-
-def _digest_texts(data: DataConfig, with_characters: bool, labels: float, seed: int) -> str:
-    return keep_labels(load_dataset(data, with_characters=with_characters), labels, seed).digest
-
-
-def _digest_features(path: Path, _finish_time: int, is_elmo: bool, seed: int | None) -> str:
-    """Digest the parameters of a run; with a seed, those of an untrained language model of its sizes."""
-    if not is_elmo:
-        return tree_digest(WordVectors.load(path / VECTORS).table(Vocabulary.load(path / VOCABULARY)))
-    elmo = Elmo.from_pretrained(path)
-    return tree_digest(elmo.params if seed is None else init_params(elmo.model, jax.random.key(seed)))
-
-
-def _reads_characters(config: Mapping[str, Any]) -> bool:
-    model = config.get("model")
-    return isinstance(model, dict) and model.get("input") == "characters"
-
-
-def _flags_of(config: type) -> set[str]:
-    return {flag_of(each.name) for each in fields(config)}
-
-
-_DATA_FLAGS = _flags_of(DataConfig)
-_COMMON = (
-    _DATA_FLAGS | _flags_of(HostsConfig) | {"--output", "--resume", "--overwrite", "--allow-config-change"}
-)
-_RESERVED_FLAGS = {  # set by the comparison itself
-    "pretrain": _COMMON | {"--dry-run", "--corpus", "--valid-corpus", "--vocab"},
-    "vectors": _COMMON | {"--method"},
-    "downstream": _COMMON | {"--pretrained", "--bilm", "--vectors", "--features", "--combiner", "--seed",
-                             "--labels", "--untrained"},
-}  # fmt: skip
-
-
-# The flag and its value that make each method, by the method's name on the page.
-METHODS: Mapping[str, tuple[str, str]] = {
-    "ELMo, learned function": ("--combiner", "function"),
-    "ELMo, trainable λ": ("--combiner", "trainable"),
-    "SGNS": ("--features", "sgns"),
-    "ELMo, frozen λ": ("--combiner", "frozen"),
-    "SVD": ("--features", "svd"),
-}
-# Settings that a word vector method does not use; at their defaults, they cannot make its run stale.
-_UNUSED_SETTINGS = {"svd": ("sgns", "epochs"), "sgns": ("svd",)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The stages of a comparison.
-
-    Attributes:
-        data: Data set of every stage.
-        output: Folder of the runs.
-        preset: Preset of pre-training and of the classifiers.
-        extra_flags: More flags by command, each in one string.
-        pretrained: Existing run of the language model to use.
-        digests: Digests of the inputs.
-    """
-
-    data: DataConfig
-    output: Path
-    preset: str = "report"
-    extra_flags: Mapping[str, str] = field(default_factory=dict)
-    pretrained: str | None = None
-    digests: InputDigests = field(default_factory=InputDigests)
-
-    @property
-    def language_model(self) -> str:
-        """The run folder of the language model."""
-        return self.pretrained or str(self.output / "pretrain")
 
     @functools.cached_property
     def sources(self) -> dict[str, Stage]:
         """The stages of the language model and the word vectors, by name."""
         stages = {}
-        if self.pretrained is None:
-            base = self._parse(pretrain.PretrainConfig, "pretrain", self._preset, pretrain.PRESETS)
-            with_characters = base.model.input == "characters"
-            stages["pretrain"] = self._make_source(
-                "pretrain", base.epochs, pretrain.pretrain, base, with_characters
+        if self.config.pretrained is None:
+            settings = self._place(self._parse("pretrain"), "pretrain", data=self.data)
+            has_characters = settings.model.input == "characters"
+            inputs = functools.partial(self._source_inputs, has_characters)
+            stages["pretrain"] = Stage(
+                "pretrain", settings.epochs, pretrain.pretrain, settings, inputs=inputs
             )
-        for method, work in (("svd", 0.3), ("sgns", 1.0)):
-            base = self._parse(vectors.VectorsConfig, "vectors", ["--method", method])
-            defaults = {name: getattr(vectors.VectorsConfig(), name) for name in _UNUSED_SETTINGS[method]}
-            stages[method] = self._make_source(method, work, vectors.vectors, replace(base, **defaults))
+        for name, unused in _UNUSED_SETTINGS.items():
+            settings = self._place(self._parse("vectors", "--method", name), name, data=self.data, **unused)
+            inputs = functools.partial(self._source_inputs, False)
+            stages[name] = Stage(name, _WORK[name], vectors.vectors, settings, inputs=inputs)
         return stages
 
-    def _make_source(
-        self, name: str, work: float, command: Callable, base: Any, with_characters: bool = False
-    ) -> Stage:
-        settings = self._place(base, name, data=self.data)
-        inputs = lambda: {"texts": self.digests.texts(self.data, with_characters)}  # noqa: E731
-        return Stage(name, name, work, command, settings, inputs=inputs)
+    def _source_inputs(self, with_characters: bool) -> dict[str, str]:
+        return {"texts": self.digest_texts(with_characters)}
+
+    def digest_texts(self, with_characters: bool = False, labels: float = 1.0, seed: int = 0) -> str:
+        """Return the digest that a run on this fraction of the labels records as "texts"."""
+        return self._texts(self.data, with_characters, labels, seed)
 
     @functools.cached_property
     def _classifiers(self) -> dict[str, downstream.DownstreamConfig]:
         """The settings of each method's classifier, without its inputs."""
-        settings = {}
-        for method, flags in METHODS.items():
-            flags = [*self._preset, *flags]
-            base = self._parse(downstream.DownstreamConfig, "downstream", flags, downstream.PRESETS)
-            finetune = base.source.finetune and base.source.features == "elmo"  # word vectors are fixed
-            settings[method] = replace(base, source=replace(base.source, finetune=finetune))
+        settings = {method: self._parse("downstream", *flags) for method, flags in METHODS.items()}
+        for method, base in settings.items():
+            if base.source.features != "elmo":  # word vectors are fixed
+                settings[method] = replace(base, source=replace(base.source, finetune=False))
         return settings
 
     def classifier(
@@ -320,42 +258,62 @@ class Comparison:
         base, name = self._classifiers[method], METHODS[method][1]
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
-        features = base.source.features
         source = replace(base.source, labels=labels, untrained=untrained)
-        if features == "elmo":
-            kind, rate, made_by = "elmo", 1.2, self.sources.get("pretrain")
+        if source.features == "elmo":
+            rate, made_by = 1.2, "pretrain"
             source = replace(source, pretrained=self.language_model)
         else:
-            kind, rate, made_by = "static", 0.6, self.sources[features]
-            source = replace(source, vectors=str(self.output / features))
-        settings = self._place(
-            base, f"{name}-seed{seed}", seed=seed, source=source, epochs=epochs or base.epochs
-        )
-        work = rate * settings.epochs * labels
-        inputs = lambda: self.digests.classifier(source, seed)  # noqa: E731
-        return Stage(f"{name} seed {seed}", kind, work, downstream.downstream, settings, made_by, inputs)
+            rate, made_by = 0.6, source.features
+            source = replace(source, vectors=str(self.output / made_by))
+        epochs = epochs or base.epochs
+        settings = self._place(base, f"{name}-seed{seed}", seed=seed, source=source, epochs=epochs)
+        work, inputs = rate * epochs * labels, functools.partial(self._classifier_inputs, source, seed)
+        command, stage = downstream.downstream, self.sources.get(made_by)
+        return Stage(f"{name} seed {seed}", work, command, settings, stage, inputs)
 
-    @property
-    def _preset(self) -> list[str]:
-        return ["--preset", self.preset]
+    def _classifier_inputs(self, source: SourceConfig, seed: int) -> dict[str, str]:
+        """Return the digests that a classifier on the features of a finished run records."""
+        path = Path(source.pretrained if source.features == "elmo" else source.vectors or "")
+        saved = read_config(path)
+        texts = saved.get("texts", "")
+        if source.labels < 1:
+            texts = self.digest_texts(_reads_characters(saved), source.labels, seed)
+        return {"texts": texts, "model": self._features(path, seed if source.untrained else None)}
 
-    def _parse(
-        self, config: type[C], command: str, flags: Sequence[str], presets: Mapping[str, C] | None = None
-    ) -> C:
+    def _parse(self, command: str, *flags: str) -> Any:
         """Parse and check the settings of a command, with the extra flags, before any stage runs."""
-        text = self.extra_flags.get(command, "")
+        kind, presets = _COMMANDS[command]
+        text = getattr(self.config, command)
         try:
             extra = shlex.split(text)
         except ValueError as error:
             raise InputError(f"--{command} {text!r}: {error}; check its quotes") from None
-        for flag in flags_in(extra):
-            if flag in _RESERVED_FLAGS[command]:
+        for flag in cli.flags_in(extra):
+            if flag in _RESERVED_FLAGS or (command, flag) == ("downstream", "--seed"):
                 hint = ", or give it to compare itself" if flag in _DATA_FLAGS else ""
                 raise InputError(f"--{command} {flag}: is set by the comparison; leave it out{hint}")
-        settings = parse(config, command, presets, [*flags, *extra])
-        check(settings)
+        preset = ["--preset", self.config.preset] if presets else []
+        settings = cli.parse(kind, command, presets, [*preset, *flags, *extra])
+        cli.check(settings)
         return settings
 
     def _place(self, base: Any, name: str, **settings: Any) -> Any:
         """Return settings that run in the folder of this name."""
-        return replace(base, output=str(self.output / name), resume=True, overwrite=False, **settings)
+        return replace(base, output=str(self.output / name), **settings)
+
+
+def _digest_texts(data: DataConfig, with_characters: bool, labels: float, seed: int) -> str:
+    return keep_labels(load_dataset(data, with_characters=with_characters), labels, seed).digest
+
+
+def _digest_features(path: Path, seed: int | None) -> str:
+    """Digest the parameters of a run; with a seed, those of an untrained language model of its sizes."""
+    if (path / VECTORS).is_file():
+        return tree_digest(WordVectors.load(path / VECTORS).table(Vocabulary.load(path / VOCABULARY)))
+    elmo = Elmo.from_pretrained(path)
+    return tree_digest(elmo.params if seed is None else init_params(elmo.model, jax.random.key(seed)))
+
+
+def _reads_characters(config: Mapping[str, Any]) -> bool:
+    model = config.get("model")
+    return isinstance(model, dict) and model.get("input") == "characters"

@@ -1,13 +1,14 @@
 """Sentences about the studies, whichever way their results turn out."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from elmo_jax.config import DataConfig
 from experiments.compare import claims
-from experiments.compare.claims import Occurrences, most_frequent_sense_accuracy, probe_accuracy
+from experiments.compare.__main__ import CompareConfig
+from experiments.compare.claims import most_frequent_sense_accuracy, probe_accuracy
 from experiments.compare.stages import METHODS, Comparison
 
 SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
@@ -16,9 +17,10 @@ DEVIATION = "one standard deviation over the seeds"
 
 
 def curves(elmo, sgns, svd=None, x=SIZES):
-    """Accuracies of each method and seed, by x."""
+    """The points and the accuracies of each method and seed."""
     of_method = {claims.ELMO: elmo, "SGNS": sgns, "SVD": svd or [LOW] * len(elmo)}
-    return {m: [dict(zip(x, row, strict=False)) for row in rows] for m, rows in of_method.items()}
+    n = len(elmo[0])
+    return x[:n], {method: np.array([row[:n] for row in rows]) for method, rows in of_method.items()}
 
 
 def plain(sentence):
@@ -39,19 +41,19 @@ def plain(sentence):
     ],
 )  # fmt: skip
 def test_lead_is_counted_at_every_point(elmo, sgns, expected):
-    assert expected in claims.describe_efficiency(curves([elmo], [sgns]))
+    assert expected in claims.describe_efficiency(*curves([elmo], [sgns]))
 
 
 def test_lead_is_over_the_better_static_vectors_at_each_point():
     text = claims.describe_efficiency(
-        curves([[0.9] * 5], [[0.8, 0.8, 0.5, 0.5, 0.5]], [[0.5, 0.7, 0.7, 0.95, 0.6]])
+        *curves([[0.9] * 5], [[0.8, 0.8, 0.5, 0.5, 0.5]], [[0.5, 0.7, 0.7, 0.95, 0.6]])
     )
     assert ": +0.100 with 4, +0.100 with 12, +0.200 with 40, -0.050 with 120, +0.300 with 400." in text
 
 
 def test_lead_counts_only_beyond_one_standard_deviation():
     elmo, sgns = [[0.6, 0.5, 0.5, 0.6, 0.62], [0.9, 0.7, 0.5, 0.7, 0.6]], [[0.5] * 5, [0.58] * 5]
-    text = plain(claims.describe_efficiency(curves(elmo, sgns)))
+    text = plain(claims.describe_efficiency(*curves(elmo, sgns)))
     assert ": +0.210 ± 0.156 with 4, +0.060 ± 0.085 with 12, -0.040 ± 0.057 with 40, " in text
     assert f"ELMo leads at 2 of 5 points by more than {DEVIATION}. " in text
 
@@ -63,26 +65,24 @@ def test_lead_counts_only_beyond_one_standard_deviation():
 )  # fmt: skip
 def test_larger_lead_with_few_labels_must_exceed_the_deviation(first, expected):
     elmo = [[0.8 if first == 0.82 else 0.6, *[0.6] * 4], [first, *[0.6] * 4]]
-    text = claims.describe_efficiency(curves(elmo, [[0.5] * 5] * 2))
+    text = claims.describe_efficiency(*curves(elmo, [[0.5] * 5] * 2))
     assert f"its lead is {expected}. Means of 2 seeds." in text
 
 
 def test_efficiency_is_plotted_against_the_documents_trained_on(tmp_path, monkeypatch):
     def run(documents, accuracy):
-        return SimpleNamespace(path=(documents, accuracy))
-
-    def read(path):
-        train, test = {"confusion_matrix": [[path[0], 0], [0, 0]]}, {"accuracy": path[1]}
-        return SimpleNamespace(results={"train": train, "test": test})
+        train = {"confusion_matrix": [[documents, 0], [0, 0]]}
+        return SimpleNamespace(results={"train": train}, accuracy=accuracy)
 
     plotted = []
-    monkeypatch.setattr(claims, "read_classifier", read)
-    monkeypatch.setattr(claims.report, "plot_bands", lambda curves, *_, **__: plotted.append(curves))
+    monkeypatch.setattr(claims, "read_classifiers", lambda runs: runs)
+    monkeypatch.setattr(claims.report, "plot_bands", lambda *args, **_: plotted.append(args[:2]))
     methods = (claims.ELMO, *claims.STATIC)
     few = {0.01: [run(5, 0.3)], 0.03: [run(5, 0.5)], 0.3: [run(12, 0.6)]}
     studies = claims.Studies({m: [run(40, 0.7)] for m in methods}, dict.fromkeys(methods, few), [], [])
     text = claims.study_efficiency(studies, tmp_path / "efficiency.png")
-    assert plotted == [{m: [{5.0: 0.5, 12.0: 0.6, 40.0: 0.7}] for m in methods}]
+    ((x, values),) = plotted
+    assert x == [5, 12, 40] and [y.tolist() for y in values.values()] == [[[0.5, 0.6, 0.7]]] * 3
     assert "Test accuracy with 5 labelled documents (12.5%): ELMo, trainable λ 0.500; SGNS 0.500;" in text
     assert "of 3 points" in text
 
@@ -102,7 +102,7 @@ def test_fractions_with_the_same_documents_are_trained_once(tmp_path, capsys, ro
         texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
         (tmp_path / "data" / f"{part}.csv").write_text(texts)
     data = DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2)
-    comparison = Comparison(data, tmp_path / "out")
+    comparison = Comparison(CompareConfig(data, output=str(tmp_path / "out")))
     classifiers = {method: [comparison.classifier(method, 0)] for method in METHODS}
     studies = claims.plan_studies(comparison, classifiers)
     assert capsys.readouterr().out == expected
@@ -114,11 +114,11 @@ def test_fractions_with_the_same_documents_are_trained_once(tmp_path, capsys, ro
 
 def test_convergence_is_when_elmo_reaches_the_best_of_the_static_vectors():
     x = (1.0, 100.0)
-    text = claims.describe_convergence(curves([[0.8, 0.9]], [[0.7, 0.88]], [[0.6, 0.99]], x))
+    text = claims.describe_convergence(*curves([[0.8, 0.9]], [[0.7, 0.88]], [[0.6, 0.99]], x))
     assert "first measured point: ELMo, trainable λ 0.800; SGNS 0.700; SVD 0.600. " in text
     assert "SGNS is best after 100 updates (0.880); ELMo reaches this after 100 updates. " in text
     assert "SVD is best after 100 updates (0.990); ELMo never reaches this. One seed" in text
-    text = plain(claims.describe_convergence(curves([[0.7, 0.9], [0.9, 0.9]], [[0.7, 0.9]] * 2, x=x)))
+    text = plain(claims.describe_convergence(*curves([[0.7, 0.9], [0.9, 0.9]], [[0.7, 0.9]] * 2, x=x)))
     assert "SGNS is best after 100 updates (0.900 ± 0.000); ELMo reaches this after 100 updates. " in text
 
 
@@ -155,14 +155,10 @@ def test_sentence_about_senses_names_the_better_vectors():
 def test_probe_finds_senses_only_in_vectors_that_depend_on_them(rng):
     words = ["bank", "match"] * 60
     senses = [f"{w}/{rng.integers(2)}" for w in words]
-    part = Occurrences([], [], words, senses)
     of_sense = {s: rng.normal(size=8) for s in sorted(set(senses))}
     contextual = rng.normal(size=(120, 8)) * 0.1 + [of_sense[s] for s in senses]
     static = rng.normal(size=(120, 8)) * 0 + [[w == "bank"] * 8 for w in words]
     assert probe_accuracy(contextual[:60], senses[:60], contextual[60:], senses[60:]) > 0.95
-    baseline = most_frequent_sense_accuracy(
-        replace(part, words=words[:60], senses=senses[:60]),
-        replace(part, words=words[60:], senses=senses[60:]),
-    )
+    baseline = most_frequent_sense_accuracy(words[:60], senses[:60], words[60:], senses[60:])
     accuracy = probe_accuracy(static[:60], senses[:60], static[60:], senses[60:])
     assert accuracy == pytest.approx(baseline)

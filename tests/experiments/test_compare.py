@@ -12,7 +12,7 @@ from tiny import call, write_corpus
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_config
 from experiments.compare import __main__ as compare, results
-from experiments.compare.stages import METHODS, Comparison, DataConfig, InputDigests
+from experiments.compare.stages import METHODS, Comparison, DataConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 EXTRA_FLAGS = {
@@ -46,10 +46,14 @@ def folder(trained_comparison, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
+def configure(data="data", output="out", pretrained=None):
+    data = DataConfig() if pretrained else DataConfig(data, min_count=1)
+    return compare.CompareConfig(data, output=output, pretrained=pretrained, **EXTRA_FLAGS)
+
+
 def list_stages(data="data", output="out", pretrained=None):
     """The stages of the comparison, as it would run now."""
-    path = compare.Path(output)
-    comparison = Comparison(DataConfig(data, min_count=1), path, "report", EXTRA_FLAGS, pretrained)
+    comparison = Comparison(configure(data, output, pretrained))
     return [*comparison.sources.values(), *(comparison.classifier(method, 0) for method in METHODS)]
 
 
@@ -94,7 +98,7 @@ def test_changed_words_or_classes_make_every_run_stale(folder, old, new):
     assert not any(stage.is_finished for stage in stages)
     assert {stage.stale_reason for stage in stages[:3]} == {"its texts have changed"}
     with pytest.raises(InputError, match=r"its data set has changed since it was trained; train it again"):
-        InputDigests().pretrained_data(folder / "out" / "pretrain")
+        Comparison(configure(pretrained="out/pretrain"))
 
 
 def test_changed_features_make_their_classifier_stale(folder):
@@ -104,18 +108,18 @@ def test_changed_features_make_their_classifier_stale(folder):
 
 def test_given_language_model_is_used(folder):
     (folder / "out" / "pretrain").rename(folder / "lm")
-    assert InputDigests().pretrained_data(folder / "lm").dataset == "data"
+    assert Comparison(configure(pretrained="lm")).data.dataset == "data"
     stages = list_stages(pretrained=str(folder / "lm"))
     assert reasons(stages) == {} and len(stages) == 7
 
 
 def test_digests_are_those_that_a_classifier_records(folder):
-    comparison = Comparison(DataConfig("data", min_count=1), folder / "out", "report", EXTRA_FLAGS)
+    comparison = Comparison(configure())
     stage = comparison.classifier("ELMo, trainable λ", 3, labels=0.5, untrained=True)
-    stage.run(overwrite=False)
+    stage.command(stage.settings)
     assert stage.is_finished
     saved = read_config(stage.path)
-    other = InputDigests().classifier(stage.settings.source, 4)
+    other = comparison.classifier("ELMo, trainable λ", 4, labels=0.5, untrained=True).inputs()
     assert other["texts"] != saved["texts"] and other["model"] != saved["model"]
 
 
@@ -125,14 +129,7 @@ def test_damaged_file_is_one_message(folder, name):
     path.write_text("x\n")
     message = rf"{name}: cannot be read \(.*\); remove .*svd-seed0/results.json and run this command again"
     with pytest.raises(InputError, match=message):
-        results.read_classifier(path.parent)
-
-
-def test_classifiers_must_have_the_same_test_documents(folder):
-    ranked = {name: [results.read_classifier(folder / f"out/{name}-seed0")] for name in ("svd", "sgns")}
-    ranked["sgns"] = [run._replace(labels=1 - run.labels) for run in ranked["sgns"]]
-    with pytest.raises(InputError, match=r"sgns-seed0/predictions.npz: has other test documents than "):
-        results.add_significance(results.Page("x", folder / "x"), ranked)
+        results.read_classifiers({"SVD": [list_stages()[-1]]})
 
 
 def test_one_comparison_at_a_time_writes_into_a_folder(folder, refused):

@@ -69,8 +69,8 @@ def test_table_of_many_classes_is_one_line():
 def test_curves_have_different_styles_and_a_legend_within_the_axes(tmp_path, figures):
     records = [{"epoch": i, "lambdas": [j / 36 for j in range(9)]} for i in (1, 2)]
     report.plot_lambdas(records, tmp_path / "lambdas.png")
-    curves = {f"ELMo, frozen {i}": [{1.0: i / 8, 2.0: 1.0}] for i in range(8)}
-    report.plot_bands(curves, tmp_path / "bands.png", "epoch", "accuracy")
+    curves = {f"ELMo, frozen {i}": np.array([[i / 8, 1.0]]) for i in range(8)}
+    report.plot_bands([1, 2], curves, tmp_path / "bands.png", "epoch", "accuracy")
     for figure, count in zip(figures, (9, 8), strict=True):
         (axes,) = figure.axes
         assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == count
@@ -82,7 +82,7 @@ def test_curves_have_different_styles_and_a_legend_within_the_axes(tmp_path, fig
 @pytest.mark.parametrize("x", [(1,), (1, 2), range(1, 11), range(1960, 9801, 1960), (3 * 10**6,)])
 def test_ticks_of_epochs_and_updates_are_integers(tmp_path, figures, x):
     report.plot_curves([{"epoch": i, "loss": 1.0} for i in x], {"loss": ""}, tmp_path / "c.png", "loss")
-    report.plot_bands({"SVD": [{float(i): 0.5 for i in x}]}, tmp_path / "b.png", "updates", "accuracy")
+    report.plot_bands(x, {"SVD": np.full((1, len(x)), 0.5)}, tmp_path / "b.png", "updates", "accuracy")
     for figure in figures:
         (axes,) = figure.axes
         low, high = axes.get_xlim()
@@ -93,8 +93,8 @@ def test_ticks_of_epochs_and_updates_are_integers(tmp_path, figures, x):
 
 @pytest.mark.parametrize("repetitions", [1, 2])
 def test_single_point_has_error_bars_over_repetitions(tmp_path, figures, repetitions):
-    runs = [{1.0: 0.6}, {1.0: 0.8}][:repetitions]
-    report.plot_bands({"SVD": runs}, tmp_path / "b.png", "epoch", "accuracy")
+    y = np.array([[0.6], [0.8]][:repetitions])
+    report.plot_bands([1.0], {"SVD": y}, tmp_path / "b.png", "epoch", "accuracy")
     (axes,) = figures[0].axes
     bars = [bar for lines in axes.collections for bar in lines.get_segments()]
     deviation = np.std([0.6, 0.8], ddof=1)

@@ -7,7 +7,8 @@ import pytest
 
 from elmo_jax.errors import InputError
 from experiments.common import cli
-from experiments.compare.stages import METHODS, Comparison, DataConfig, InputDigests, Stage, run_stages
+from experiments.compare.__main__ import CompareConfig
+from experiments.compare.stages import METHODS, Comparison, DataConfig, Stage, run_stages
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def command():
 def stages(tmp_path, command):
     """Stages a and b, and c whose source is b."""
     make = lambda name, source=None: Stage(  # noqa: E731
-        name, name, 1.0, command, Settings(str(tmp_path / name)), source, lambda: command.inputs
+        name, 1.0, command, Settings(str(tmp_path / name)), source, lambda: command.inputs
     )
     a, b = make("a"), make("b")
     return [a, b, make("c", b)]
@@ -130,23 +131,24 @@ def test_unreadable_times_are_reported_and_no_run_is_lost(stages, command, tmp_p
 
 
 def test_only_the_language_model_is_fine_tuned(tmp_path):
-    comparison = Comparison(DataConfig(), tmp_path, extra_flags={"downstream": "--finetune"})
+    comparison = Comparison(CompareConfig(downstream="--finetune", output=str(tmp_path)))
     finetuned = {method for method in METHODS if comparison.classifier(method, 0).settings.source.finetune}
     assert finetuned == {method for method in METHODS if method.startswith("ELMo")}
 
 
 def test_flags_of_the_other_vector_method_do_not_replace_a_run(tmp_path):
-    plain = Comparison(DataConfig(), tmp_path).sources
-    other = Comparison(DataConfig(), tmp_path, extra_flags={"vectors": "--exponent 1 --epochs 3"}).sources
+    plain = Comparison(CompareConfig(output=str(tmp_path))).sources
+    config = CompareConfig(vectors="--exponent 1 --epochs 3", output=str(tmp_path))
+    other = Comparison(config).sources
     assert other["svd"].settings.svd.exponent == 1 and other["sgns"].settings.epochs == 3
     assert other["sgns"].settings.svd == plain["sgns"].settings.svd
     assert other["svd"].settings.epochs == plain["svd"].settings.epochs
 
 
 def test_data_set_is_loaded_once(monkeypatch):
-    digests = InputDigests()
-    first = digests.texts(DataConfig())
+    comparison = Comparison(CompareConfig())
+    first = comparison.digest_texts()
     monkeypatch.setattr("experiments.compare.stages.load_dataset", None)
-    assert digests.texts(DataConfig(), seed=3) == first
+    assert comparison.digest_texts() == first
     with pytest.raises(TypeError):
-        digests.texts(DataConfig(), labels=0.5)
+        comparison.digest_texts(labels=0.5)
