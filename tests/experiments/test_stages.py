@@ -8,7 +8,7 @@ import pytest
 from elmo_jax.errors import InputError
 from experiments.common import cli
 from experiments.compare.__main__ import CompareConfig
-from experiments.compare.stages import METHODS, Comparison, DataConfig, Stage, run_stages
+from experiments.compare.stages import METHODS, Comparison, Stage, run_stages
 
 
 @dataclass(frozen=True)
