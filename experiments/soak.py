@@ -9,10 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -21,9 +20,11 @@ from elmo_jax.errors import InputError, Interrupted
 from experiments.common import cli
 from experiments.pretrain import PretrainConfig, pretrain
 
-SAMPLES = "memory.jsonl"
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
+
 BLOCKS = 12  # of `fit_slope`
-_STUDENT = 2.228  # 97.5 % quantile of Student's t with BLOCKS - 2 degrees of freedom
 _WARMUP = 0.25  # fraction of the time spent compiling and filling pools; not used for the slope
 
 
@@ -42,111 +43,89 @@ class SoakConfig:
 
 def soak(config: SoakConfig) -> dict[str, Any]:
     """Run the command and return the growth of memory and open files."""
+    import numpy as np
+
     if not Path("/proc/self/statm").is_file():
         raise InputError("this system has no /proc to read memory from; run this on Linux")
     samples: list[dict[str, float]] = []
-    path = Path(config.train.output)
-    with _sampled(config, samples, path), contextlib.suppress(Interrupted):
-        pretrain(config.train)
-    first = _WARMUP * samples[-1]["seconds"] if samples else 0
-    start = next((i for i, sample in enumerate(samples) if sample["seconds"] >= first), 0)
+    path, ended = Path(config.train.output), threading.Event()
+    thread = threading.Thread(target=_sample_process, args=(config, samples, ended), daemon=True)
+    thread.start()
+    try:
+        with contextlib.suppress(Interrupted):
+            pretrain(config.train)
+    finally:
+        ended.set()
+        thread.join()
+    table = np.array([list(sample.values()) for sample in samples]).reshape(-1, 3)
+    hours, memory, files = (table / [3600, 2**20, 1]).T
+    start = int(np.searchsorted(hours, _WARMUP * hours.max(initial=0)))
     if len(samples) - start < 2 * BLOCKS:
         raise InputError(f"{len(samples)} samples are too few; lower --every, or raise --minutes or --epochs")
-    hours = [sample["seconds"] / 3600 for sample in samples]
-    megabytes = [sample["rss_bytes"] / 2**20 for sample in samples]
-    files = [sample["open_files"] for sample in samples]
-    slope, error = fit_slope(hours[start:], megabytes[start:])
-    plot_soak(hours, megabytes, files, start, (slope, error), path / "memory.png")
-    fewest, most = min(files[start:]), max(files[start:])
+    fitted = fit_slope(hours[start:], memory[start:])
+    plot_soak(hours, memory, files, start, fitted, path / "memory.png")
+    (slope, error), fewest, most = fitted, files[start:].min(), files[start:].max()
     cli.say(
-        f"memory: {slope:+.2f} ± {error:.2f} MiB an hour (95 %), at {megabytes[-1]:,.0f} MiB; open files: "
+        f"memory: {slope:+.2f} ± {error:.2f} MiB an hour (95 %), at {memory[-1]:,.0f} MiB; open files: "
         f"{fewest:.0f} to {most:.0f}; written to {path / 'memory.png'}"
     )
     return {"slope": slope, "error": error, "files": most - fewest}
 
 
-@contextlib.contextmanager
-def _sampled(config: SoakConfig, samples: list[dict[str, float]], path: Path) -> Iterator[None]:
-    """Sample this process while the body runs, and stop its training when the time is up."""
-    start, ended = time.monotonic(), threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-
-    def watch() -> None:
-        while not ended.wait(config.every):
-            samples.append({"seconds": round(time.monotonic() - start, 1)} | _sample())
-            if (path / "config.json").is_file():  # earlier, `Run.create` would refuse a folder with files
-                (path / SAMPLES).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-            is_training = signal.getsignal(signal.SIGTERM) != before  # `fit` saves at this signal
-            if is_training and time.monotonic() - start > 60 * config.minutes:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+def _sample_process(config: SoakConfig, samples: list[dict[str, float]], ended: threading.Event) -> None:
+    """Sample this process until an event, and stop its training when the time is up."""
+    folder, start, before = Path(config.train.output), time.monotonic(), signal.getsignal(signal.SIGTERM)
+    while not ended.wait(config.every):
+        seconds = time.monotonic() - start
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files = len(os.listdir("/proc/self/fd")) - 1  # listing opens one
+        rss = pages * os.sysconf("SC_PAGE_SIZE")
+        samples.append({"seconds": round(seconds, 1), "rss_bytes": rss, "open_files": files})
+        if (folder / "config.json").is_file():  # earlier, `Run.create` would refuse a folder with files
+            (folder / "memory.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        is_training = signal.getsignal(signal.SIGTERM) != before  # `fit` saves at this signal
+        if is_training and seconds > 60 * config.minutes:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
-def _sample() -> dict[str, float]:
-    """Return this process's resident memory in bytes and its number of open files."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    files = len(os.listdir("/proc/self/fd")) - 1  # listing opens one
-    return {"rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "open_files": files}
-
-
-def fit_slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+def fit_slope(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
     """Return the slope of a slowly varying measurement and half its 95 % confidence interval.
 
     Adjacent measurements are correlated, so the line is fitted to the means of `BLOCKS` blocks.
-
-    Args:
-        x, y: at least `BLOCKS` values each.
 
     Examples:
         >>> fit_slope(range(24), [3.0 * x for x in range(24)])
         (3.0, 0.0)
     """
     import numpy as np
+    from scipy import stats
 
-    u, v = (
-        np.array([np.mean(part) for part in np.array_split(np.asarray(a, float), BLOCKS)]) for a in (x, y)
-    )
-    u, v = u - u.mean(), v - v.mean()
-    slope = float(u @ v / (u @ u))
-    error = np.sqrt(np.sum((v - slope * u) ** 2) / (BLOCKS - 2) / (u @ u))
-    return slope, float(_STUDENT * error)
+    line: Any = stats.linregress(*([np.mean(part) for part in np.array_split(a, BLOCKS)] for a in (x, y)))
+    return float(line.slope), float(line.stderr * stats.t.ppf(0.975, BLOCKS - 2))
 
 
 def plot_soak(
-    hours: Sequence[float],
-    megabytes: Sequence[float],
-    files: Sequence[float],
+    hours: np.ndarray,
+    memory: np.ndarray,
+    files: np.ndarray,
     start: int,
     fitted: tuple[float, float],
     path: Path,
 ) -> None:
     """Plot memory and open files over time with the line fitted from sample `start` on, as a PNG."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-
     from experiments.common import report
 
-    with plt.rc_context(report.STYLE):
-        figure, (above, below) = plt.subplots(2, sharex=True, figsize=(5.2, 4.2), height_ratios=(2, 1))
-        above.plot(hours, megabytes, linewidth=1)
-        x = np.asarray(hours[start:])
-        line = np.mean(megabytes[start:]) + fitted[0] * (x - x.mean())
-        label = f"{fitted[0]:+.2f} ± {fitted[1]:.2f} MiB/h"
+    (slope, error), x = fitted, hours[start:]
+    with report.new_figure(path, 5.2, 4.2) as figure:
+        above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        above.plot(hours, memory, linewidth=1)
+        line, label = memory[start:].mean() + slope * (x - x.mean()), f"{slope:+.2f} ± {error:.2f} MiB/h"
         above.plot(x, line, color=report.COLOURS[1], label=label)
-        above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(megabytes)))
+        above.set(ylabel="memory (MiB)", ylim=(0, 1.2 * max(memory)))
         above.legend(frameon=False, loc="lower right")
         below.plot(hours, files, linewidth=1, color=report.COLOURS[2])
         below.set(xlabel="hours", ylabel="open files", ylim=(0, 1.3 * max(files)))
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def main() -> int:

@@ -10,12 +10,11 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -35,6 +34,7 @@ STYLE: Any = {
 }
 _LEGEND: Any = {"frameon": False, "fontsize": 9, "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.5}
 _LEGEND |= {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}  # above the axes, where it covers no line
+_SMALL = (5.2, 3.2)  # inches
 _NOTE: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
 _MAX_LABELLED_CLASSES = 25  # the cells of a larger confusion matrix are too small for numbers
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -47,7 +47,7 @@ def series_style(i: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _new_figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
+def new_figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
     """Yield a figure of this size in inches, then save it as a PNG."""
     path.parent.mkdir(exist_ok=True)
     with plt.rc_context(STYLE | style):
@@ -60,32 +60,18 @@ def _new_figure(path: Path, width: float, height: float, **style: Any) -> Iterat
 def plot_curves(
     records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], path: Path, ylabel: str, log: bool = False
 ) -> None:
-    """Plot values of the epoch records against the epoch, as a PNG.
-
-    Args:
-        records: One record an epoch.
-        lines: Label in the legend by name in the records.
-        path: PNG file to write.
-        ylabel: Axis label with its unit.
-        log: Use a logarithmic y axis.
-    """
+    """Plot values of the epoch records as a PNG; `lines` maps names in the records to labels."""
+    epochs = [record["epoch"] for record in records]
     values = {label: np.array([[record[name] for record in records]]) for name, label in lines.items()}
-    with _new_figure(path, 5.2, 3.2) as figure:
-        axes = _plot_lines(figure, [record["epoch"] for record in records], values)
-        axes.set(xlabel="epoch", ylabel=ylabel)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+    plot_bands(epochs, values, path, "epoch", ylabel, "y" if log else None, _SMALL)
 
 
 def plot_lambdas(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot the weight of each layer against the epoch, as a PNG."""
-    labels = ["token vectors", *(f"LSTM layer {j}" for j in range(1, len(records[0]["lambdas"])))]
-    rows = [
-        {"epoch": record["epoch"], **dict(zip(labels, record["lambdas"], strict=True))} for record in records
-    ]
-    plot_curves(rows, {label: label for label in labels}, path, "weight λ")
+    weights = np.array([record["lambdas"] for record in records])  # [X, L]
+    labels = ["token vectors", *(f"LSTM layer {j}" for j in range(1, weights.shape[1]))]
+    values = {label: weight[None] for label, weight in zip(labels, weights.T, strict=True)}
+    plot_bands([record["epoch"] for record in records], values, path, "epoch", "weight λ", size=_SMALL)
 
 
 def plot_bands(
@@ -94,7 +80,8 @@ def plot_bands(
     path: Path,
     xlabel: str,
     ylabel: str,
-    log: bool = False,
+    log: Literal["x", "y"] | None = None,
+    size: tuple[float, float] = (6.2, 3.8),
 ) -> None:
     """Plot means over repetitions against x, each in a band of one standard deviation, as a PNG.
 
@@ -105,33 +92,32 @@ def plot_bands(
         values: By name, y for each repetition and x, ``[S, X]``.
         path: PNG file to write.
         xlabel, ylabel: Axis labels with their units.
-        log: Use a logarithmic x axis.
+        log: Axis with a logarithmic scale.
+        size: Width and height in inches.
     """
-    with _new_figure(path, 6.2, 3.8) as figure:
-        axes = _plot_lines(figure, x, values)
+    with new_figure(path, *size) as figure:
+        axes = figure.subplots()
+        for i, (name, y) in enumerate(values.items()):
+            mean, spread, style = y.mean(0), deviation(y), {**series_style(i), "markersize": 4, "label": name}
+            if len(x) > 1:
+                axes.plot(x, mean, **style)
+                axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
+            else:  # side by side, so that equal values stay visible
+                at = x[0] * (1 + (i - (len(values) - 1) / 2) / 100)
+                axes.errorbar(at, mean, yerr=spread if len(y) > 1 else None, capsize=3, **style)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        if log:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if log == "x":
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{each:,g}" for each in x])
             axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _plot_lines(figure: Figure, x: Sequence[float], values: Mapping[str, np.ndarray]) -> Axes:
-    """Plot means and standard deviations of ``[S, X]`` with integer ticks."""
-    axes = figure.subplots()
-    for i, (name, y) in enumerate(values.items()):
-        mean, spread, style = y.mean(0), deviation(y), {**series_style(i), "markersize": 4, "label": name}
-        if len(x) > 1:
-            axes.plot(x, mean, **style)
-            axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.18, lw=0)
-        else:  # side by side, so that equal values stay visible
-            at = x[0] * (1 + (i - (len(values) - 1) / 2) / 100)
-            axes.errorbar(at, mean, yerr=spread if len(y) > 1 else None, capsize=3, **style)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    if len(values) > 1:
-        axes.legend(**_LEGEND)
-    return axes
+        if log == "y":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        if len(values) > 1:
+            axes.legend(**_LEGEND)
 
 
 def plot_dots(
@@ -145,7 +131,7 @@ def plot_dots(
         xlabel: Axis label with its unit.
         reference: Value to compare with, plotted as a dashed line.
     """
-    with _new_figure(path, 6.2, 0.8 + 0.4 * len(values)) as figure:
+    with new_figure(path, 6.2, 0.8 + 0.4 * len(values)) as figure:
         axes = figure.subplots()
         if reference is not None:
             axes.axvline(reference, color="black", linestyle="--", linewidth=1)
@@ -181,7 +167,7 @@ def plot_layers(
     names = list(dict.fromkeys(groups))
     size = max(float(np.abs(xy).max()) for xy in points) * 1.12 or 1.0  # one scale makes spreads comparable
     style: Any = {"axes.spines.left": False, "axes.spines.bottom": False}
-    with _new_figure(path, 2.9 * len(points), 3.1, **style) as figure:
+    with new_figure(path, 2.9 * len(points), 3.1, **style) as figure:
         panels = figure.subplots(1, len(points), squeeze=False)
         for axes, xy, title in zip(panels[0], points, titles, strict=True):
             for i, name in enumerate(names):
@@ -207,7 +193,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
     matrix, n = np.array(counts), len(classes)
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(1.6 + 0.8 * n, 12)  # inches; memory grows with its square
-    with _new_figure(path, side, side, **{"axes.grid": False}) as figure:
+    with new_figure(path, side, side, **{"axes.grid": False}) as figure:
         axes = figure.subplots()
         axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         size = min(8, 12 * side / n)  # points, so that the numbers fit into a cell

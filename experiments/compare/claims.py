@@ -105,7 +105,7 @@ def study_efficiency(studies: Studies, path: Path) -> str:
             documents = float(np.sum(runs[0].results["train"]["confusion_matrix"]))
             accuracies[documents] = [run.accuracy for run in runs]
         x, values[method] = list(accuracies), np.array([*accuracies.values()]).T
-    report.plot_bands(x, values, path, "labelled training documents", "test accuracy", log=True)
+    report.plot_bands(x, values, path, "labelled training documents", "test accuracy", "x")
     return describe_efficiency(x, values)
 
 
