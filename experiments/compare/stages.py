@@ -138,11 +138,8 @@ def _read_times(path: Path) -> dict[str, float]:
     try:
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         return {str(record["stage"]): float(record["seconds"]) for record in records}
-    except FileNotFoundError:
-        return {}
-    except (KeyError, TypeError, ValueError):
-        message = "cannot be read as the times of the stages; remove it, the runs stay"
-        raise InputError(f"{path}: {message}") from None
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}  # the page then shows no time for these stages
 
 
 ELMO = "ELMo, trainable λ"
@@ -166,18 +163,15 @@ _COMMANDS: Mapping[str, tuple[type, Mapping[str, Any] | None]] = {
     "downstream": (downstream.DownstreamConfig, downstream.PRESETS),
 }
 _DATA_FLAGS = {cli.flag_of(field.name) for field in fields(DataConfig)}
-_RESERVED_FLAGS = {"--output", "--resume", "--overwrite", "--allow-config-change", "--dry-run", "--corpus",
-                   "--valid-corpus", "--vocab", "--method", "--combiner"}  # fmt: skip
-_RESERVED_FLAGS |= {cli.flag_of(field.name) for field in (*fields(HostsConfig), *fields(SourceConfig))}
-_RESERVED_FLAGS |= _DATA_FLAGS
-_RESERVED_FLAGS -= {"--finetune"}
+_OTHER_FLAGS = {cli.flag_of(field.name) for kind in (HostsConfig, SourceConfig) for field in fields(kind)}
+_RESERVED_FLAGS = (_DATA_FLAGS | _OTHER_FLAGS) - {"--finetune"} | {
+    "--output", "--resume", "--overwrite", "--allow-config-change", "--dry-run", "--corpus", "--valid-corpus",
+    "--vocab", "--method", "--combiner",
+}  # fmt: skip
 
 
 class Comparison:
-    """The stages of a comparison.
-
-    Args:
-        config: Settings of the command.
+    """The stages of a comparison, made from the settings of the command.
 
     Attributes:
         data: Data set of every stage.
@@ -185,8 +179,7 @@ class Comparison:
         language_model: Run folder of the language model.
 
     Raises:
-        InputError: If the given language model is of another kind, unfinished or damaged, or its data set
-            has changed.
+        InputError: If the given language model is unfinished or damaged, or its data set has changed.
     """
 
     def __init__(self, config: CompareConfig):

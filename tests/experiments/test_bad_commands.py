@@ -176,7 +176,6 @@ COMPARE = {
     "a file": (["--output", "in.txt"], "in.txt: Not a directory"),
     "another's run": (["--output", "model"], "model: holds a run of another command"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
-    "metrics of another": (["--output", "old"], "metrics.jsonl: cannot be read as the times of the stages"),
     "a number for a configuration": (["--output", "five"], "config.json: cannot be read; restore it"),
     "more seeds than anyone has": (["--seeds", "1000000000"], "--seeds must be at most 1000"),
     "two data sets": (
@@ -206,16 +205,13 @@ COMPARE |= {
 @pytest.mark.parametrize("name", COMPARE)
 def test_compare(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    for other in ("old", "mine"):
-        (tmp_path / other).mkdir()
+    (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
-    (tmp_path / "old" / "config.json").write_text('{"seeds": 1}')
     (tmp_path / "five").mkdir()
     (tmp_path / "five" / "config.json").write_text("5")
     (tmp_path / "svd").mkdir()
     write_config(tmp_path / "svd", {"monitor": "loss", "method": "svd", "data": asdict(DataConfig())}, {})
     (tmp_path / "svd" / "results.json").write_text("{}")
-    (tmp_path / "old" / "metrics.jsonl").write_text('{"stage": "pretrain"}\n[1]\n')
     args, said = COMPARE[name]
     refused(compare.main, args, said)
     assert not (tmp_path / "runs").exists()
