@@ -3,7 +3,6 @@
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +93,14 @@ def neighbours(config: NeighboursConfig) -> list[float]:
         cli.say(f"\nsame sense among the {config.nearest} nearest: {by_layer}")
         titles = [f"{t}\n{p} of neighbours share the sense" for t, p in zip(titles, percent, strict=True)]
     if config.picture is not None:
+        from experiments.common import report
+
         examples = {found[i].sense: f"{found[i].sense}: {found[i]}" for i in queries}
         groups = [examples.get(sense, "") if sense else config.word for sense in senses]
-        _plot([principal_components(layer) for layer in vectors], groups, titles, Path(config.picture))
+        points = [principal_components(layer) for layer in vectors]
+        report.plot_layers(points, groups, titles, Path(config.picture))
+        if numbers := report.explain_numbers(list(dict.fromkeys(groups)), "word"):
+            cli.say(f"\n{numbers}")
         cli.say(f"\nwritten to {config.picture}")
     return agreement
 
@@ -110,18 +114,6 @@ def _check_picture(picture: Path, overwrite: bool) -> None:
         raise InputError(f"--picture {picture}: its folder is missing or not writable; give another path")
     if picture.exists() and not overwrite:
         raise InputError(f"--picture {picture}: already exists; replace it with --overwrite")
-
-
-def _plot(points: list[np.ndarray], groups: list[str], titles: list[str], picture: Path) -> None:
-    """Write the complete picture, or nothing."""
-    from experiments.common import report
-
-    with tempfile.TemporaryDirectory(dir=picture.parent, prefix=".picture-") as folder:
-        part = Path(folder) / "part.png"
-        report.plot_layers(points, groups, titles, part)
-        part.replace(picture)
-    if numbers := report.explain_numbers(list(dict.fromkeys(groups)), "word"):
-        cli.say(f"\n{numbers}")
 
 
 def _find_occurrences(config: NeighboursConfig) -> Iterator[Occurrence]:

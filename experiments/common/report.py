@@ -6,6 +6,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 import base64
 import contextlib
 import html
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from elmo_jax.storage.files import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv<"
@@ -48,13 +51,14 @@ def series_style(i: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_figure(path: Path, width: float, height: float, **style: Any) -> Iterator[Figure]:
-    """Yield a figure of this size in inches, then save it as a PNG."""
+    """Yield a figure of this size in inches, then write it as a PNG, completely or not at all."""
     path.parent.mkdir(exist_ok=True)
     with plt.rc_context(STYLE | style):
         figure = plt.figure(figsize=(width, height))
         yield figure
-        figure.savefig(path)
+        figure.savefig(png := io.BytesIO())
         plt.close(figure)
+    write_atomically(path, png.getvalue())
 
 
 def plot_curves(

@@ -32,7 +32,7 @@ def trained_comparison(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.chdir(folder)
         patch.setattr(jax, "clear_caches", lambda: None)  # the classifiers share compiled functions
-        patch.setattr(Figure, "savefig", lambda figure, path: path.write_bytes(b"\x89PNG"))
+        patch.setattr(Figure, "savefig", lambda figure, file: file.write(b"\x89PNG"))
         assert call(compare.main, patch, *FLAGS) == 0
     return folder
 
@@ -42,7 +42,7 @@ def folder(trained_comparison, tmp_path, monkeypatch):
     """A copy of the finished comparison, the working directory."""
     shutil.copytree(trained_comparison, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: path.write_bytes(b"\x89PNG"))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: file.write(b"\x89PNG"))
     return tmp_path / "copy"
 
 

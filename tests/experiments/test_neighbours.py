@@ -5,9 +5,9 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import neighbours
-from experiments.common import report
 from experiments.neighbours import NeighboursConfig, cosine_similarity, principal_components, sense_agreement
 
 
@@ -105,12 +105,12 @@ def test_picture_is_written_completely_or_not_at_all(elmo, picture, tmp_path):
         "bank", pretrained=str(tmp_path / "model"), picture=str(tmp_path / picture), overwrite=True
     )
 
-    def stopped(points, groups, titles, path):
-        path.write_bytes(b"half")
+    def stop(figure, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_layers", stopped)
+        patch.setattr(Figure, "savefig", stop)
         with pytest.raises(KeyboardInterrupt):
             neighbours.neighbours(config)
     assert (tmp_path / picture).read_bytes() == b"old"

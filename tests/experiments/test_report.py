@@ -12,7 +12,7 @@ from experiments.common import report
 def figures(monkeypatch):
     """The figures that a test plots; none is rendered to a file."""
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: None)
     monkeypatch.setattr(plt, "close", figures.append)
     yield figures
     monkeypatch.undo()
