@@ -16,7 +16,6 @@ from elmo_jax.errors import InputError
 from experiments.common import cli
 
 _CONTEXT = 4  # words printed on either side
-_SENTENCES_PER_CALL = 256
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,8 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     found = list(itertools.islice(_find_occurrences(config), config.most))
     if len(found) < 2:
         raise InputError(f"{config.word!r} occurs {len(found)} times in the texts; give a more frequent word")
-    sentences = [occurrence.sentence for occurrence in found]
-    columns = []
-    for i in range(0, len(found), _SENTENCES_PER_CALL):
-        layers = elmo.embed(sentences[i : i + _SENTENCES_PER_CALL])
-        columns += [part[:, o.position] for part, o in zip(layers, found[i:], strict=False)]
-    vectors = np.stack(columns, axis=1)  # [L, N, F]
+    layers = elmo.embed([occurrence.sentence for occurrence in found])
+    vectors = np.stack([x[:, o.position] for x, o in zip(layers, found, strict=True)], axis=1)  # [L, N, F]
     cosines = [cosine_similarity(layer) for layer in vectors]
     titles = ["token vectors", *(f"LSTM layer {i}" for i in range(1, len(cosines)))]
     senses = [occurrence.sense for occurrence in found]
@@ -88,10 +83,10 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     agreement = []
     if None not in senses:
         agreement = [sense_agreement(layer, senses, config.nearest) for layer in cosines]
-        percent = [f"{fraction:.0%}" for fraction in agreement]
-        by_layer = ", ".join(map(" ".join, zip(titles, percent, strict=True)))
-        cli.say(f"\nsame sense among the {config.nearest} nearest: {by_layer}")
-        titles = [f"{t}\n{p} of neighbours share the sense" for t, p in zip(titles, percent, strict=True)]
+        by_layer = {title: f"{fraction:.0%}" for title, fraction in zip(titles, agreement, strict=True)}
+        line = ", ".join(f"{title} {percent}" for title, percent in by_layer.items())
+        cli.say(f"\nsame sense among the {config.nearest} nearest: {line}")
+        titles = [f"{title}\n{percent} of neighbours share the sense" for title, percent in by_layer.items()]
     if config.picture is not None:
         from experiments.common import report
 
