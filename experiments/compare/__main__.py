@@ -48,21 +48,20 @@ def compare(config: CompareConfig) -> None:
     """Run the unfinished stages and write the pages."""
     from elmo_jax.storage.files import write_atomically, writer_lock
     from experiments.compare import claims, results
-    from experiments.compare.stages import METHODS, Comparison, run_stages
+    from experiments.compare.stages import Comparison, run_stages
 
-    output, seeds = Path(config.output), range(config.seeds)
+    output = Path(config.output)
     _check_flags(config)
     _check_output(output)
     comparison = Comparison(config)
-    classifiers = {method: [comparison.classifier(method, seed) for seed in seeds] for method in METHODS}
-    stages = [*comparison.sources.values(), *(run for runs in classifiers.values() for run in runs)]
-    studies = claims.plan_studies(comparison, classifiers) if config.claims else None
+    stages = comparison.stages
+    studies = claims.Studies(comparison) if config.claims else None
     output.mkdir(parents=True, exist_ok=True)
     try:
         with writer_lock(output / _LOCK):
             write_atomically(output / _CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             seconds = run_stages([*stages, *(studies.stages if studies else [])], output)
-            results.write_page(comparison, classifiers, seconds, _describe_call())
+            results.write_page(comparison, seconds, _describe_call())
             cli.say(f"written to {output / 'report.html'}")
             if studies:
                 claims.write_page(studies, output)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +29,7 @@ STATIC = ("SGNS", "SVD")
 LABEL_FRACTIONS = (0.01, 0.03, 0.1, 0.3)  # besides all labels
 
 
-class Studies(NamedTuple):
+class Studies:
     """Runs of the studies.
 
     Attributes:
@@ -39,33 +39,21 @@ class Studies(NamedTuple):
         context: Pre-training, SVD and SGNS on the sample corpus.
     """
 
-    full: Mapping[str, Sequence[Stage]]
-    few_labels: Mapping[str, Mapping[float, Sequence[Stage]]]
-    untrained: Sequence[Stage]
-    context: Sequence[Stage]
-
-    @property
-    def stages(self) -> list[Stage]:
-        """All stages that do not belong to the comparison itself."""
-        few = itertools.chain(
-            *(runs for of_method in self.few_labels.values() for runs in of_method.values())
-        )
-        return [*self.context, *self.untrained, *few]
-
-
-def plan_studies(comparison: Comparison, full: Mapping[str, Sequence[Stage]]) -> Studies:
-    """Return the runs of the studies, given the classifiers of the comparison."""
-    seeds = range(len(full[ELMO]))
-    few_labels: dict[str, dict[float, list[Stage]]] = {method: {} for method in (ELMO, *STATIC)}
-    for fraction, (method, of_method) in itertools.product(_find_fractions(comparison), few_labels.items()):
-        # Few documents make few steps an epoch, so the number of epochs grows.
-        epochs = round(full[method][0].settings.epochs / fraction**0.5)
-        of_method[fraction] = [comparison.classifier(method, seed, fraction, epochs) for seed in seeds]
-    untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in seeds]
-    output = str(comparison.output / "context")
-    config = replace(comparison.config, data=DataConfig(), output=output, pretrained=None)
-    context = [replace(stage, name=f"context {name}") for name, stage in Comparison(config).sources.items()]
-    return Studies(full, few_labels, untrained, context)
+    def __init__(self, comparison: Comparison):
+        self.full, seeds = comparison.classifiers, range(comparison.config.seeds)
+        self.few_labels: dict[str, dict[float, list[Stage]]] = {method: {} for method in (ELMO, *STATIC)}
+        for fraction, method in itertools.product(_find_fractions(comparison), self.few_labels):
+            # Few documents make few steps an epoch, so the number of epochs grows.
+            epochs = round(self.full[method][0].settings.epochs / fraction**0.5)
+            runs = [comparison.classifier(method, seed, fraction, epochs) for seed in seeds]
+            self.few_labels[method][fraction] = runs
+        self.untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in seeds]
+        output = str(comparison.output / "context")
+        config = replace(comparison.config, data=DataConfig(), output=output, pretrained=None)
+        sources = Comparison(config).sources
+        self.context = [replace(stage, name=f"context {name}") for name, stage in sources.items()]
+        few = (runs for of_method in self.few_labels.values() for runs in of_method.values())
+        self.stages = [*self.context, *self.untrained, *itertools.chain(*few)]
 
 
 def _find_fractions(comparison: Comparison) -> list[float]:

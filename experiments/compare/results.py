@@ -134,18 +134,15 @@ def _read(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read ({error}); {hint}") from None
 
 
-def write_page(
-    comparison: Comparison, stages: Mapping[str, Sequence[Stage]], seconds: Mapping[str, float], about: str
-) -> None:
+def write_page(comparison: Comparison, seconds: Mapping[str, float], about: str) -> None:
     """Draw the figure and write ``report.md`` and ``report.html``.
 
     Args:
         comparison: Comparison whose stages are all finished.
-        stages: Classifiers of each method, one a seed.
         seconds: Time by stage name, where it is known.
         about: First paragraph of the page.
     """
-    runs = read_classifiers(stages)
+    runs = read_classifiers(comparison.classifiers)
     ranked = dict(sorted(runs.items(), key=lambda item: -np.mean([run.accuracy for run in item[1]])))
     reported = REPORT if comparison.data.dataset == REPORT_DATASET else {}
     page = Page("Comparison of ELMo with static word vectors", comparison.output / "report")
@@ -155,7 +152,7 @@ def write_page(
     add_significance(page, ranked)
     _add_training(page, runs, Path(comparison.language_model))
     _add_confusions(page, ranked)
-    _add_times(page, [*comparison.sources.values(), *itertools.chain(*stages.values())], seconds)
+    _add_times(page, comparison.stages, seconds)
     page.write()
 
 

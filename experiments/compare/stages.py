@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import shlex
 import time
@@ -185,10 +186,9 @@ class Comparison:
     def __init__(self, config: CompareConfig):
         self.config, self.output = config, Path(config.output)
         self._texts, self._features = functools.cache(_digest_texts), functools.cache(_digest_features)
-        self.language_model = config.pretrained or str(self.output / "pretrain")
-        self.data = (
-            config.data if config.pretrained is None else self._pretrained_data(Path(config.pretrained))
-        )
+        given = config.pretrained
+        self.language_model = given or str(self.output / "pretrain")
+        self.data = config.data if given is None else self._pretrained_data(Path(given))
 
     def _pretrained_data(self, path: Path) -> DataConfig:
         """Return the data set of a finished pre-training run."""
@@ -208,27 +208,26 @@ class Comparison:
         """The stages of the language model and the word vectors, by name."""
         stages = {}
         if self.config.pretrained is None:
-            settings = self._place(self._parse("pretrain"), "pretrain", data=self.data)
-            has_characters = settings.model.input == "characters"
-            inputs = functools.partial(self._source_inputs, has_characters)
-            stages["pretrain"] = Stage(
-                "pretrain", settings.epochs, pretrain.pretrain, settings, inputs=inputs
-            )
-        for name, unused in _UNUSED_SETTINGS.items():
-            settings = self._place(self._parse("vectors", "--method", name), name, data=self.data, **unused)
-            inputs = functools.partial(self._source_inputs, False)
-            stages[name] = Stage(name, _WORK[name], vectors.vectors, settings, inputs=inputs)
+            settings = self._parse("pretrain")
+            stages["pretrain"] = self._make_stage("pretrain", settings.epochs, pretrain.pretrain, settings)
+        for method, unused in _UNUSED_SETTINGS.items():
+            settings = replace(self._parse("vectors", "--method", method), **unused)
+            stages[method] = self._make_stage(method, _WORK[method], vectors.vectors, settings)
         return stages
 
-    def _source_inputs(self, with_characters: bool) -> dict[str, str]:
-        return {"texts": self.digest_texts(with_characters)}
+    @functools.cached_property
+    def classifiers(self) -> dict[str, list[Stage]]:
+        """The stages of the classifiers by method, one a seed."""
+        seeds = range(self.config.seeds)
+        return {method: [self.classifier(method, seed) for seed in seeds] for method in METHODS}
 
-    def digest_texts(self, with_characters: bool = False, labels: float = 1.0, seed: int = 0) -> str:
-        """Return the digest that a run on this fraction of the labels records as "texts"."""
-        return self._texts(self.data, with_characters, labels, seed)
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages."""
+        return [*self.sources.values(), *itertools.chain(*self.classifiers.values())]
 
     @functools.cached_property
-    def _classifiers(self) -> dict[str, downstream.DownstreamConfig]:
+    def _settings(self) -> dict[str, downstream.DownstreamConfig]:
         """The settings of each method's classifier, without its inputs."""
         settings = {method: self._parse("downstream", *flags) for method, flags in METHODS.items()}
         for method, base in settings.items():
@@ -248,30 +247,47 @@ class Comparison:
             epochs: Number of epochs, if it is not that of the preset.
             untrained: Use a language model with random parameters.
         """
-        base, name = self._classifiers[method], METHODS[method][1]
+        base, name = self._settings[method], METHODS[method][1]
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
-        source = replace(base.source, labels=labels, untrained=untrained)
+        source, epochs = replace(base.source, labels=labels, untrained=untrained), epochs or base.epochs
         if source.features == "elmo":
             rate, made_by = 1.2, "pretrain"
             source = replace(source, pretrained=self.language_model)
         else:
             rate, made_by = 0.6, source.features
             source = replace(source, vectors=str(self.output / made_by))
-        epochs = epochs or base.epochs
-        settings = self._place(base, f"{name}-seed{seed}", seed=seed, source=source, epochs=epochs)
-        work, inputs = rate * epochs * labels, functools.partial(self._classifier_inputs, source, seed)
-        command, stage = downstream.downstream, self.sources.get(made_by)
-        return Stage(f"{name} seed {seed}", work, command, settings, stage, inputs)
+        settings = replace(base, seed=seed, source=source, epochs=epochs)
+        work, command = rate * epochs * labels, downstream.downstream
+        return self._make_stage(f"{name} seed {seed}", work, command, settings, self.sources.get(made_by))
 
-    def _classifier_inputs(self, source: SourceConfig, seed: int) -> dict[str, str]:
+    def _make_stage(
+        self, name: str, work: float, command: Callable, settings: Any, source: Stage | None = None
+    ) -> Stage:
+        settings = replace(settings, output=str(self.output / name.replace(" seed ", "-seed")))
+        if isinstance(settings, downstream.DownstreamConfig):
+            inputs = functools.partial(self._classifier_inputs, settings)
+        else:
+            settings = replace(settings, data=self.data)
+            inputs = functools.partial(self._source_inputs, settings)
+        return Stage(name, work, command, settings, source, inputs)
+
+    def _source_inputs(self, settings: Any) -> dict[str, str]:
+        return {"texts": self.digest_texts(_reads_characters(cli.settings_of(settings)))}
+
+    def _classifier_inputs(self, settings: downstream.DownstreamConfig) -> dict[str, str]:
         """Return the digests that a classifier on the features of a finished run records."""
+        source, seed = settings.source, settings.seed
         path = Path(source.pretrained if source.features == "elmo" else source.vectors or "")
         saved = read_config(path)
         texts = saved.get("texts", "")
         if source.labels < 1:
             texts = self.digest_texts(_reads_characters(saved), source.labels, seed)
         return {"texts": texts, "model": self._features(path, seed if source.untrained else None)}
+
+    def digest_texts(self, with_characters: bool = False, labels: float = 1.0, seed: int = 0) -> str:
+        """Return the digest that a run on this fraction of the labels records as "texts"."""
+        return self._texts(self.data, with_characters, labels, seed)
 
     def _parse(self, command: str, *flags: str) -> Any:
         """Parse and check the settings of a command, with the extra flags, before any stage runs."""
@@ -289,10 +305,6 @@ class Comparison:
         settings = cli.parse(kind, command, presets, [*preset, *flags, *extra])
         cli.check(settings)
         return settings
-
-    def _place(self, base: Any, name: str, **settings: Any) -> Any:
-        """Return settings that run in the folder of this name."""
-        return replace(base, output=str(self.output / name), **settings)
 
 
 def _digest_texts(data: DataConfig, with_characters: bool, labels: float, seed: int) -> str:

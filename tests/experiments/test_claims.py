@@ -9,7 +9,7 @@ from elmo_jax.config import DataConfig
 from experiments.compare import claims
 from experiments.compare.__main__ import CompareConfig
 from experiments.compare.claims import most_frequent_sense_accuracy, probe_accuracy
-from experiments.compare.stages import METHODS, Comparison
+from experiments.compare.stages import Comparison
 
 SIZES = (4.0, 12.0, 40.0, 120.0, 400.0)  # labelled documents
 LOW = [0.1] * 5
@@ -79,7 +79,8 @@ def test_efficiency_is_plotted_against_the_documents_trained_on(tmp_path, monkey
     monkeypatch.setattr(claims.report, "plot_bands", lambda *args, **_: plotted.append(args[:2]))
     methods = (claims.ELMO, *claims.STATIC)
     few = {0.01: [run(5, 0.3)], 0.03: [run(5, 0.5)], 0.3: [run(12, 0.6)]}
-    studies = claims.Studies({m: [run(40, 0.7)] for m in methods}, dict.fromkeys(methods, few), [], [])
+    full = {m: [run(40, 0.7)] for m in methods}
+    studies = SimpleNamespace(full=full, few_labels=dict.fromkeys(methods, few))
     text = claims.study_efficiency(studies, tmp_path / "efficiency.png")
     ((x, values),) = plotted
     assert x == [5, 12, 40] and [y.tolist() for y in values.values()] == [[[0.5, 0.6, 0.7]]] * 3
@@ -102,9 +103,7 @@ def test_fractions_with_the_same_documents_are_trained_once(tmp_path, capsys, ro
         texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
         (tmp_path / "data" / f"{part}.csv").write_text(texts)
     data = DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2)
-    comparison = Comparison(CompareConfig(data, output=str(tmp_path / "out")))
-    classifiers = {method: [comparison.classifier(method, 0)] for method in METHODS}
-    studies = claims.plan_studies(comparison, classifiers)
+    studies = claims.Studies(Comparison(CompareConfig(data, output=str(tmp_path / "out"))))
     assert capsys.readouterr().out == expected
     assert [list(few) for few in studies.few_labels.values()] == [fractions] * 3
     names = [stage.name for stage in studies.stages]

@@ -53,8 +53,7 @@ def configure(data="data", output="out", pretrained=None):
 
 def list_stages(data="data", output="out", pretrained=None):
     """The stages of the comparison, as it would run now."""
-    comparison = Comparison(configure(data, output, pretrained))
-    return [*comparison.sources.values(), *(comparison.classifier(method, 0) for method in METHODS)]
+    return Comparison(configure(data, output, pretrained)).stages
 
 
 def reasons(stages):
