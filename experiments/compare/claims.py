@@ -20,7 +20,7 @@ from elmo_jax.baselines.word_vectors import WordVectors
 from elmo_jax.config import DataConfig
 from elmo_jax.data.sample_corpus import Text, sample_corpus
 from elmo_jax.elmo import Elmo
-from experiments.common import cli, report
+from experiments.common import report
 from experiments.common.inputs import VECTORS
 from experiments.compare.results import format_mean, read_classifiers, validation_curves
 from experiments.compare.stages import ELMO, Comparison, Stage
@@ -42,7 +42,7 @@ class Studies:
     def __init__(self, comparison: Comparison):
         self.full, seeds = comparison.classifiers, range(comparison.config.seeds)
         self.few_labels: dict[str, dict[float, list[Stage]]] = {method: {} for method in (ELMO, *STATIC)}
-        for fraction, method in itertools.product(_find_fractions(comparison), self.few_labels):
+        for fraction, method in itertools.product(LABEL_FRACTIONS, self.few_labels):
             # Few documents make few steps an epoch, so the number of epochs grows.
             epochs = round(self.full[method][0].settings.epochs / fraction**0.5)
             runs = [comparison.classifier(method, seed, fraction, epochs) for seed in seeds]
@@ -54,19 +54,6 @@ class Studies:
         self.context = [replace(stage, name=f"context {name}") for name, stage in sources.items()]
         few = (runs for of_method in self.few_labels.values() for runs in of_method.values())
         self.stages = [*self.context, *self.untrained, *itertools.chain(*few)]
-
-
-def _find_fractions(comparison: Comparison) -> list[float]:
-    """Return the label fractions with different documents; in a small corpus some have the same.
-
-    A fraction's documents are a subset of those of a larger one, so seed 0 stands for all seeds.
-    """
-    texts = {fraction: comparison.digest_texts(labels=fraction) for fraction in (*LABEL_FRACTIONS, 1.0)}
-    largest = {digest: fraction for fraction, digest in texts.items()}
-    for fraction in LABEL_FRACTIONS:
-        if (same := largest[texts[fraction]]) != fraction:
-            cli.say(f"skipping {fraction:.0%} of the labels: the same documents as {same:.0%}")
-    return [fraction for fraction in LABEL_FRACTIONS if largest[texts[fraction]] == fraction]
 
 
 def write_page(studies: Studies, output: Path) -> None:

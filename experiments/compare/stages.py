@@ -273,7 +273,8 @@ class Comparison:
         return Stage(name, work, command, settings, source, inputs)
 
     def _source_inputs(self, settings: Any) -> dict[str, str]:
-        return {"texts": self.digest_texts(_reads_characters(cli.settings_of(settings)))}
+        with_characters = _reads_characters(cli.settings_of(settings))
+        return {"texts": self._texts(self.data, with_characters, 1.0, 0)}
 
     def _classifier_inputs(self, settings: downstream.DownstreamConfig) -> dict[str, str]:
         """Return the digests that a classifier on the features of a finished run records."""
@@ -282,12 +283,8 @@ class Comparison:
         saved = read_config(path)
         texts = saved.get("texts", "")
         if source.labels < 1:
-            texts = self.digest_texts(_reads_characters(saved), source.labels, seed)
+            texts = self._texts(self.data, _reads_characters(saved), source.labels, seed)
         return {"texts": texts, "model": self._features(path, seed if source.untrained else None)}
-
-    def digest_texts(self, with_characters: bool = False, labels: float = 1.0, seed: int = 0) -> str:
-        """Return the digest that a run on this fraction of the labels records as "texts"."""
-        return self._texts(self.data, with_characters, labels, seed)
 
     def _parse(self, command: str, *flags: str) -> Any:
         """Parse and check the settings of a command, with the extra flags, before any stage runs."""

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from elmo_jax.config import DataConfig
 from experiments.compare import claims
 from experiments.compare.__main__ import CompareConfig
 from experiments.compare.claims import most_frequent_sense_accuracy, probe_accuracy
@@ -88,27 +87,11 @@ def test_efficiency_is_plotted_against_the_documents_trained_on(tmp_path, monkey
     assert "of 3 points" in text
 
 
-@pytest.mark.parametrize(
-    ("rows", "fractions", "expected"),
-    [
-        (20, [0.03, 0.1, 0.3], "skipping 1% of the labels: the same documents as 3%\n"),
-        (2, [], "".join(f"skipping {n}% of the labels: the same documents as 100%\n"
-                        for n in (1, 3, 10, 30))),
-        (400, [0.01, 0.03, 0.1, 0.3], ""),
-    ],
-)  # fmt: skip
-def test_fractions_with_the_same_documents_are_trained_once(tmp_path, capsys, rows, fractions, expected):
-    (tmp_path / "data").mkdir()
-    for part, count in (("train", rows), ("test", 1)):
-        texts = "".join(f"{c},{c} is {i}\n" for c in ("s", "b") for i in range(count))
-        (tmp_path / "data" / f"{part}.csv").write_text(texts)
-    data = DataConfig(str(tmp_path / "data"), validation=0.5 if rows == 2 else 0.2)
-    studies = claims.Studies(Comparison(CompareConfig(data, output=str(tmp_path / "out"))))
-    assert capsys.readouterr().out == expected
-    assert [list(few) for few in studies.few_labels.values()] == [fractions] * 3
-    names = [stage.name for stage in studies.stages]
+def test_studies_share_no_stage(tmp_path):
+    config = CompareConfig(output=str(tmp_path / "out"), seeds=2)
+    names = [stage.name for stage in claims.Studies(Comparison(config)).stages]
     assert names[:3] == ["context pretrain", "context svd", "context sgns"]
-    assert len(names) == len(set(names)) == 3 + 1 + 3 * len(fractions)
+    assert len(names) == len(set(names)) == 3 + 2 + 3 * 2 * len(claims.LABEL_FRACTIONS)
 
 
 def test_convergence_is_when_elmo_reaches_the_best_of_the_static_vectors():

@@ -140,10 +140,8 @@ def test_flags_of_the_other_vector_method_do_not_replace_a_run(tmp_path):
     assert other["svd"].settings.epochs == plain["svd"].settings.epochs
 
 
-def test_data_set_is_loaded_once(monkeypatch):
-    comparison = Comparison(CompareConfig())
-    first = comparison.digest_texts()
+def test_data_set_is_loaded_once(tmp_path, monkeypatch):
+    sources = Comparison(CompareConfig(output=str(tmp_path))).sources
+    first = sources["svd"].inputs()
     monkeypatch.setattr("experiments.compare.stages.load_dataset", None)
-    assert comparison.digest_texts() == first
-    with pytest.raises(TypeError):
-        comparison.digest_texts(labels=0.5)
+    assert sources["sgns"].inputs() == sources["pretrain"].inputs() == first
