@@ -208,10 +208,10 @@ class Comparison:
         """The stages of the language model and the word vectors, by name."""
         stages = {}
         if self.config.pretrained is None:
-            settings = self._parse("pretrain")
+            settings = replace(self._parse("pretrain"), data=self.data)
             stages["pretrain"] = self._make_stage("pretrain", settings.epochs, pretrain.pretrain, settings)
         for method, unused in _UNUSED_SETTINGS.items():
-            settings = replace(self._parse("vectors", "--method", method), **unused)
+            settings = replace(self._parse("vectors", "--method", method), data=self.data, **unused)
             stages[method] = self._make_stage(method, _WORK[method], vectors.vectors, settings)
         return stages
 
@@ -265,26 +265,17 @@ class Comparison:
         self, name: str, work: float, command: Callable, settings: Any, source: Stage | None = None
     ) -> Stage:
         settings = replace(settings, output=str(self.output / name.replace(" seed ", "-seed")))
-        if isinstance(settings, downstream.DownstreamConfig):
-            inputs = functools.partial(self._classifier_inputs, settings)
-        else:
-            settings = replace(settings, data=self.data)
-            inputs = functools.partial(self._source_inputs, settings)
-        return Stage(name, work, command, settings, source, inputs)
+        return Stage(name, work, command, settings, source, functools.partial(self._digest_inputs, settings))
 
-    def _source_inputs(self, settings: Any) -> dict[str, str]:
-        with_characters = _reads_characters(cli.settings_of(settings))
-        return {"texts": self._texts(self.data, with_characters, 1.0, 0)}
-
-    def _classifier_inputs(self, settings: downstream.DownstreamConfig) -> dict[str, str]:
-        """Return the digests that a classifier on the features of a finished run records."""
-        source, seed = settings.source, settings.seed
-        path = Path(source.pretrained if source.features == "elmo" else source.vectors or "")
-        saved = read_config(path)
-        texts = saved.get("texts", "")
-        if source.labels < 1:
-            texts = self._texts(self.data, _reads_characters(saved), source.labels, seed)
-        return {"texts": texts, "model": self._features(path, seed if source.untrained else None)}
+    def _digest_inputs(self, settings: Any) -> dict[str, str]:
+        """Return the digests that a run with these settings records; its source must be finished."""
+        source = getattr(settings, "source", None)
+        if source is None:
+            return {"texts": self._texts(self.data, _reads_characters(cli.settings_of(settings)), 1.0, 0)}
+        path = Path(source.pretrained if source.features == "elmo" else source.vectors)
+        sample_seed = settings.seed if source.labels < 1 else 0
+        texts = self._texts(self.data, _reads_characters(read_config(path)), source.labels, sample_seed)
+        return {"texts": texts, "model": self._features(path, settings.seed if source.untrained else None)}
 
     def _parse(self, command: str, *flags: str) -> Any:
         """Parse and check the settings of a command, with the extra flags, before any stage runs."""
