@@ -101,7 +101,8 @@ def fit_slope(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
     import numpy as np
     from scipy import stats
 
-    line: Any = stats.linregress(*([np.mean(part) for part in np.array_split(a, BLOCKS)] for a in (x, y)))
+    u, v = ([np.mean(part) for part in np.array_split(a, BLOCKS)] for a in (x, y))
+    line: Any = stats.linregress(u, v)
     return float(line.slope), float(line.stderr * stats.t.ppf(0.975, BLOCKS - 2))
 
 

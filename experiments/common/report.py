@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -163,8 +164,7 @@ def plot_layers(
 
     Args:
         points: For each layer, coordinates ``[N, 2]`` of the occurrences.
-        groups: Group of each of the N occurrences; a group has one colour and marker. For group
-            names that the font cannot write see `explain_numbers`.
+        groups: Group of each of the N occurrences; a group has one colour and marker.
         titles: Titles of the panels.
         path: PNG file to write.
     """
@@ -192,7 +192,6 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
     """Plot a confusion matrix as a PNG: counts, shaded by their fraction of the true class.
 
     With more than 25 classes the cells hold no numbers, and evenly spaced ticks name at most 25 classes.
-    For class names that the font cannot write see `explain_numbers`.
     """
     matrix, n = np.array(counts), len(classes)
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -222,7 +221,7 @@ def _number_unwritable(names: Sequence[str], kind: str) -> list[str]:
 
 
 def explain_numbers(names: Sequence[str], kind: str) -> str:
-    """Return a sentence that names the numbered classes or words of a plot, empty if there are none.
+    """Return a sentence that names the classes or words that plots show as numbers, if there are any.
 
     Examples:
         >>> explain_numbers(["Sports", "体育"], "class")
@@ -309,7 +308,8 @@ class Page:
     def write(self) -> None:
         """Write the Markdown and the HTML file."""
         self.path.with_suffix(".md").write_text("\n\n".join(self._markdown) + "\n", encoding="utf-8")
-        page = _HTML.format(title=html.escape(self.title), css=_CSS, body="\n".join(self._html))
+        template = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
+        page = template.substitute(title=html.escape(self.title), body="\n".join(self._html))
         self.path.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
@@ -317,36 +317,3 @@ def _format_code(text: str) -> str:
     """Escape text for HTML and mark the code between backticks."""
     parts = html.escape(text).split("`")
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
-
-
-_HTML = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8">
-<title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{css}</style></head>
-<body>
-{body}
-</body>
-</html>
-"""
-_CSS = """
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; color: #1b1f24; background: #fff;
-       font: 16px/1.55 system-ui, sans-serif; }
-h2 { margin: 2.5rem 0 .5rem; padding-bottom: .25rem; border-bottom: 2px solid #0072B2; }
-p { max-width: 44rem; }
-.table { overflow-x: auto; margin: 1rem 0; border: 1px solid #d8dee4; border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead tr { background: #eaf3f9; }
-tbody tr { border-top: 1px solid #e6eaee; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
-.figures:has(> :only-child) { max-width: 44rem; }
-figure { margin: .5rem 0; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: #4b5560; font-size: .9rem; }
-code { background: #f1f4f6; border-radius: 4px; padding: .1em .3em; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { th, td { padding: .3rem .25rem; font-size: .72rem; white-space: normal; } }
-"""

@@ -111,7 +111,7 @@ class Classifier(NamedTuple):
 Runs = Mapping[str, Sequence[Classifier]]  # the classifiers of each method, one a seed
 
 
-def read_classifiers(stages: Mapping[str, Sequence[Stage]]) -> dict[str, list[Classifier]]:
+def read_classifiers(stages: Mapping[Any, Sequence[Stage]]) -> dict[Any, list[Classifier]]:
     """Read finished runs of ``experiments.downstream``; a missing or damaged file is an InputError."""
     return {name: [_read_classifier(run.path) for run in runs] for name, runs in stages.items()}
 
