@@ -186,18 +186,17 @@ class Comparison:
     def __init__(self, config: CompareConfig):
         self.config, self.output = config, Path(config.output)
         self._texts, self._features = functools.cache(_digest_texts), functools.cache(_digest_features)
+        self._parse = functools.cache(functools.partial(_parse_settings, config))
         given = config.pretrained
         self.language_model = given or str(self.output / "pretrain")
         self.data = config.data if given is None else self._pretrained_data(Path(given))
 
     def _pretrained_data(self, path: Path) -> DataConfig:
         """Return the data set of a finished pre-training run."""
-        saved = read_config(path)
-        if not isinstance(saved.get("model"), dict) or not (path / RESULTS).is_file():
-            raise InputError(f"{path}: is not a finished run of experiments.pretrain; finish it first")
-        data = data_of(path)
-        if data is None:
-            raise InputError(f"{path}: was not trained on a labelled data set; give a run that was")
+        saved, data = read_config(path), data_of(path)
+        if data is None or not isinstance(saved.get("model"), dict) or not (path / RESULTS).is_file():
+            message = "is not a finished run of experiments.pretrain on a labelled data set; give one"
+            raise InputError(f"{path}: {message}")
         self._features(path, None)  # fails if the run is damaged
         if self._texts(data, _reads_characters(saved), 1.0, 0) != saved.get("texts"):
             raise InputError(f"{path}: its data set has changed since it was trained; train it again")
@@ -226,15 +225,6 @@ class Comparison:
         """All stages."""
         return [*self.sources.values(), *itertools.chain(*self.classifiers.values())]
 
-    @functools.cached_property
-    def _settings(self) -> dict[str, downstream.DownstreamConfig]:
-        """The settings of each method's classifier, without its inputs."""
-        settings = {method: self._parse("downstream", *flags) for method, flags in METHODS.items()}
-        for method, base in settings.items():
-            if base.source.features != "elmo":  # word vectors are fixed
-                settings[method] = replace(base, source=replace(base.source, finetune=False))
-        return settings
-
     def classifier(
         self, method: str, seed: int, labels: float = 1.0, epochs: int | None = None, untrained: bool = False
     ) -> Stage:
@@ -247,18 +237,17 @@ class Comparison:
             epochs: Number of epochs, if it is not that of the preset.
             untrained: Use a language model with random parameters.
         """
-        base, name = self._settings[method], METHODS[method][1]
+        base, name = self._parse("downstream", *METHODS[method]), METHODS[method][1]
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
-        source, epochs = replace(base.source, labels=labels, untrained=untrained), epochs or base.epochs
-        if source.features == "elmo":
-            rate, made_by = 1.2, "pretrain"
-            source = replace(source, pretrained=self.language_model)
-        else:
-            rate, made_by = 0.6, source.features
-            source = replace(source, vectors=str(self.output / made_by))
-        settings = replace(base, seed=seed, source=source, epochs=epochs)
-        work, command = rate * epochs * labels, downstream.downstream
+        if base.source.features == "elmo":
+            rate, made_by, inputs = 1.2, "pretrain", {"pretrained": self.language_model}
+        else:  # word vectors are fixed
+            rate, made_by = 0.6, base.source.features
+            inputs = {"vectors": str(self.output / made_by), "finetune": False}
+        source = replace(base.source, labels=labels, untrained=untrained, **inputs)
+        settings = replace(base, seed=seed, source=source, epochs=epochs or base.epochs)
+        work, command = rate * settings.epochs * labels, downstream.downstream
         return self._make_stage(f"{name} seed {seed}", work, command, settings, self.sources.get(made_by))
 
     def _make_stage(
@@ -277,22 +266,23 @@ class Comparison:
         texts = self._texts(self.data, _reads_characters(read_config(path)), source.labels, sample_seed)
         return {"texts": texts, "model": self._features(path, settings.seed if source.untrained else None)}
 
-    def _parse(self, command: str, *flags: str) -> Any:
-        """Parse and check the settings of a command, with the extra flags, before any stage runs."""
-        kind, presets = _COMMANDS[command]
-        text = getattr(self.config, command)
-        try:
-            extra = shlex.split(text)
-        except ValueError as error:
-            raise InputError(f"--{command} {text!r}: {error}; check its quotes") from None
-        for flag in cli.flags_in(extra):
-            if flag in _RESERVED_FLAGS or (command, flag) == ("downstream", "--seed"):
-                hint = ", or give it to compare itself" if flag in _DATA_FLAGS else ""
-                raise InputError(f"--{command} {flag}: is set by the comparison; leave it out{hint}")
-        preset = ["--preset", self.config.preset] if presets else []
-        settings = cli.parse(kind, command, presets, [*preset, *flags, *extra])
-        cli.check(settings)
-        return settings
+
+def _parse_settings(config: CompareConfig, command: str, *flags: str) -> Any:
+    """Parse and check the settings of a command, with the extra flags, before any stage runs."""
+    kind, presets = _COMMANDS[command]
+    text = getattr(config, command)
+    try:
+        extra = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--{command} {text!r}: {error}; check its quotes") from None
+    for flag in cli.flags_in(extra):
+        if flag in _RESERVED_FLAGS or (command, flag) == ("downstream", "--seed"):
+            hint = ", or give it to compare itself" if flag in _DATA_FLAGS else ""
+            raise InputError(f"--{command} {flag}: is set by the comparison; leave it out{hint}")
+    preset = ["--preset", config.preset] if presets else []
+    settings = cli.parse(kind, command, presets, [*preset, *flags, *extra])
+    cli.check(settings)
+    return settings
 
 
 def _digest_texts(data: DataConfig, with_characters: bool, labels: float, seed: int) -> str:
