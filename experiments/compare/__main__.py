@@ -84,17 +84,15 @@ def _check_flags(config: CompareConfig) -> None:
 
 def _check_output(output: Path) -> None:
     """Refuse a folder that holds anything but a comparison."""
-    names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if _CONFIG in names:
-        try:
-            is_comparison = "seeds" in json.loads((output / _CONFIG).read_text("utf-8"))
-        except (TypeError, ValueError):
-            message = "cannot be read; restore it, or give --output a new folder"
-            raise InputError(f"{output / _CONFIG}: {message}") from None
-        if not is_comparison:
-            raise InputError(f"{output}: holds a run of another command; give --output another folder")
-    elif names - {f"{_CONFIG}.part", _LOCK}:
-        raise InputError(f"{output}: is not empty and holds no comparison; give --output a new folder")
+    try:
+        is_allowed = "seeds" in json.loads((output / _CONFIG).read_text("utf-8"))
+    except FileNotFoundError:
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
+        is_allowed = names <= {f"{_CONFIG}.part", _LOCK}
+    except (TypeError, ValueError):
+        is_allowed = False
+    if not is_allowed:
+        raise InputError(f"{output}: is not empty and holds no comparison; give --output another folder")
 
 
 def _describe_call() -> str:

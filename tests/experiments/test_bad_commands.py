@@ -173,10 +173,10 @@ COMPARE = {
     "a number of another": (["--downstream=--epochs 0"], "--epochs must be at least 1"),
     "no run": (["--pretrained", "none"], "none: holds no run"),
     "no finished run": (["--pretrained", "model"], "model: is not a finished run"),
-    "a file": (["--output", "in.txt"], "in.txt: Not a directory"),
-    "another's run": (["--output", "model"], "model: holds a run of another command"),
+    "a file": (["--output", "in.txt"], "in.txt/config.json: Not a directory"),
+    "another's run": (["--output", "model"], "model: is not empty and holds no comparison"),
     "another's folder": (["--output", "mine"], "mine: is not empty and holds no comparison"),
-    "a number for a configuration": (["--output", "five"], "config.json: cannot be read; restore it"),
+    "a number for a configuration": (["--output", "five"], "five: is not empty and holds no comparison"),
     "more seeds than anyone has": (["--seeds", "1000000000"], "--seeds must be at most 1000"),
     "two data sets": (
         ["--pretrained", "model", "--dataset", "x", "--min-count", "1"],
