@@ -49,16 +49,14 @@ class Stage:
         work: Estimated time in arbitrary units.
         command: Function that takes the settings.
         settings: Settings with ``output``, ``resume`` and ``overwrite``.
-        source: Stage that makes the features of this one, if there is one.
         inputs: Function that returns the current digests of the inputs by their name in
-            ``config.json``; called only when the source is finished.
+            ``config.json``; the stages that make the inputs must be finished.
     """
 
     name: str
     work: float
     command: Callable[[Any], Any]
     settings: Any
-    source: Stage | None = None
     inputs: Callable[[], Mapping[str, str]] = dict
 
     @property
@@ -70,7 +68,7 @@ class Stage:
     def is_finished(self) -> bool:
         """True if a run with these settings and the current inputs reached its end."""
         has_ended = (self.path / RESULTS).is_file() and (self.path / CONFIG).is_file()
-        return has_ended and (self.source is None or self.source.is_finished) and self.stale_reason is None
+        return has_ended and self.stale_reason is None
 
     @property
     def stale_reason(self) -> str | None:
@@ -101,13 +99,13 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     """
     (output / "logs").mkdir(parents=True, exist_ok=True)
     seconds = _read_times(output / METRICS)
-    done = {stage.name for stage in stages if stage.is_finished}
-    for i, stage in enumerate(stages, 1):
+    for i, stage in enumerate(stages):
         is_finished, reason = stage.is_finished, stage.stale_reason
-        done = done | {stage.name} if is_finished else done - {stage.name}
         action = f"running again because {reason}" if reason else "running"
         action = "already finished" if is_finished else action
-        cli.say(f"[{i}/{len(stages)}] {stage.name}: {action}, {_estimate_remaining(stages, done, seconds)}")
+        waiting = [*([] if is_finished else [stage]), *(s for s in stages[i + 1 :] if s.name not in seconds)]
+        remaining = _estimate_time(waiting, [s for s in stages if s not in waiting], seconds)
+        cli.say(f"[{i + 1}/{len(stages)}] {stage.name}: {action}, {remaining}")
         if is_finished:
             continue
         start, earlier = time.perf_counter(), 0.0 if reason else seconds.get(stage.name, 0.0)
@@ -119,19 +117,17 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
             seconds[stage.name] = round(earlier + time.perf_counter() - start, 1)
             lines = (json.dumps({"event": "stage", "stage": n, "seconds": s}) for n, s in seconds.items())
             write_atomically(output / METRICS, "".join(f"{line}\n" for line in lines))
-        done.add(stage.name)
         jax.clear_caches()  # the next stage compiles other programs
     return seconds
 
 
-def _estimate_remaining(stages: Sequence[Stage], done: set[str], seconds: Mapping[str, float]) -> str:
-    """Estimate the time of the stages that are not done from the times of those that are."""
-    waiting = sum(stage.work for stage in stages if stage.name not in done)
-    timed = [stage for stage in stages if stage.name in done and stage.name in seconds]
+def _estimate_time(waiting: Sequence[Stage], done: Sequence[Stage], seconds: Mapping[str, float]) -> str:
+    """Estimate the time of the waiting stages from the times of those that are done."""
+    timed = [stage for stage in done if stage.name in seconds]
     if not waiting or not timed:
         return "remaining time unknown" if waiting else "nothing remaining"
     rate = sum(seconds[stage.name] for stage in timed) / sum(stage.work for stage in timed)
-    minutes = rate * waiting / 60
+    minutes = rate * sum(stage.work for stage in waiting) / 60
     return f"about {minutes:.0f} min remaining" if minutes >= 1 else "less than a minute remaining"
 
 
@@ -241,20 +237,17 @@ class Comparison:
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
         if base.source.features == "elmo":
-            rate, made_by, inputs = 1.2, "pretrain", {"pretrained": self.language_model}
+            rate, inputs = 1.2, {"pretrained": self.language_model}
         else:  # word vectors are fixed
-            rate, made_by = 0.6, base.source.features
-            inputs = {"vectors": str(self.output / made_by), "finetune": False}
+            rate, inputs = 0.6, {"vectors": str(self.output / base.source.features), "finetune": False}
         source = replace(base.source, labels=labels, untrained=untrained, **inputs)
         settings = replace(base, seed=seed, source=source, epochs=epochs or base.epochs)
-        work, command = rate * settings.epochs * labels, downstream.downstream
-        return self._make_stage(f"{name} seed {seed}", work, command, settings, self.sources.get(made_by))
+        work = rate * settings.epochs * labels
+        return self._make_stage(f"{name} seed {seed}", work, downstream.downstream, settings)
 
-    def _make_stage(
-        self, name: str, work: float, command: Callable, settings: Any, source: Stage | None = None
-    ) -> Stage:
+    def _make_stage(self, name: str, work: float, command: Callable, settings: Any) -> Stage:
         settings = replace(settings, output=str(self.output / name.replace(" seed ", "-seed")))
-        return Stage(name, work, command, settings, source, functools.partial(self._digest_inputs, settings))
+        return Stage(name, work, command, settings, functools.partial(self._digest_inputs, settings))
 
     def _digest_inputs(self, settings: Any) -> dict[str, str]:
         """Return the digests that a run with these settings records; its source must be finished."""

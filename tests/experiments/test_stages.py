@@ -50,12 +50,10 @@ def command():
 
 @pytest.fixture
 def stages(tmp_path, command):
-    """Stages a and b, and c whose source is b."""
-    make = lambda name, source=None: Stage(  # noqa: E731
-        name, 1.0, command, Settings(str(tmp_path / name)), source, lambda: command.inputs
-    )
-    a, b = make("a"), make("b")
-    return [a, b, make("c", b)]
+    """Stages a, b and c."""
+    return [
+        Stage(name, 1.0, command, Settings(str(tmp_path / name)), lambda: command.inputs) for name in "abc"
+    ]
 
 
 def test_stopped_stages_continue_and_finished_ones_are_not_run_again(stages, command, tmp_path, capsys):
@@ -102,14 +100,6 @@ def test_other_inputs_replace_the_run(stages, command, tmp_path, capsys):
     assert command.calls == [("a", True), ("b", True), ("c", True)]
     assert capsys.readouterr().out.count("running again because its texts have changed, ") == 3
     assert all(stage.is_finished for stage in stages)
-
-
-def test_stage_is_unfinished_while_its_source_is(stages, command, tmp_path):
-    run_stages(stages, tmp_path)
-    (tmp_path / "b" / "results.json").unlink()
-    assert not stages[2].is_finished
-    run_stages(stages, tmp_path)
-    assert command.calls[3:] == [("b", False)] and stages[2].is_finished
 
 
 def test_run_without_configuration_is_unfinished(stages, tmp_path):
