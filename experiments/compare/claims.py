@@ -23,30 +23,26 @@ from elmo_jax.elmo import Elmo
 from experiments.common import report
 from experiments.common.inputs import VECTORS
 from experiments.compare.results import format_mean, read_classifiers, validation_curves
-from experiments.compare.stages import ELMO, Comparison, Stage
+from experiments.compare.stages import ELMO, Comparison
 
 STATIC = ("SGNS", "SVD")
 LABEL_FRACTIONS = (0.01, 0.03, 0.1, 0.3)  # besides all labels
 
 
 class Studies:
-    """Runs of the studies.
-
-    Attributes:
-        full: Classifiers of the comparison, by method.
-        few_labels: Classifiers by method and fraction of the labels.
-        untrained: ELMo's classifiers on a language model with random parameters.
-        context: Pre-training, SVD and SGNS on the sample corpus.
-    """
+    """Runs of the studies: with few labels, on an untrained language model and on the sample corpus."""
 
     def __init__(self, comparison: Comparison):
         self.full, seeds = comparison.classifiers, range(comparison.config.seeds)
-        self.few_labels: dict[str, dict[float, list[Stage]]] = {method: {} for method in (ELMO, *STATIC)}
-        for fraction, method in itertools.product(LABEL_FRACTIONS, self.few_labels):
-            # Few documents make few steps an epoch, so the number of epochs grows.
-            epochs = round(self.full[method][0].settings.epochs / fraction**0.5)
-            runs = [comparison.classifier(method, seed, fraction, epochs) for seed in seeds]
-            self.few_labels[method][fraction] = runs
+        all_epochs = self.full[ELMO][0].settings.epochs
+        # Few documents make few steps an epoch, so the number of epochs grows.
+        epochs = {fraction: round(all_epochs / fraction**0.5) for fraction in LABEL_FRACTIONS}
+        self.few_labels = {
+            method: {
+                f: [comparison.classifier(method, seed, f, n) for seed in seeds] for f, n in epochs.items()
+            }
+            for method in (ELMO, *STATIC)
+        }
         self.untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in seeds]
         output = str(comparison.output / "context")
         config = replace(comparison.config, data=DataConfig(), output=output, pretrained=None)

@@ -34,8 +34,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
     """Compare two classifiers on the same documents with an exact McNemar test (McNemar 1947).
 
     Args:
-        labels: ``[N]`` true classes.
-        a, b: ``[N]`` predicted classes.
+        labels, a, b: ``[N]`` true classes, and those that each classifier predicts.
 
     Returns:
         The number of documents that only a classifies correctly, the number that only b does, and the
@@ -87,20 +86,13 @@ def paired_bootstrap(
 
 
 class Classifier(NamedTuple):
-    """A finished classifier.
-
-    Attributes:
-        path: Run folder.
-        results: Contents of ``results.json``.
-        records: One record an epoch.
-        labels, predicted: ``[N]`` int32 classes of the test documents.
-    """
+    """A finished classifier."""
 
     path: Path
     results: dict[str, Any]
-    records: list[dict[str, Any]]
-    labels: np.ndarray
-    predicted: np.ndarray
+    records: list[dict[str, Any]]  # one an epoch
+    labels: np.ndarray  # [N], true classes of the test documents
+    predicted: np.ndarray  # [N]
 
     @property
     def accuracy(self) -> float:
@@ -135,13 +127,7 @@ def _read(file: Path) -> Any:
 
 
 def write_page(comparison: Comparison, seconds: Mapping[str, float], about: str) -> None:
-    """Draw the figure and write ``report.md`` and ``report.html``.
-
-    Args:
-        comparison: Comparison whose stages are all finished.
-        seconds: Time by stage name, where it is known.
-        about: First paragraph of the page.
-    """
+    """Write ``report.md`` and ``report.html``, given the times of stages and a first paragraph."""
     runs = read_classifiers(comparison.classifiers)
     ranked = dict(sorted(runs.items(), key=lambda item: -np.mean([run.accuracy for run in item[1]])))
     reported = REPORT if comparison.data.dataset == REPORT_DATASET else {}

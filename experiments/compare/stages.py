@@ -42,22 +42,15 @@ _CHANGED_INPUTS = {"texts": "its texts have changed", "model": "the model it bui
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its settings.
-
-    Attributes:
-        name: Name in messages and in the log.
-        work: Estimated time in arbitrary units.
-        command: Function that takes the settings.
-        settings: Settings with ``output``, ``resume`` and ``overwrite``.
-        inputs: Function that returns the current digests of the inputs by their name in
-            ``config.json``; the stages that make the inputs must be finished.
-    """
+    """A command with its settings."""
 
     name: str
-    work: float
+    work: float  # estimated time, in epochs of pre-training
     command: Callable[[Any], Any]
-    settings: Any
-    inputs: Callable[[], Mapping[str, str]] = dict
+    settings: Any  # with output, resume and overwrite
+    inputs: Callable[[], Mapping[str, str]] = (
+        dict  # returns digests by name in config.json, see _digest_inputs
+    )
 
     @property
     def path(self) -> Path:
@@ -95,7 +88,7 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
         output: Folder for the output of the stages (``logs``) and their times (``metrics.jsonl``).
 
     Returns:
-        Seconds by stage name, for the stages that ran here now or earlier.
+        Seconds by stage name, where known.
     """
     (output / "logs").mkdir(parents=True, exist_ok=True)
     seconds = _read_times(output / METRICS)
@@ -148,7 +141,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "ELMo, frozen λ": ("--combiner", "frozen"),
     "SVD": ("--features", "svd"),
 }
-_WORK = {"svd": 0.3, "sgns": 1.0}  # in epochs of pre-training
+_WORK = {"svd": 0.3, "sgns": 1.0}
 # Defaults for the settings that a word vector method does not use, so that they cannot make its run stale.
 _UNUSED_SETTINGS: Mapping[str, Any] = {
     "svd": {"sgns": SGNSConfig(), "epochs": vectors.VectorsConfig.epochs},
