@@ -49,7 +49,8 @@ def soak(config: SoakConfig) -> dict[str, Any]:
         raise InputError("this system has no /proc to read memory from; run this on Linux")
     samples: list[dict[str, float]] = []
     path, ended = Path(config.train.output), threading.Event()
-    thread = threading.Thread(target=_sample_process, args=(config, samples, ended), daemon=True)
+    args = (config, samples, ended, signal.getsignal(signal.SIGTERM))
+    thread = threading.Thread(target=_sample_process, args=args, daemon=True)
     thread.start()
     try:
         with contextlib.suppress(Interrupted):
@@ -72,9 +73,11 @@ def soak(config: SoakConfig) -> dict[str, Any]:
     return {"slope": slope, "error": error, "files": most - fewest}
 
 
-def _sample_process(config: SoakConfig, samples: list[dict[str, float]], ended: threading.Event) -> None:
+def _sample_process(
+    config: SoakConfig, samples: list[dict[str, float]], ended: threading.Event, handler: Any
+) -> None:
     """Sample this process until an event, and stop its training when the time is up."""
-    folder, start, before = Path(config.train.output), time.monotonic(), signal.getsignal(signal.SIGTERM)
+    folder, start = Path(config.train.output), time.monotonic()
     while not ended.wait(config.every):
         seconds = time.monotonic() - start
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -83,7 +86,7 @@ def _sample_process(config: SoakConfig, samples: list[dict[str, float]], ended: 
         samples.append({"seconds": round(seconds, 1), "rss_bytes": rss, "open_files": files})
         if (folder / "config.json").is_file():  # earlier, `Run.create` would refuse a folder with files
             (folder / "memory.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        is_training = signal.getsignal(signal.SIGTERM) != before  # `fit` saves at this signal
+        is_training = signal.getsignal(signal.SIGTERM) != handler  # `fit` saves at this signal
         if is_training and seconds > 60 * config.minutes:
             os.kill(os.getpid(), signal.SIGTERM)
             return
