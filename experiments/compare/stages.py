@@ -96,7 +96,8 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
         is_finished, reason = stage.is_finished, stage.stale_reason
         action = f"running again because {reason}" if reason else "running"
         action = "already finished" if is_finished else action
-        waiting = [*([] if is_finished else [stage]), *(s for s in stages[i + 1 :] if s.name not in seconds)]
+        later = [each for each in stages[i + 1 :] if each.name not in seconds]
+        waiting = later if is_finished else [stage, *later]
         remaining = _estimate_time(waiting, [s for s in stages if s not in waiting], seconds)
         cli.say(f"[{i + 1}/{len(stages)}] {stage.name}: {action}, {remaining}")
         if is_finished:
