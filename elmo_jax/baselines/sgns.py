@@ -111,6 +111,8 @@ class SpanStream:
             np.minimum(negatives, len(self._noise) - 1).astype(np.int32),
         )
 
+    group_scale = 1  # unused
+
     def shapes(self) -> list[Any]:
         """Return an empty list: all steps have the same shape."""
         return []

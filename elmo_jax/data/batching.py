@@ -99,7 +99,7 @@ class Documents:
         character_ids: Character ids ``[ids, C]`` of every token id, or None for models of words.
         vocabulary_size: V. Ids from V on have characters, but are ``<UNK>`` in `Batch.words`.
         max_length: Longer documents are truncated to this number of tokens; None truncates none.
-        group_size: Group size of `UniqueWords`; accelerators prefer larger groups than CPUs.
+        group_size: Group size of `UniqueWords` on a CPU.
     """
 
     ids: np.ndarray
@@ -136,8 +136,11 @@ class Documents:
 
     share = renamed_method("share", "subset")
 
-    def batch(self, indices: np.ndarray, steps: int, unique: bool = False) -> Batch:
-        """Return documents ``[..., B]`` as a batch with leaves ``[..., B, T]``; index -1 is a filler row."""
+    def batch(self, indices: np.ndarray, steps: int, group_scale: int = 0) -> Batch:
+        """Return documents ``[..., B]`` as a batch with leaves ``[..., B, T]``; index -1 is a filler row.
+
+        With a `group_scale` it has `UniqueWords`, in groups of that many times `group_size`.
+        """
         real = indices >= 0
         lengths = np.where(real, self.lengths[indices] + 2, 0).astype(np.int32)  # [..., B]
         t, n = np.arange(steps), lengths[..., None]
@@ -147,7 +150,7 @@ class Documents:
         ids[..., 0] = np.where(real, BOS, PAD)
         ids[(t == n - 1) & (n > 0)] = EOS
         labels = np.where(real, self.labels[indices], 0).astype(np.int32)
-        characters = self.characters(ids, 2 if unique else None)
+        characters = self.characters(ids, 2, group_scale)
         return Batch(self.known_words(ids), lengths, labels, real.astype(np.float32), *characters)
 
     def known_words(self, ids: np.ndarray) -> np.ndarray:
@@ -156,11 +159,13 @@ class Documents:
             return ids
         return np.where(ids < self.vocabulary_size, ids, UNK).astype(np.int32)
 
-    def characters(self, ids: np.ndarray, axes: int | None) -> tuple[np.ndarray | None, UniqueWords | None]:
-        """Return character ids ``[..., C]``, and the unique words of steps with this number of axes."""
+    def characters(
+        self, ids: np.ndarray, axes: int, group_scale: int = 0
+    ) -> tuple[np.ndarray | None, UniqueWords | None]:
+        """Return character ids ``[..., C]``, and the unique words of steps with `axes` axes."""
         if self.character_ids is None:
             return None, None
-        unique = find_unique_words(ids, axes, self.group_size) if axes else None
+        unique = find_unique_words(ids, axes, group_scale * self.group_size) if group_scale else None
         return self.character_ids[ids], unique
 
 
@@ -176,6 +181,7 @@ class Stream(Protocol):
 
     batch_size: int
     steps_per_epoch: int
+    group_scale: int  # times the group size of `UniqueWords`; `elmo_jax.parallel.feed` sets it for the device
 
     def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
         """Yield these `rows` of the batches of steps `first` to `last` - 1, counted over all epochs."""
@@ -224,7 +230,7 @@ class BatchStream:
         if steps.max() > bounds[-1]:
             bounds = (*bounds, -(-int(steps.max()) // ROUND) * ROUND)
         self.documents, self.batch_size, self.seed = documents, batch_size, seed
-        self.bounds, self.steps_per_call = bounds, min(steps_per_call, _RUN)
+        self.bounds, self.steps_per_call, self.group_scale = bounds, min(steps_per_call, _RUN), 1
         by_length = np.argsort(steps, kind="stable")
         ends = np.searchsorted(steps[by_length], bounds, "right")
         batches = np.diff(_count_batches(ends, batch_size), prepend=0).tolist()
@@ -289,7 +295,8 @@ class BatchStream:
         for k, batch in enumerate(batches):
             indices[k, : len(batch)] = batch
         indices[len(batches) :] = indices[0]
-        return StepChunk(self.documents.batch(indices[:, rows], bound, unique=rows == ALL), len(batches))
+        group_scale = self.group_scale if rows == ALL else 0  # unique words are those of a complete batch
+        return StepChunk(self.documents.batch(indices[:, rows], bound, group_scale), len(batches))
 
 
 def _count_batches(documents: np.ndarray, batch_size: int) -> np.ndarray:
@@ -353,7 +360,7 @@ class ContiguousStream:
         self, documents: Documents, batch_size: int, unroll: int, seed: int, steps_per_call: int = 1
     ):
         self.documents, self.batch_size, self.unroll = documents, batch_size, unroll
-        self.seed, self.steps_per_call = seed, steps_per_call
+        self.seed, self.steps_per_call, self.group_scale = seed, steps_per_call, 1
         total = int(documents.offsets[-1]) + 2 * len(documents)
         self.tokens_per_row = total // batch_size
         self.steps_per_epoch = (self.tokens_per_row - 1) // unroll
@@ -396,7 +403,7 @@ class ContiguousStream:
             directions.append(words)
         ids = np.stack(directions, axis=-3)
         weight = np.stack([position <= n] * DIRECTIONS, axis=-3)[..., :-1].astype(np.float32)
-        characters = self.documents.characters(ids[..., :-1], 3 if rows == ALL else None)
+        characters = self.documents.characters(ids[..., :-1], 3, self.group_scale if rows == ALL else 0)
         return Window(self.documents.known_words(ids), weight, *characters)
 
     def _locate(self, epoch: int, steps: Any, rows: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,5 @@
 """Embedders that map tokens to context-independent vectors: a table of words and a character CNN."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from elmo_jax.config import CharCNNConfig
-from elmo_jax.data.batching import Documents
-from elmo_jax.data.characters import GROUP_SIZE, IDS
+from elmo_jax.data.characters import IDS
 from elmo_jax.parallel import align_varying
 
 
@@ -153,12 +150,3 @@ def _matmul(x: Array, w: Array) -> Array:
 
 def _uniform_init(bound: float):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def with_device_group_size(documents: Documents) -> Documents:
-    """Return the documents with the group size of `UniqueWords` that suits this device.
-
-    A kernel launch on an accelerator takes longer than a small matmul, so groups are larger there.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return documents if on_cpu else replace(documents, group_size=4 * GROUP_SIZE)

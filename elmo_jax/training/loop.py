@@ -20,7 +20,15 @@ from tqdm import tqdm
 from elmo_jax._moved import renamed_arguments
 from elmo_jax.data.batching import Stream
 from elmo_jax.errors import Interrupted, NotFiniteError
-from elmo_jax.parallel import Plan, feed, find_mesh, is_first_process, is_multiprocess, max_over_processes
+from elmo_jax.parallel import (
+    Plan,
+    choose_group_scale,
+    feed,
+    find_mesh,
+    is_first_process,
+    is_multiprocess,
+    max_over_processes,
+)
 from elmo_jax.training.checkpoint import Position, Run
 from elmo_jax.training.optimizers import Optimizer
 from elmo_jax.training.step import LossFn, Params, TrainState, compile_steps
@@ -86,6 +94,7 @@ def fit(
     run.log(position.records)
     mesh, key, per_epoch = find_mesh(like), jax.random.key(seed), stream.steps_per_epoch
     total = epochs * per_epoch
+    choose_group_scale(stream)  # the shapes depend on it
     shapes = stream.shapes() if mesh is None and position.step < total else []
     run_steps = compile_steps(loss_fn, optimizer, like, iterate_with_progress(shapes, "program"))
     state = replace(plan(), frozen=like.frozen) if restored is None else replace(like, **restored)

@@ -21,7 +21,6 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.classifier import Features, static_features
 from elmo_jax.models.combiners import OneLayer, make_combiner
-from elmo_jax.models.embedders import with_device_group_size
 from elmo_jax.storage.files import check_files, read_config, structure
 from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.training.loop import ProgressBar
@@ -75,8 +74,7 @@ def load_texts(
         if config.valid_corpus is not None or config.vocab is not None:
             raise InputError("--valid-corpus and --vocab need --corpus; give all or none")
         dataset = load_dataset(data, with_characters=with_characters, keep=keep)
-        parts = with_device_group_size(dataset.train), with_device_group_size(dataset.validation)
-        return Texts(*parts, dataset.vocabulary, dataset.digest)
+        return Texts(dataset.train, dataset.validation, dataset.vocabulary, dataset.digest)
     if data.dataset != DataConfig.dataset or data.data_dir is not None:
         raise InputError("--corpus replaces --dataset and --data-dir; give one or the other")
     if config.valid_corpus is None:
@@ -85,7 +83,7 @@ def load_texts(
     vocabulary = _corpus_vocabulary(data, config, keep)
     if max_tokens is not None:
         train, fraction = read_beginning(config.corpus, vocabulary, with_characters, max_tokens)
-        train = _cut_sentences(with_device_group_size(train), data, config)
+        train = _cut_sentences(train, data, config)
         return Texts(train, train, vocabulary, "", fraction)
     train, held_out = (
         _load_corpus(pattern, vocabulary, with_characters) for pattern in (config.corpus, config.valid_corpus)
@@ -111,7 +109,7 @@ def _corpus_vocabulary(data: DataConfig, config: CorpusConfig, keep: bool) -> Vo
 
 def _load_corpus(pattern: str, vocabulary: Vocabulary, with_characters: bool) -> Documents:
     with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as bar:
-        return with_device_group_size(load_corpus(pattern, vocabulary, with_characters, bar.add))
+        return load_corpus(pattern, vocabulary, with_characters, bar.add)
 
 
 def _cache_name(part: Documents) -> str:
@@ -228,8 +226,6 @@ def _load_labelled(
         raise InputError(
             f"{run}: the texts of its data set have changed; train it again, or give another --dataset"
         )
-    parts = ("train", "validation", "test")
-    data = replace(data, **{name: with_device_group_size(getattr(data, name)) for name in parts})
     return keep_labels(data, config.labels, seed)
 
 

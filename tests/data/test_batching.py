@@ -8,7 +8,6 @@ from hypothesis import given, settings, strategies as st
 
 from elmo_jax.data.batching import Batch, BatchStream, ContiguousStream, bucket_bounds
 from elmo_jax.data.text import BOS, EOS
-from elmo_jax.models.embedders import with_device_group_size
 from elmo_jax.parallel import feed
 
 
@@ -76,7 +75,7 @@ def test_stacked_batches_equal_single_batches(documents, rng, with_characters):
         row = row[row >= 0]
         ids = [documents.ids[documents.offsets[n] :][: documents.lengths[n]] for n in row]
         single = Batch.of(ids, documents.labels[row], (5, 24))
-        chars, _ = documents.characters(single.words, axes=None)
+        chars, _ = documents.characters(single.words, axes=2)
         single = replace(single, words=documents.known_words(single.words), chars=chars)
         for got, expected in zip(jax.tree.leaves(stacked), jax.tree.leaves(single), strict=True):
             np.testing.assert_array_equal(got[k], expected)
@@ -101,9 +100,13 @@ def test_max_length_truncates_batches_and_taken_documents(documents):
 
 
 def test_groups_of_unique_words_are_larger_on_an_accelerator(documents, monkeypatch):
-    assert with_device_group_size(documents) is documents
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert with_device_group_size(documents).group_size == 4 * documents.group_size
+    character_ids = np.zeros((50, 50), np.int32)
+    stream = BatchStream(replace(documents, character_ids=character_ids, group_size=2), 4)
+    sizes = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        sizes.append(next(feed(stream, 0, 1, None)).batches.unique_words.first.shape[-1])
+    assert sizes == [2, 8]
 
 
 @pytest.mark.parametrize(("prefetch", "kind"), [(True, jax.Array), (False, np.ndarray)])
