@@ -13,56 +13,44 @@ from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MOVED: dict[str, str | tuple[str, ...]] = {  # several new modules where the old one was split
-    "bilm": "elmo_jax.models.bilm",
-    "buckets": "elmo_jax.data.batching",
-    "characters": "elmo_jax.data.characters",
-    "checkpoint": "elmo_jax.training.checkpoint",
-    "classifier": "elmo_jax.models.classifier",
-    "combiners": "elmo_jax.models.combiners",
-    "contiguous": "elmo_jax.data.batching",
-    "corpus": "elmo_jax.data.corpus",
-    "datasets": "elmo_jax.data.csv_dataset",
-    "dispatch": "elmo_jax.training.step",
-    "dump": "elmo_jax.embed_file",
-    "embedders": "elmo_jax.models.embedders",
-    "estimator": "elmo_jax.sklearn",
-    "exported": "elmo_jax.pretrained.folder",
-    "fast": "elmo_jax.ops.lstm",
-    "hdf5": "elmo_jax.storage.hdf5",
-    "inference": "elmo_jax.elmo",
-    "integrity": "elmo_jax.storage.files",
-    "layout": "elmo_jax.ops.lstm",
-    "lines": "elmo_jax.data.text",
-    "loop": "elmo_jax.training.loop",
-    "lstm": "elmo_jax.models.lstm",
-    "mesh": "elmo_jax.parallel",
-    "metrics": "elmo_jax.training.evaluate",
-    "negatives": "elmo_jax.ops.softmax",
-    "page": "experiments.common.report",
-    "persistent": "elmo_jax.ops.lstm_pallas",
-    "processes": "elmo_jax.parallel",
-    "programs": "elmo_jax.ops.lstm_pallas",
-    "progress": "elmo_jax.training.loop",
-    "recurrence": "elmo_jax.ops.lstm",
-    "report": "experiments.common.report",
-    "rows": "elmo_jax.data.csv_dataset",
-    "rowwise": "elmo_jax.training.optimizers",
-    "sample": "elmo_jax.data.sample_corpus",
-    "sgns": "elmo_jax.baselines.sgns",
-    "softmax": "elmo_jax.ops.softmax",
-    "steps": "elmo_jax.training.checkpoint",
-    "svd": "elmo_jax.baselines.svd",
-    "tasks": "elmo_jax.training.objectives",
-    "text": "elmo_jax.data.text",
-    "train": (
-        "elmo_jax.training.step",
-        "elmo_jax.training.evaluate",
-        "elmo_jax.training.optimizers",
-        "elmo_jax.config",
-    ),
-    "vectors": "elmo_jax.baselines.word_vectors",
+_OLD_MODULES = {  # by the new module; the old module "train" was split
+    "elmo_jax.baselines.sgns": "sgns",
+    "elmo_jax.baselines.svd": "svd",
+    "elmo_jax.baselines.word_vectors": "vectors",
+    "elmo_jax.data.batching": "buckets contiguous",
+    "elmo_jax.data.characters": "characters",
+    "elmo_jax.data.corpus": "corpus",
+    "elmo_jax.data.csv_dataset": "datasets rows",
+    "elmo_jax.data.sample_corpus": "sample",
+    "elmo_jax.data.text": "lines text",
+    "elmo_jax.elmo": "inference",
+    "elmo_jax.embed_file": "dump",
+    "elmo_jax.models.bilm": "bilm",
+    "elmo_jax.models.classifier": "classifier",
+    "elmo_jax.models.combiners": "combiners",
+    "elmo_jax.models.embedders": "embedders",
+    "elmo_jax.models.lstm": "lstm",
+    "elmo_jax.ops.lstm": "fast layout recurrence",
+    "elmo_jax.ops.lstm_pallas": "persistent programs",
+    "elmo_jax.ops.softmax": "negatives softmax",
+    "elmo_jax.parallel": "mesh processes",
+    "elmo_jax.pretrained.folder": "exported",
+    "elmo_jax.sklearn": "estimator",
+    "elmo_jax.storage.files": "integrity",
+    "elmo_jax.storage.hdf5": "hdf5",
+    "elmo_jax.training.checkpoint": "checkpoint steps",
+    "elmo_jax.training.step": "dispatch train",
+    "elmo_jax.training.evaluate": "metrics train",
+    "elmo_jax.training.optimizers": "rowwise train",
+    "elmo_jax.training.loop": "loop progress",
+    "elmo_jax.training.objectives": "tasks",
+    "elmo_jax.config": "train",
+    "experiments.common.report": "page report",
 }
+MOVED: dict[str, list[str]] = {}
+for _new, _old in _OLD_MODULES.items():
+    for _name in _old.split():
+        MOVED.setdefault(_name, []).append(_new)
 
 
 class _MovedModules(MetaPathFinder, Loader):
@@ -74,13 +62,12 @@ class _MovedModules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__.rpartition(".")[2]]
-        if isinstance(new, str):
-            _warn(module.__name__, new)
-            sys.modules[module.__name__] = importlib.import_module(new)
-            return
         _warn(module.__name__, " and ".join(new))
-        for target in map(importlib.import_module, new):
-            vars(module).update((name, getattr(target, name)) for name in dir(target) if name[0] != "_")
+        targets = [importlib.import_module(name) for name in new]
+        if len(targets) == 1:
+            sys.modules[module.__name__] = targets[0]
+        for target in targets:
+            vars(module).update((name, value) for name, value in vars(target).items() if name[0] != "_")
 
 
 def _warn(old: str, new: str) -> None:
@@ -124,11 +111,11 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
     return call
 
 
-def old_names(package: str, module: str, names: set[str]) -> Callable[[str], Any]:
+def old_names(package: str, module: str, names: str) -> Callable[[str], Any]:
     """Return a `__getattr__` for a package that was a module and still provides its names."""
 
     def get(name: str) -> Any:
-        if name not in names:
+        if name not in names.split():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         _warn(f"{package}.{name}", f"{module}.{name}")
         return getattr(importlib.import_module(module), name)

@@ -2,8 +2,5 @@
 
 from elmo_jax._moved import old_names
 
-__getattr__ = old_names(
-    __name__,
-    "elmo_jax.data.batching",
-    {"ALL", "DIRECTIONS", "Batch", "BatchStream", "StepChunk", "Documents", "Stream"},
-)
+_NAMES = "ALL DIRECTIONS Batch BatchStream StepChunk Documents Stream"
+__getattr__ = old_names(__name__, "elmo_jax.data.batching", _NAMES)

@@ -2,8 +2,5 @@
 
 from elmo_jax._moved import old_names
 
-__getattr__ = old_names(
-    __name__,
-    "elmo_jax.pretrained.bilm_format",
-    {"Slot", "read_bilm", "read_softmax", "slots", "write_bilm", "write_softmax"},
-)
+_NAMES = "Slot read_bilm read_softmax slots write_bilm write_softmax"
+__getattr__ = old_names(__name__, "elmo_jax.pretrained.bilm_format", _NAMES)
