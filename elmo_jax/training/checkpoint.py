@@ -5,15 +5,15 @@ step is a folder with the state as Orbax writes it, the position in training, an
 gets its name only when its manifest is written, so a save that a crash cut short never counts as a step.
 """
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,7 @@ from elmo_jax.storage.files import (
 
 METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
 PACING = {"save_every", "steps_per_call"}  # settings without effect on the results
-# Settings that say where inputs and outputs lie; digests tell whether the inputs are the same.
-PLACES = {"output", "data.dataset", "data.data_dir"} | {
-    f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
-}
-_DIGESTS = {"texts", "model"}
+_DIGESTS = {"texts", "model"}  # settings that hold digests of inputs
 _FREE = {"output", "epochs", "files"} | PACING  # may change when a run is resumed
 _BETWEEN_EPOCHS = {"seed"}  # may change between epochs if the caller allows it
 _AFTER_DIVERGENCE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # may change if the caller allows it
@@ -107,13 +103,8 @@ class StepStore:
             return []
         return sorted(int(p.name) for p in self.path.iterdir() if re.fullmatch(r"0|[1-9]\d{0,17}", p.name))
 
-    def valid(self, set_aside: bool = False) -> Iterator[int]:
-        """Iterate over the undamaged steps, newest first, with a warning for each damaged one.
-
-        Args:
-            set_aside: Whether to rename the damaged steps that are newer than an undamaged one.
-        """
-        damaged = []
+    def valid(self) -> Iterator[int]:
+        """Iterate over the undamaged steps, newest first, with a warning for each damaged one."""
         for step in reversed(self.saved()):
             path = self.path / str(step)
             if step not in self._is_valid:
@@ -121,19 +112,18 @@ class StepStore:
                 self._is_valid[step] = damage is None
                 if damage:
                     warnings.warn(f"{path}: {damage}; this step is not used", stacklevel=3)
-            if not self._is_valid[step]:
-                damaged.append(path)
-                continue
-            while set_aside and damaged:
-                path = damaged.pop()
+            if self._is_valid[step]:
+                yield step
+
+    def newest_valid(self) -> int:
+        """Return the newest undamaged step after renaming newer ones; -1 if there is none."""
+        newest = next(self.valid(), -1)
+        for step in self.saved() if newest >= 0 else ():
+            if step > newest:
+                path = self.path / str(step)
                 shutil.rmtree(f"{path}{_DAMAGED}", ignore_errors=True)
                 path.rename(f"{path}{_DAMAGED}")
-            yield step
-
-    def remove_unfinished(self) -> None:
-        """Remove what a crash left of unfinished saves."""
-        for part in self.path.glob(f"*{_PART}"):
-            shutil.rmtree(part, ignore_errors=True)
+        return newest
 
     def save(self, state: Any, position: Position, figures: Mapping[int, float]) -> None:
         """Copy a state and write it in the background, after the previous save has finished.
@@ -145,7 +135,7 @@ class StepStore:
                 newest two.
 
         Raises:
-            InputError: the disk is full, or this save or the previous one failed. Earlier steps are kept.
+            InputError: this save or the previous one failed, as on a full disk. Earlier steps are kept.
             NotFiniteError: the state contains a number that is not finite.
         """
         step, previous = position.step, self.last_saved()
@@ -163,14 +153,14 @@ class StepStore:
     def _begin(self, state: Any, position: Position) -> None:
         """Check the free space, make the folder of a step and write its position."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
-        free = self._free_bytes()
-        if free < needed:
+        if (free := self._free_bytes()) < needed:
             raise OSError(f"{free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB needed")
         part = self.path / f"{position.step}{_PART}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        text = json.dumps(asdict(position), allow_nan=False, default=np.ndarray.tolist)
-        (part / _POSITION).write_text(text)
+        (part / _POSITION).write_text(
+            json.dumps(asdict(position), allow_nan=False, default=np.ndarray.tolist)
+        )
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.path.parent).free
@@ -184,12 +174,11 @@ class StepStore:
         write_manifest(part)
         move(part, self.path / str(step))
         steps = self.saved()
-        best = min((s for s in steps if s in figures), key=lambda s: figures[s], default=step)
-        for old in set(steps[:-_KEPT_STEPS]) - {best}:
+        for old in set(steps[:-_KEPT_STEPS]) - {_find_best(steps, figures)}:
             part = (self.path / str(old)).rename(self.path / f"{old}{_PART}")
             shutil.rmtree(part, ignore_errors=True)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _one_line_errors(self, step: int) -> Iterator[None]:
         """Turn a failed save into an InputError of one line and remove what it wrote."""
         try:
@@ -241,19 +230,19 @@ class StepStore:
                 an array is put on the default device.
         """
         default = jnp.zeros(()).sharding
-
-        def add_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = getattr(leaf, "sharding", None) or default
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        abstract = jax.tree.map(add_sharding, template)
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=getattr(a, "sharding", None) or default
+            ),
+            template,
+        )
         # Without these arguments Orbax restores to the devices that the state was saved from.
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
         with self._open(step) as reader:
             return reader.restore(self.path / str(step) / _STATE, args=args)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _open(self, step: int) -> Iterator[ocp.Checkpointer]:
         try:
             with _no_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -285,19 +274,20 @@ def check_shapes(saved: Any, expected: Any, source: str) -> None:
         Traceback (most recent call last):
         elmo_jax.errors.InputError: run/5: w is float32 [2], expected float32 [3]; ...
     """
-    have, want = (
-        {
-            name: f"{leaf.dtype} {list(leaf.shape)}"
-            for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()
-        }
-        for tree in (saved, expected)
-    )
+    have, want = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (saved, expected))
     for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise InputError(
-                f"{source}: {name} is {have.get(name, 'missing')}, expected {want.get(name, 'nothing')}; "
-                "use the settings and texts that it was saved with"
-            )
+        found, wanted = (
+            f"{tree[name].dtype} {list(tree[name].shape)}" if name in tree else otherwise
+            for tree, otherwise in ((have, "missing"), (want, "nothing"))
+        )
+        if found != wanted:
+            advice = "use the settings and texts that it was saved with"
+            raise InputError(f"{source}: {name} is {found}, expected {wanted}; {advice}")
+
+
+def _find_best(steps: list[int], figures: Mapping[int, float]) -> int | None:
+    """Return the step with the lowest figure, the earliest of equals; None if no step has one."""
+    return min((s for s in sorted(steps) if s in figures), key=figures.__getitem__, default=None)
 
 
 @jax.jit
@@ -315,7 +305,7 @@ def _view_on_host(array: Any) -> Any:
     return array if is_split else np.asarray(array)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _no_warnings() -> Iterator[None]:
     """Suppress Orbax's warnings about topologies, which users cannot act on."""
     with warnings.catch_warnings():
@@ -356,6 +346,7 @@ class Run:
         overwrite: bool = False,
         allow_config_change: bool = False,
         files: Mapping[str, str] | None = None,
+        input_paths: Collection[str] = (),
     ) -> "Run":
         """Make the folder of a new run, or open it to continue the run.
 
@@ -363,51 +354,56 @@ class Run:
 
         Args:
             path: The folder; it must not hold a run unless `resume` or `overwrite`.
-            config: Settings for ``config.json``. To resume they must be the same, except for epochs and
-                output, and for the places of inputs whose digests are the same.
+            config: Settings for ``config.json``; to resume they must be the same, except epochs and output.
             monitor: Name of the figure in the records that is lowest at the best epoch.
             resume: Continue the run in the folder; start one if there is none.
             overwrite: Remove the run in the folder.
             allow_config_change: Allow to resume with another learning rate or clipping norm, and between
                 two epochs with another seed.
             files: Names and texts of further files to write; to resume they must be the same.
+            input_paths: Names of settings, as "data.dataset", that may change while the digests of the
+                inputs, the settings "texts" and "model", are the same.
 
         Raises:
-            InputError: the folder holds a run or other files, has other settings, cannot be written,
-                or is locked.
+            InputError: the folder holds a run, other files or other settings, is locked, or is not writable.
         """
         run = cls(path, monitor)
         config = {"monitor": monitor, **json.loads(json.dumps(config))}
         texts = {name: text.encode() for name, text in (files or {}).items()}
+        check = lambda: run._check_unchanged(config, texts, input_paths, allow_config_change)  # noqa: E731
         try:
-            run_on_first(lambda: run._prepare(config, texts, resume, overwrite, allow_config_change))
-        except BaseException as error:
+            run_on_first(lambda: run._prepare(config, texts, check if resume else None, overwrite))
+        except OSError as error:
             run.close()
-            if isinstance(error, OSError):
-                reason = f"cannot be written ({error.strerror}); give another output folder"
-                raise InputError(f"{path}: {reason}") from None
+            reason = f"cannot be written ({error.strerror}); give another output folder"
+            raise InputError(f"{path}: {reason}") from None
+        except BaseException:
+            run.close()
             raise
         return run
 
     def _prepare(
-        self, config: dict[str, Any], texts: dict[str, bytes], resume: bool, overwrite: bool, allow: bool
+        self,
+        config: dict[str, Any],
+        texts: dict[str, bytes],
+        check_unchanged: Callable[[], None] | None,  # None if the run must not be resumed
+        overwrite: bool,
     ) -> None:
         """Lock the folder, compare or remove what it holds, and write the configuration."""
         self._lock_folder()
         if (self.path / CONFIG).exists():
-            if resume and not self._is_unused():
-                self._check_unchanged(config, texts, allow)
-            elif resume or overwrite:
+            if check_unchanged and not self._is_unused():
+                check_unchanged()
+            elif check_unchanged or overwrite:
                 self.clear()
             else:
-                raise InputError(
-                    f"run folder {self.path} already exists; pass resume=True to continue it or "
-                    "overwrite=True to replace it"
-                )
+                advice = "pass resume=True to continue it or overwrite=True to replace it"
+                raise InputError(f"run folder {self.path} already exists; {advice}")
         write_config(self.path, config, {name: digest(data) for name, data in texts.items()})
         for name, data in texts.items():
             write_atomically(self.path / name, data)
-        self.steps.remove_unfinished()
+        for part in self.steps.path.glob(f"*{_PART}"):  # saves that a crash cut short
+            shutil.rmtree(part, ignore_errors=True)
 
     def _lock_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -422,22 +418,25 @@ class Run:
             reason = "another run writes there; wait for it, or give another output folder"
             raise InputError(f"{self.path}: {reason}") from None
 
-    def _check_unchanged(self, config: dict[str, Any], texts: dict[str, bytes], allow: bool) -> None:
+    def _check_unchanged(
+        self, config: dict[str, Any], texts: dict[str, bytes], input_paths: Collection[str], allow: bool
+    ) -> None:
         """Check that settings and texts are those the run was started with."""
         before = read_config(self.path)
-        changed = fixed_changes(before, config)
+        changed = changes(before, config)
+        free = _FREE if changed.keys() & _DIGESTS else _FREE.union(input_paths)
+        changed = {name: change for name, change in changed.items() if name not in free}
         is_allowable = changed.keys() <= _BETWEEN_EPOCHS | _AFTER_DIVERGENCE
         if changed and not (allow and is_allowable):
             listed = "; ".join(f"{name} {change}" for name, change in changed.items())
             advice = "resume with those" + (", or pass allow_config_change=True" if is_allowable else "")
             raise InputError(f"{self.path}: was started with other settings ({listed}); {advice}")
-        order_changes = changed.keys() & _BETWEEN_EPOCHS
         fewer = config.get("epochs", 0) < before.get("epochs", 0)
-        newest = next(self.steps.valid(), None) if order_changes or fewer else None
-        if newest is not None:
-            position = self.steps.position(newest)
+        if changed or fewer:
+            newest = next(self.steps.valid(), None)
+            position = Position() if newest is None else self.steps.position(newest)
             ended = [record["step"] for record in position.records]
-            if order_changes and position.step != max(ended, default=None):
+            if changed.keys() & _BETWEEN_EPOCHS and position.step != max(ended, default=0):
                 raise InputError(f"{self.path}: stopped within an epoch; keep the seed until it has ended")
             if fewer and config["epochs"] < len(ended):
                 raise InputError(f"{self.path}: has run {len(ended)} epochs; give at least as many epochs")
@@ -485,8 +484,7 @@ class Run:
 
     def _monitored(self, position: Position) -> dict[int, float]:
         """Return the monitored figure of every finished epoch by its last step."""
-        records = (record for record in position.records if {"step", self.monitor} <= record.keys())
-        return {record["step"]: record[self.monitor] for record in records}
+        return {r["step"]: r[self.monitor] for r in position.records if {"step", self.monitor} <= r.keys()}
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
         """Return the newest valid step, or None if none was saved.
@@ -497,15 +495,15 @@ class Run:
         Raises:
             InputError: every saved step is damaged, or the step has other shapes or dtypes.
         """
-        newest = run_on_first(lambda: next(self.steps.valid(set_aside=True), -1))
+        newest = run_on_first(self.steps.newest_valid)
         step = max_over_processes(-1 if newest is None else newest)
-        if step >= 0:
-            check_shapes(self.steps.shapes(step), template, f"{self.steps.path / str(step)}")
-            return self.steps.load(step, template), self.steps.position(step)
-        if self.steps.saved():
+        if step < 0 and self.steps.saved():
             advice = "restore a copy, or start again with overwrite=True"
             raise InputError(f"{self.path}: every saved step is damaged; {advice}")
-        return None
+        if step < 0:
+            return None
+        check_shapes(self.steps.shapes(step), template, f"{self.steps.path / str(step)}")
+        return self.steps.load(step, template), self.steps.position(step)
 
     def restore_best(self, names: tuple[str, ...] = ()) -> Any:
         """Return the state at the end of the best epoch, or the newest if no epoch has ended.
@@ -523,21 +521,13 @@ class Run:
                 reason = "every saved step is damaged; restore a copy, or train again"
             raise InputError(f"{self.path}: {reason}")
         figures = self._monitored(self.steps.position(valid[0]))
-        measured = [step for step in valid if step in figures]
-        best = min(measured, key=lambda step: (figures[step], step), default=valid[0])
+        best = _find_best(valid, figures)
+        best = valid[0] if best is None else best
         saved = self.steps.shapes(best)
         missing = set(names) - saved.keys()
         if missing:
             raise InputError(f"{self.steps.path / str(best)}: holds no {', '.join(missing)}; train again")
         return self.steps.load(best, {name: saved[name] for name in names or saved})
-
-    def wait(self) -> None:
-        """Wait until the current save has finished; see `StepStore.wait`."""
-        self.steps.wait()
-
-    def last_saved(self) -> int | None:
-        """Return the newest saved step, see `StepStore.last_saved`."""
-        return self.steps.last_saved()
 
     def close(self) -> None:
         """Wait until the current save has finished, and unlock the folder."""
@@ -562,15 +552,3 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         elif old != new:
             found[name] = f"{old!r} -> {new!r}"
     return found
-
-
-def fixed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Return the `changes` of settings that must not change when a run is resumed.
-
-    Examples:
-        >>> fixed_changes({"epochs": 1, "data": {"data_dir": "a"}}, {"epochs": 2, "data": {"data_dir": "b"}})
-        {}
-    """
-    changed = changes(before, now)
-    free = _FREE if changed.keys() & _DIGESTS else _FREE | PLACES
-    return {name: change for name, change in changed.items() if name not in free}

@@ -143,7 +143,7 @@ def fit(
             on_record(position.records[-1])
             _show_progress(progress, position, per_epoch, loss_per)
             _raise_if_stopped(max_over_processes(max(caught, default=0)), run, position.step)
-    run.wait()
+    run.steps.wait()
     return state, position.records
 
 
@@ -175,7 +175,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def _raise_if_stopped(signal_number: int, run: Run, step: int) -> None:
     if signal_number:
-        run.wait()
+        run.steps.wait()
         raise Interrupted(signal_number, step)
 
 
@@ -221,7 +221,7 @@ def _end_epoch(
     record |= {"seconds": round(position.seconds, 3)}
     if not np.isfinite(record[run.monitor]):
         fact = f"{run.monitor} is {record[run.monitor]} after epoch {epoch}"
-        raise NotFiniteError(fact, run.last_saved())
+        raise NotFiniteError(fact, run.steps.last_saved())
     position.records = [*position.records, record]
     position.sums, position.seconds = {}, 0.0
     run.save(_saved_part(state), position)
@@ -238,7 +238,7 @@ def _skipped_error(
     if len(documents):
         details.append(f"documents {', '.join(map(str, documents))}")
     cause = f" ({', '.join(details)})" if details else ""
-    return NotFiniteError(f"the loss or a gradient was not finite {where}{cause}", run.last_saved())
+    return NotFiniteError(f"the loss or a gradient was not finite {where}{cause}", run.steps.last_saved())
 
 
 def _show_progress(progress: "ProgressBar", position: Position, per_epoch: int, loss_per: str) -> None:

@@ -365,6 +365,11 @@ def _arguments_to_flags(message: str, config: type) -> str:
 
 # Run folders
 
+# Settings that may change when a run is resumed, because digests tell whether the inputs are the same.
+INPUT_PATHS = {"data.dataset", "data.data_dir"} | {
+    f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
+}
+
 
 def create_run(
     config: Any,
@@ -387,7 +392,7 @@ def create_run(
     check_same_on_all_processes(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     is_missing = config.resume and not (Path(output) / CONFIG).exists()
-    run = Run.create(Path(output), settings, monitor, *started, files=files)
+    run = Run.create(Path(output), settings, monitor, *started, files=files, input_paths=INPUT_PATHS)
     if is_missing:
         say(f"{output}: no run to continue; starting a new one")
     mark_output_created()

@@ -27,7 +27,7 @@ from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import CONFIG, read_config, tree_digest, write_atomically
-from elmo_jax.training.checkpoint import METRICS, PACING, PLACES, RESULTS, VOCABULARY, changes
+from elmo_jax.training.checkpoint import METRICS, PACING, RESULTS, VOCABULARY, changes
 from elmo_jax.training.objectives import init_params
 from experiments import downstream, pretrain, vectors
 from experiments.common import cli
@@ -73,7 +73,9 @@ class Stage:
             return None
         saved, now = read_config(self.path), cli.settings_of(self.settings)
         changed = changes({name: value for name, value in saved.items() if name in now}, now)
-        reasons = [f"{name} {changed[name]}" for name in changed if name not in PLACES | PACING]
+        reasons = [
+            f"{name} {changed[name]}" for name in changed if name not in cli.INPUT_PATHS | PACING | {"output"}
+        ]
         if reasons:
             return f"its settings have changed ({'; '.join(reasons)})"
         stale = [name for name, digest in self.inputs().items() if saved.get(name) != digest]

@@ -70,6 +70,21 @@ def test_output_and_epochs_may_change(tmp_path):
     assert run.config["epochs"] == 2
 
 
+def test_input_paths_may_change_while_their_digests_are_the_same(tmp_path):
+    def create(folder, texts, input_paths):
+        config = {"data": {"data_dir": folder}, "texts": texts}
+        Run.create(path, config, monitor="loss", resume=True, input_paths=input_paths).close()
+
+    path, paths = tmp_path / "run", {"data.data_dir"}
+    create("a", "digest", paths)
+    (path / "metrics.jsonl").write_text("{}\n")
+    create("b", "digest", paths)
+    with pytest.raises(InputError, match=r"\(data.data_dir 'b' -> 'c'\)"):
+        create("c", "digest", ())
+    with pytest.raises(InputError, match=r"\(data.data_dir 'b' -> 'c'; texts 'digest' -> 'other'\)"):
+        create("c", "other", paths)
+
+
 def test_fewer_epochs_than_were_run_are_refused(tmp_path):
     def create(epochs):
         return Run.create(tmp_path / "run", {"epochs": epochs}, monitor="loss", resume=True)

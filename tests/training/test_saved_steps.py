@@ -21,7 +21,7 @@ def state(step):
 def save(run, *steps):
     for step in steps:
         run.save(state(step), Position(step))
-    run.wait()
+    run.steps.wait()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_best_valid_epoch_is_used_if_the_best_is_damaged(run):
     records = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
     for i in range(4):
         run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
-    run.wait()
+    run.steps.wait()
     assert run.steps.saved() == [2, 3, 4]
     assert int(run.restore_best()["step"]) == 2
     flip(run.path / "checkpoints" / "2" / "position.json")
@@ -189,7 +189,7 @@ def test_earliest_of_equal_epochs_is_the_best_and_is_kept(run):
     records = [{"step": i + 1, "loss": loss} for i, loss in enumerate([3.0, 1.0, 1.0, 1.0, 2.0])]
     for i in range(5):
         run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
-    run.wait()
+    run.steps.wait()
     assert run.steps.saved() == [2, 4, 5]
     assert int(run.restore_best()["step"]) == 2
 
