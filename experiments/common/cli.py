@@ -73,7 +73,10 @@ def run(
             try:
                 settings = parse(config, name, presets)
                 check(settings)
-                refuse_unused(unused(settings), sys.argv[1:])
+                reasons = unused(settings)
+                for flag in flags_in(sys.argv[1:]):  # a preset may set them, as it is not among these
+                    if flag in reasons:
+                        raise InputError(f"{flag} {reasons[flag]}")
                 configure_malloc()
                 if not getattr(settings, "dry_run", False):  # a dry run writes nothing
                     _cache_compiled_programs()
@@ -126,7 +129,7 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
     waits for the second signal, which always calls the function at once.
 
     Args:
-        leave: ends the process; called once, with the signal's number, in either thread.
+        leave: ends the process; called with the signal's number, in either thread.
     """
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
@@ -135,23 +138,17 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    is_first = threading.Lock()
-
-    def act(number: int, frame: object = None) -> None:
-        if is_first.acquire(blocking=False):
-            leave(number)
-
     def watch() -> None:
-        received = 0
-        while number := os.read(reader, 1):
-            received += number[0] in numbers
-            if number[0] in numbers and received > 1:
-                act(number[0])
+        with open(reader, "rb", buffering=0) as pipe:
+            received = (byte[0] for byte in iter(lambda: pipe.read(1), b"") if byte[0] in numbers)
+            next(received, None)
+            for number in received:
+                leave(number)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    old_handlers = [signal.signal(number, act) for number in numbers]
+    old_handlers = [signal.signal(number, lambda number, _: leave(number)) for number in numbers]
     try:
         yield
     finally:
@@ -160,7 +157,6 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
         signal.set_wakeup_fd(old_fd)
         os.close(writer)  # ends the thread
         thread.join()
-        os.close(reader)
 
 
 def _leave(number: int, config: type, name: str) -> None:
@@ -190,8 +186,6 @@ def _command_to_continue(config: type, name: str) -> str:
 
 # Flags
 
-_RENAMED_FLAGS = {"--steps-per-dispatch": "--steps-per-call"}
-
 
 def parse(
     config: type[C], name: str, presets: Mapping[str, C] | None = None, args: Sequence[str] | None = None
@@ -203,7 +197,7 @@ def parse(
     """
     import tyro
 
-    args = [_current_name(arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = [_replace_old_flag(arg) for arg in (sys.argv[1:] if args is None else args)]
     chosen = [value for flag, value in itertools.pairwise(args) if flag == "--preset"]
     chosen += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
     preset = (presets or {}).get(chosen[-1]) if chosen else None
@@ -224,14 +218,15 @@ def parse(
             os.environ["COLUMNS"] = columns
 
 
-def _current_name(arg: str) -> str:
-    """Replace an old flag name by its current one, with a warning."""
-    flag, equals, value = arg.partition("=")
-    new = _RENAMED_FLAGS.get(flag.replace("_", "-"))
-    if new is None:
-        return arg
-    print(f"warning: {flag} is now {new}; the old name ends with the next release", file=sys.stderr)
-    return f"{new}{equals}{value}"
+def _replace_old_flag(arg: str) -> str:
+    new = re.sub(r"^--steps[-_]per[-_]dispatch(?==|$)", "--steps-per-call", arg)
+    if new != arg:
+        old = arg.partition("=")[0]
+        print(
+            f"warning: {old} is now --steps-per-call; the old name ends with the next release",
+            file=sys.stderr,
+        )
+    return new
 
 
 def _first_paragraph(message: str) -> str:
@@ -263,7 +258,7 @@ def flags_in(args: Sequence[str]) -> list[str]:
 
 
 def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> dict[str, str]:
-    """Return messages for `refuse_unused` about fields without effect while flag `by` has this value.
+    """Return messages about fields without effect while flag `by` has this value.
 
     Examples:
         >>> without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
@@ -271,21 +266,6 @@ def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> d
     """
     message = f"has no effect with {by} {value}; leave it out, or give {instead}"
     return dict.fromkeys(map(flag_of, names), message)
-
-
-def refuse_unused(unused: Mapping[str, str], args: Sequence[str]) -> None:
-    """Refuse flags without effect; a preset may still set them, since it is not on the command line.
-
-    Args:
-        unused: flags without effect and the message about each.
-        args: the command line.
-
-    Raises:
-        InputError: one of the flags was given.
-    """
-    for flag in flags_in(args):
-        if flag in unused:
-            raise InputError(f"{flag} {unused[flag]}")
 
 
 _COMPARISONS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
@@ -338,26 +318,23 @@ def _arguments_to_flags(message: str, config: type) -> str:
     ``name=True`` becomes ``--name`` and ``name=5`` becomes ``--name 5``. A bare name becomes a flag if it
     stands in backticks, has an underscore or begins the message; elsewhere it may be plain English.
     """
-    names: set[str] = set()
-    configs: list[Any] = [config]
-    for each in configs:
-        hints = typing.get_type_hints(each)
-        nested = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-        names |= hints.keys() - nested.keys()
-        configs += nested.values()
+
+    def find_names(kind: Any) -> Iterator[str]:
+        for name, hint in typing.get_type_hints(kind).items():
+            yield from find_names(hint) if dataclasses.is_dataclass(hint) else [name]
+
+    names = "|".join(find_names(config))
 
     def replace(match: re.Match) -> str:
         quoted, name, value = match.groups()
-        if quoted:
-            return flag_of(quoted)
-        if value is None and "_" not in name and match.start() > 0:
+        if not quoted and value is None and "_" not in name and match.start() > 0:
             return match[0]
-        if value in (None, "True"):
-            return flag_of(name)
-        return flag_of(f"no_{name}") if value == "False" else f"{flag_of(name)} {value}"
+        if value == "False":
+            return flag_of(f"no_{name}")
+        return flag_of(quoted or name) + (f" {value}" if value not in (None, "True") else "")
 
     return re.sub(
-        rf"`({'|'.join(names)})`|(?<![\w./-])({'|'.join(names)})(?:='?([\w.+-]*\w)'?)?(?![\w/:=]|[.-]\w)",
+        rf"`({names})`|(?<![\w./-])({names})(?:='?([\w.+-]*\w)'?)?(?![\w/:=]|[.-]\w)",
         replace,
         message,
     )
