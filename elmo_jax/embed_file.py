@@ -94,7 +94,8 @@ class Dump:
             try:
                 self._claim_parts(resume, overwrite)
             except BaseException:
-                self._remove_empty_folder()
+                if not self._existing_files():
+                    shutil.rmtree(self.parts, ignore_errors=True)
                 self._lock.release(force=True)
                 raise
         except filelock.Timeout:
@@ -160,13 +161,6 @@ class Dump:
     def _existing_files(self) -> list[Path]:
         return [path for path in self.parts.iterdir() if path.name != _LOCK]
 
-    def _remove_empty_folder(self) -> None:
-        """Remove the folder of the parts; another writer may start as soon as the lock file is gone."""
-        with contextlib.suppress(OSError):
-            if not self._existing_files():
-                (self.parts / _LOCK).unlink()
-                self.parts.rmdir()
-
     def _is_intact(self, path: Path, lines: list[tuple[int, list[str]]]) -> bool:
         """Return whether a part holds all its lines with valid checksums."""
         try:
@@ -226,9 +220,9 @@ class Dump:
                 if i > 0:
                     index.resize((i + 1,))
                 index[i] = json.dumps(numbers)
-        for path in self._existing_files():
+        for path in self._existing_files():  # the lock file last: then another process may start
             path.unlink()
-        self._remove_empty_folder()
+        shutil.rmtree(self.parts, ignore_errors=True)
 
     def _number_lines(self) -> Iterator[dict[str, str]]:
         """Yield the number of each line, in pieces that fit in memory."""

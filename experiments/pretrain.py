@@ -160,9 +160,8 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     held_out = BatchStream(
         texts.held_out, config.batch_size, bounds=bounds, steps_per_call=config.steps_per_call
     )
-    _describe_texts(texts, train)
     init_state, optimizer, loss_fn = _prepare_training(config, model, texts, train, mesh)
-    _describe_model(init_state, kernel)
+    _describe(texts, train, init_state, kernel)
     if config.dry_run:
         steps = config.epochs * train.steps_per_epoch / texts.fraction
         estimate(init_state(), loss_fn, optimizer, train, steps, config.seed)
@@ -196,18 +195,14 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _describe_texts(texts: Texts, train: Any) -> None:
-    """Print the sizes of the parts, the vocabulary and the batches."""
+def _describe(texts: Texts, train: Any, init_state: Plan[TrainState], kernel: str) -> None:
+    """Print the sizes of the texts, the batches and the model, the devices and the kernel."""
+    import jax
+
     if texts.fraction < 1:
         cli.say(f"estimated from the first {texts.fraction:.2%} of the corpus:")
     parts = (texts.train,) if texts.held_out is texts.train else (texts.train, texts.held_out)
     cli.describe(parts, texts.vocabulary, train)
-
-
-def _describe_model(init_state: Plan[TrainState], kernel: str) -> None:
-    """Print the number of parameters, the devices and the kernel."""
-    import jax
-
     parameters = cli.count_parameters(init_state.like().params)
     devices = f"{jax.default_backend()} x {jax.device_count()}"
     cli.say(f"model: {parameters:,} parameters, {devices}, {kernel} LSTM")

@@ -62,37 +62,24 @@ def count_words(
         InputError: No file matches, or one cannot be read.
     """
     shards = find_shards(pattern)
-    path = _stores_folder(folder) / f"{_hash_inputs(shards, 'counts')}.counts"
+    path = _stores_folder(folder) / f"{_hash_inputs(shards, 'JSON counts')}.counts"
     with contextlib.ExitStack() as stack:
         if keep:  # another process may be counting the same corpus
             with contextlib.suppress(OSError):  # if the folder cannot be written, saving warns below
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(f"{path}.lock"))
-        saved = _load_counts(path)
-        if saved is not None:
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged
+            saved = json.loads(path.read_text(encoding="utf-8"))
             on_bytes(corpus_bytes(pattern))
             return saved
         sentences = (words for shard in shards for words in _sentences(shard, on_bytes))
         counts = Counter(itertools.chain.from_iterable(sentences))
         if keep:
-            lines = "".join(f"{n} {word}\n" for word, n in counts.items())
             try:
-                write_atomically(path, f"{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
+                write_atomically(path, json.dumps(counts))
             except OSError as error:
                 warnings.warn(f"{path.parent}: word counts are not cached ({error.strerror})", stacklevel=2)
     return dict(counts)
-
-
-def _load_counts(path: Path) -> dict[str, int] | None:
-    """Return saved counts, or None if they are missing or damaged."""
-    try:
-        digest, _, lines = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if digest.decode(errors="replace") != hashlib.sha256(lines).hexdigest():
-        return None
-    pairs = (line.split(" ") for line in lines.decode().split("\n")[:-1])
-    return {word: int(n) for n, word in pairs}
 
 
 def read_beginning(

@@ -35,10 +35,7 @@ def estimate(
     key = jax.random.key(seed)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
     chunks = list(itertools.islice(feed(stream, 0, stream.steps_per_epoch, find_mesh(state)), CALLS))
-    shapes = jax.eval_shape(lambda: state)
-    timed, words, seconds = _time_steps(state, loss_fn, optimizer, chunks, key)
-    flops = _count_flops(shapes, loss_fn, optimizer, timed, key)
-    count = sum(chunk.count for chunk in timed)
+    count, words, flops, seconds = _time_steps(state, loss_fn, optimizer, chunks, key)
     device = jax.devices()[0].memory_stats() or {}
     peak = device.get("peak_bytes_in_use") or process_peak()
     at_peak = "" if peak is None else f", {peak / 1e6:,.0f} MB at the peak"
@@ -53,44 +50,31 @@ def estimate(
 
 def _time_steps(
     state: TrainState, loss_fn: LossFn, optimizer: Optimizer, chunks: list[StepChunk], key: jax.Array
-) -> tuple[list[StepChunk], float, float]:
-    """Run chunks until the time is up; return those that ran, their words and their seconds."""
+) -> tuple[int, float, float, float]:
+    """Run chunks until the time is up; return the steps that ran, their words, FLOPs and seconds."""
     run = compile_steps(loss_fn, optimizer, state)
-    compiled: set[Any] = set()
-    timed: list[StepChunk] = []
-    words, seconds = 0.0, 0.0
+    flops_by_shape: dict[Any, float] = {}
+    total, words, flops, seconds = 0, 0.0, 0.0, 0.0
     for batches, count in chunks:
         shape = shape_key(batches)
-        if shape not in compiled:
+        if shape not in flops_by_shape:
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+            step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(state, batch)
+            flops_by_shape[shape] = matmul_flops(step.jaxpr)
             state, _ = run(state, batches, 1, key)
-            compiled.add(shape)
         jax.block_until_ready(state)
         # The first chunk runs one step, which tells how many fit into the time.
-        steps = min(count, 1 + int(_SECONDS * sum(c.count for c in timed) / seconds)) if timed else 1
+        steps = min(count, 1 + int(_SECONDS * total / seconds)) if total else 1
         steps = count if runs_all_steps() else steps
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(run(state, batches, steps, key))
         seconds += time.perf_counter() - start
-        timed.append(StepChunk(batches, steps))
+        total += steps
+        flops += steps * flops_by_shape[shape]
         words += float(np.sum(metrics["words"]))
         if seconds > _SECONDS:
             break
-    return timed, words, seconds
-
-
-def _count_flops(
-    shapes: TrainState, loss_fn: LossFn, optimizer: Optimizer, chunks: list[StepChunk], key: jax.Array
-) -> float:
-    """Count the matmul FLOPs of all steps by tracing one step for each batch shape."""
-    total, by_shape = 0.0, {}
-    for batches, count in chunks:
-        shape = shape_key(batches)
-        if shape not in by_shape:
-            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
-            step = jax.make_jaxpr(lambda s, b: train_step(s, b, key, loss_fn, optimizer))(shapes, batch)
-            by_shape[shape] = matmul_flops(step.jaxpr)
-        total += count * by_shape[shape]
-    return total
+    return total, words, flops, seconds
 
 
 def matmul_flops(jaxpr: Any) -> float:
