@@ -10,10 +10,10 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -80,9 +80,8 @@ class Plan(Generic[T]):
 
     Attributes:
         make: Pure function that makes the pytree, often a `TrainState`.
-        mesh: Mesh of all devices; None makes the arrays on the default device.
-        given: Arguments of `make`: pytrees of arrays, the same in every process. Arrays that `make` closes
-            over instead may be kept alive by JAX.
+        mesh: Mesh of all devices; None is the default device.
+        given: Arguments of `make`, pytrees of arrays; JAX may keep arrays alive that `make` closes over.
         tables: Paths of the parameters whose first axis is split along "model", together with the
             optimizer's state for them. The carry of a `TrainState`, ``[D, B, ...]``, is split along "data".
 
@@ -100,21 +99,18 @@ class Plan(Generic[T]):
     def like(self) -> T:
         """Return the shapes, dtypes and shardings of the pytree without making any array."""
         shapes = jax.eval_shape(self.make, *self.given)
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return shapes
 
         def add_sharding(path: Any, leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding_of(path))
+            name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+            is_table = any(name.endswith(f"/{table}") for table in self.tables)
+            spec = PartitionSpec(MODEL) if is_table else PartitionSpec()
+            spec = PartitionSpec(None, DATA) if name.startswith("/carry/") else spec
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree_util.tree_map_with_path(add_sharding, shapes)
-
-    def _sharding_of(self, path: Any) -> NamedSharding:
-        assert self.mesh is not None
-        name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.startswith("/carry/"):
-            return NamedSharding(self.mesh, PartitionSpec(None, DATA))
-        is_table = any(name.endswith(f"/{table}") for table in self.tables)
-        return NamedSharding(self.mesh, PartitionSpec(MODEL)) if is_table else replicated(self.mesh)
 
     def __call__(self) -> T:
         """Make the arrays."""
@@ -125,53 +121,6 @@ class Plan(Generic[T]):
         return jax.jit(self.make, out_shardings=shardings)(*given)
 
 
-class Chunked(Protocol):
-    """Interface of the streams that `feed` reads, such as `elmo_jax.data.batching.BatchStream`."""
-
-    batch_size: int
-    group_scale: int
-
-    def chunks(self, first: int, last: int, rows: slice = ...) -> Iterator[Any]:
-        """Iterate over named tuples ``(batches, count)`` with these rows of every batch."""
-        ...
-
-
-def choose_group_scale(stream: Chunked) -> None:
-    """Let a stream make larger groups of unique words where a kernel launch outlasts a small matmul."""
-    stream.group_scale = 1 if jax.default_backend() == "cpu" else 4
-
-
-def feed(stream: Chunked, first: int, last: int, mesh: Mesh | None, prefetch: bool = False) -> Iterator[Any]:
-    """Iterate over the chunks of a stream, ready for a compiled call; each process reads its own rows.
-
-    Args:
-        stream: The same in every process.
-        first: First step.
-        last: End of the steps, exclusive.
-        mesh: Mesh over which batch rows are split.
-        prefetch: Without a mesh, start the copy to the device. Otherwise the arrays stay in NumPy, from
-            which a single step is cut without a compiled call.
-    """
-    choose_group_scale(stream)
-    if mesh is None:
-        for chunk in stream.chunks(first, last):
-            yield chunk._replace(batches=jax.device_put(chunk.batches)) if prefetch else chunk
-        return
-    size = stream.batch_size
-    own = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
-    parts = [index[0].indices(size) for index in own if index is not None]
-    part = slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
-    for chunk in stream.chunks(first, last, part):
-        axis = 1 + chunk.batches.BATCH_AXIS
-        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
-
-        def make_global(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
-            shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
-            return jax.make_array_from_process_local_data(split, rows, shape)
-
-        yield chunk._replace(batches=jax.tree.map(make_global, chunk.batches))
-
-
 def all_gather(array: Array) -> Array:
     """Inside a compiled function, bring the complete array to every device in one exchange."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -180,7 +129,7 @@ def all_gather(array: Array) -> Array:
 
 def to_host(array: Array) -> np.ndarray:
     """Return the complete array as NumPy, in every process."""
-    if is_multiprocess() and not array.is_fully_replicated and not array.is_fully_addressable:
+    if is_multiprocess() and not (array.is_fully_replicated or array.is_fully_addressable):
         from jax.experimental import multihost_utils  # takes half a second to import
 
         return multihost_utils.process_allgather(array, tiled=True)
@@ -219,9 +168,8 @@ def sum_over_shards(work: Callable[..., tuple[Array, Array]], rows: Any, shared:
         return jax.lax.psum(total, DATA), each
 
     split, same = PartitionSpec(None, DATA), PartitionSpec()
-    return jax.shard_map(sum_own_rows, in_specs=(split, same), out_specs=(same, split), axis_names={DATA})(
-        rows, shared
-    )
+    specs: Any = {"in_specs": (split, same), "out_specs": (same, split)}
+    return jax.shard_map(sum_own_rows, **specs, axis_names={DATA})(rows, shared)
 
 
 def align_varying(tree: T) -> T:
@@ -285,17 +233,14 @@ def run_on_all(work: Callable[[], T]) -> T:
     Raises:
         InputError: it failed in another process. An error in this process is raised unchanged.
     """
-    result, failure = None, None
     try:
         result = work()
-    except Exception as error:
-        failure = error
-    failed = max_over_processes(int(failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
+    except Exception:
+        max_over_processes(1)
+        raise
+    if max_over_processes(0):
         raise InputError("another process of this run failed; see its message")
-    return cast(T, result)
+    return result
 
 
 def run_on_first(work: Callable[[], T]) -> T | None:
@@ -364,16 +309,23 @@ def _wait_for_all(address: str, count: int, process: int) -> None:
         _report_to_first((host.strip("[]"), int(port)), count, process, deadline)
         return
     missing = set(range(1, count))
-    with _listen(int(port)) as server, contextlib.ExitStack() as connections:
+    dualstack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dualstack else socket.AF_INET
+    with (
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=dualstack) as server,
+        contextlib.ExitStack() as connections,
+    ):
         clients = []
         while missing:
-            client, numbers = _accept(server, deadline)
-            if client is None:
+            server.settimeout(max(deadline - time.monotonic(), 1e-3))
+            try:
+                clients.append(connections.enter_context(server.accept()[0]))
+            except TimeoutError:
                 absent = f"process {', '.join(map(str, sorted(missing)))}"
                 raise InputError(
                     f"{absent} did not start within {START_TIMEOUT:.0f} s; start all {count} processes"
-                )
-            clients.append(connections.enter_context(client))
+                ) from None
+            numbers = _read_numbers(clients[-1])
             if numbers and (numbers[0] != count or numbers[1] not in missing):
                 raise InputError(
                     f"process {numbers[1]} of {numbers[0]} started twice, or expects other than {count} "
@@ -384,24 +336,13 @@ def _wait_for_all(address: str, count: int, process: int) -> None:
             client.sendall(b"go")
 
 
-def _accept(server: socket.socket, deadline: float) -> tuple[socket.socket | None, tuple[int, ...]]:
-    """Return the next connection with the counts it sent, (processes, process); () for another program."""
-    server.settimeout(max(deadline - time.monotonic(), 1e-3))
-    try:
-        client = server.accept()[0]
-    except TimeoutError:
-        return None, ()
+def _read_numbers(client: socket.socket) -> tuple[int, ...]:
+    """Return the numbers that a process sends, (processes, process); () for another program."""
     client.settimeout(1)
     with contextlib.suppress(OSError):
         numbers = re.fullmatch(rb"elmo_jax (\d+) (\d+)", client.recv(_MESSAGE_BYTES))
-        return client, tuple(map(int, numbers.groups())) if numbers else ()
-    return client, ()
-
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
+        return tuple(map(int, numbers.groups())) if numbers else ()
+    return ()
 
 
 def _report_to_first(address: tuple[str, int], count: int, process: int, deadline: float) -> None:

@@ -181,7 +181,7 @@ class Stream(Protocol):
 
     batch_size: int
     steps_per_epoch: int
-    group_scale: int  # times the group size of `UniqueWords`; `elmo_jax.parallel.feed` sets it for the device
+    group_scale: int  # factor of the group size of `UniqueWords`; `feed` sets it for the device
 
     def chunks(self, first: int, last: int, rows: slice = ALL) -> Iterator[StepChunk]:
         """Yield these `rows` of the batches of steps `first` to `last` - 1, counted over all epochs."""

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from elmo_jax._moved import renamed_arguments
 from elmo_jax.data.batching import Batch, BatchStream
-from elmo_jax.parallel import feed, find_mesh, to_host, use_mesh
-from elmo_jax.training.step import Params
+from elmo_jax.parallel import find_mesh, to_host, use_mesh
+from elmo_jax.training.step import Params, feed
 
 
 @renamed_arguments(sums_fn="metrics_fn")

@@ -20,18 +20,10 @@ from tqdm import tqdm
 from elmo_jax._moved import renamed_arguments
 from elmo_jax.data.batching import Stream
 from elmo_jax.errors import Interrupted, NotFiniteError
-from elmo_jax.parallel import (
-    Plan,
-    choose_group_scale,
-    feed,
-    find_mesh,
-    is_first_process,
-    is_multiprocess,
-    max_over_processes,
-)
+from elmo_jax.parallel import Plan, find_mesh, is_first_process, is_multiprocess, max_over_processes
 from elmo_jax.training.checkpoint import Position, Run
 from elmo_jax.training.optimizers import Optimizer
-from elmo_jax.training.step import LossFn, Params, TrainState, compile_steps
+from elmo_jax.training.step import LossFn, Params, TrainState, choose_group_scale, compile_steps, feed
 
 T = TypeVar("T")
 CALLS_BETWEEN_STOP_CHECKS = 8  # with several processes; a check makes all devices wait

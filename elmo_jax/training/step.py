@@ -6,7 +6,7 @@ A loss function is pure: ``loss_fn(params, batch, key) -> (loss, metrics)``. Met
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elmo_jax._moved import renamed_arguments
-from elmo_jax.parallel import find_mesh, replicated, use_mesh
+from elmo_jax.data.batching import StepChunk, Stream
+from elmo_jax.parallel import DATA, find_mesh, replicated, use_mesh
 from elmo_jax.training.optimizers import Optimizer, as_step_optimizer
 
 Params = dict[str, Any]
@@ -272,3 +275,41 @@ def _start(work: Callable[[], Any], in_background: bool) -> Future[Any]:
 def shape_key(tree: Any) -> tuple[Any, ...]:
     """Return the shapes and dtypes of a pytree's arrays; a compiled call serves one such key."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def choose_group_scale(stream: Stream) -> None:
+    """Let a stream make larger groups of unique words where a kernel launch outlasts a small matmul."""
+    stream.group_scale = 1 if jax.default_backend() == "cpu" else 4
+
+
+def feed(
+    stream: Stream, first: int, last: int, mesh: Mesh | None, prefetch: bool = False
+) -> Iterator[StepChunk]:
+    """Iterate over the chunks of a stream, ready for a compiled call; each process reads its own rows.
+
+    Args:
+        stream: The same in every process.
+        first: First step.
+        last: End of the steps, exclusive.
+        mesh: Mesh over which batch rows are split.
+        prefetch: Without a mesh, start the copy to the device. Otherwise the arrays stay in NumPy, from
+            which a single step is cut without a compiled call.
+    """
+    choose_group_scale(stream)
+    if mesh is None:
+        for chunk in stream.chunks(first, last):
+            yield chunk._replace(batches=jax.device_put(chunk.batches)) if prefetch else chunk
+        return
+    size = stream.batch_size
+    own = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
+    parts = [index[0].indices(size) for index in own if index is not None]
+    part = slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+    for chunk in stream.chunks(first, last, part):
+        axis = 1 + chunk.batches.BATCH_AXIS
+        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+
+        def make_global(rows: np.ndarray, axis: int = axis, split: NamedSharding = split) -> Array:
+            shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
+            return jax.make_array_from_process_local_data(split, rows, shape)
+
+        yield chunk._replace(batches=jax.tree.map(make_global, chunk.batches))

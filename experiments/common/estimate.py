@@ -10,9 +10,17 @@ import jax
 import numpy as np
 
 from elmo_jax.data.batching import StepChunk
-from elmo_jax.parallel import feed, find_mesh
+from elmo_jax.parallel import find_mesh
 from elmo_jax.training.optimizers import Optimizer
-from elmo_jax.training.step import LossFn, TrainState, compile_steps, runs_all_steps, shape_key, train_step
+from elmo_jax.training.step import (
+    LossFn,
+    TrainState,
+    compile_steps,
+    feed,
+    runs_all_steps,
+    shape_key,
+    train_step,
+)
 from experiments.common.cli import process_peak, say
 
 CALLS = 4  # multi-step calls to time

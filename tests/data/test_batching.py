@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from elmo_jax.data.batching import Batch, BatchStream, ContiguousStream, bucket_bounds
 from elmo_jax.data.text import BOS, EOS
-from elmo_jax.parallel import feed
+from elmo_jax.training.step import feed
 
 
 def steps(stream, first, last):

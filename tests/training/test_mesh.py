@@ -28,7 +28,7 @@ from elmo_jax.models.embedders import CharCNNConfig
 from elmo_jax.ops import softmax
 from elmo_jax.ops.lstm import Clips, fast_recurrence
 from elmo_jax.ops.lstm_pallas import run_persistent
-from elmo_jax.parallel import DATA, MODEL, Plan, feed, make_mesh, replicated, use_mesh
+from elmo_jax.parallel import DATA, MODEL, Plan, make_mesh, replicated, use_mesh
 from elmo_jax.training import objectives as tasks
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.evaluate import evaluate, predict
@@ -42,7 +42,7 @@ from elmo_jax.training.objectives import (
     init_params,
 )
 from elmo_jax.training.optimizers import make_optimizer
-from elmo_jax.training.step import TrainState, train_step as take_step
+from elmo_jax.training.step import TrainState, feed, train_step as take_step
 
 ROWS, WORDS, BOUND, UNROLL = 16, 384, 12, 5  # more words than a step has tokens and negatives
 CHUNK = 20  # positions that the full softmax takes at a time
