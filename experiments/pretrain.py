@@ -72,26 +72,21 @@ class PretrainConfig:
 
 def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
     """Return the flags without effect under these settings, each with a message."""
-    unused: dict[str, str] = {}
     model, corpus = config.model, config.corpus
-    if config.softmax == "full":
-        unused |= without_effect(["negatives"], "--softmax", "full", "--softmax sampled")
-    if model.input == "words":
-        names = [field.name for field in fields(CharCNNConfig)]
-        unused |= without_effect(names, "--input", "words", "--input characters")
-    elif model.tie:
-        unused |= without_effect(["tie"], "--input", "characters", "--input words")
-    if not model.projected:
-        value = f"{model.cells}, as wide as --embedding"
-        unused |= without_effect(["projection_clip"], "--cells", value, "--project-cells")
-    if corpus.batching == "sentences":
-        unused |= without_effect(["unroll"], "--batching", "sentences", "--batching contiguous")
-    if corpus.corpus is not None:
-        names = ["text", "validation", "split_seed"]
-        unused |= without_effect(names, "--corpus", corpus.corpus, "--dataset")
-    if corpus.vocab is not None:
-        unused |= without_effect(["min_count", "max_vocab"], "--vocab", corpus.vocab, "no --vocab")
-    return unused
+    projected = f"{model.cells}, as wide as --embedding"
+    cnn = [field.name for field in fields(CharCNNConfig)]
+    texts, counts = ["text", "validation", "split_seed"], ["min_count", "max_vocab"]
+    reads_words = model.input == "words"
+    rules = [  # condition, fields without effect, flag, its value, what to give instead
+        (config.softmax == "full", ["negatives"], "--softmax", "full", "--softmax sampled"),
+        (reads_words, cnn, "--input", "words", "--input characters"),
+        (model.tie and not reads_words, ["tie"], "--input", "characters", "--input words"),
+        (not model.projected, ["projection_clip"], "--cells", projected, "--project-cells"),
+        (corpus.batching == "sentences", ["unroll"], "--batching", "sentences", "--batching contiguous"),
+        (corpus.corpus is not None, texts, "--corpus", str(corpus.corpus), "--dataset"),
+        (corpus.vocab is not None, counts, "--vocab", str(corpus.vocab), "no --vocab"),
+    ]
+    return {flag: text for applies, *rule in rules if applies for flag, text in without_effect(*rule).items()}
 
 
 def _released_preset(name: Any, cells: int, width: int, highway: int = 2) -> PretrainConfig:

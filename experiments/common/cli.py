@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
@@ -198,8 +199,7 @@ def parse(
     import tyro
 
     args = [_replace_old_flag(arg) for arg in (sys.argv[1:] if args is None else args)]
-    chosen = [value for flag, value in itertools.pairwise(args) if flag == "--preset"]
-    chosen += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
+    chosen = re.findall(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(args))
     preset = (presets or {}).get(chosen[-1]) if chosen else None
     default: dict[str, Any] = {} if preset is None else {"default": preset}
     output, columns = io.StringIO(), os.environ.get("COLUMNS")
@@ -496,19 +496,16 @@ def configure_malloc() -> bool:
     """
     import ctypes
 
-    if not sys.platform.startswith("linux"):
+    if platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-    arena_max = -8  # M_ARENA_MAX of glibc's malloc.h
-    if mallopt is None or trim is None or mallopt(arena_max, os.cpu_count() or 1) != 1:
-        return False
+    libc, arena_max = ctypes.CDLL(None), -8  # M_ARENA_MAX of glibc's malloc.h
+    libc.mallopt(arena_max, os.cpu_count() or 1)
     from jax import monitoring
 
     def trim_after_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
         del kwargs
         if event.endswith("/backend_compile_duration") and duration_secs > 0.02:
-            trim(0)
+            libc.malloc_trim(0)
 
     monitoring.register_event_duration_secs_listener(trim_after_compilation)
     return True
