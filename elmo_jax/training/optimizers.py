@@ -95,28 +95,9 @@ Optimizer = optax.GradientTransformation | StepOptimizer
 
 def as_step_optimizer(optimizer: Optimizer) -> StepOptimizer:
     """Return an optimizer in the form that `train_step` uses."""
-    return Dense(optimizer) if isinstance(optimizer, optax.GradientTransformation) else optimizer
-
-
-@dataclass(frozen=True)
-class Dense:
-    """An Optax optimizer that gets the gradient of all parameters."""
-
-    optimizer: optax.GradientTransformation
-
-    def init(self, params: dict[str, Any]) -> Any:
-        return self.optimizer.init(params)
-
-    def rows(self, batch: Any, key: Array) -> Rows:
-        return {}
-
-    def select(self, params: dict[str, Any], rows: Rows) -> dict[str, Any]:
-        return params
-
-    def update(
-        self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, is_finite: Array
-    ) -> tuple[Any, Any]:
-        return _apply(self.optimizer, gradients, params, state, is_finite)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return RowSparse(optimizer, lambda batch, key: {})
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -198,17 +179,14 @@ class RowSparse:
     def update(
         self, gradients: Any, state: Any, params: dict[str, Any], rows: Rows, step: Array, is_finite: Array
     ) -> tuple[Any, Any]:
+        if not rows:
+            return _apply(self.optimizer, gradients, params, state, is_finite)
         in_params = _match_params(params, rows)
         # A masked node stands for parameters that another part of the optimizer updates.
         is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-        in_state = optax.tree.map_params(
-            self.optimizer,
-            lambda leaf, rows: leaf if is_masked(leaf) else rows,
-            state,
-            in_params,
-            transform_non_params=lambda _: None,
-            is_leaf=is_masked,
-        )
+        choose = lambda leaf, rows: leaf if is_masked(leaf) else rows  # noqa: E731
+        options: Any = {"transform_non_params": lambda _: None, "is_leaf": is_masked}
+        in_state = optax.tree.map_params(self.optimizer, choose, state, in_params, **options)
         tables, indices = (params, state), (in_params, in_state)
         own_params, own_state = jax.tree.map(_take_rows, tables, indices)
         new = _apply(self.optimizer, gradients, own_params, own_state, is_finite)
