@@ -13,20 +13,23 @@ have zero weights and stay zero), R rows of a tile, C cells of a group, G matric
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from elmo_jax.ops.lstm import FORGET_BIAS, GATES, Clips, Layout, State, Weights, fast_recurrence
 from elmo_jax.parallel import DATA, data_parallel_size
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11
+    triton: Any = None
 
 
 class _Program:
@@ -62,9 +65,8 @@ class _Program:
     def store(self, ref: Any, value: Array, *at: Any, shift: int = 0) -> None:
         """Write ``ref[d, rows, *at, shift + cells]``."""
         cells, mask = self._cells(ref)
-        place = ref.at[
-            (self.direction, self.rows, *map(jnp.int32, at), pl.ds(shift + cells.start, cells.size))
-        ]
+        cells = pl.ds(shift + cells.start, cells.size)
+        place = ref.at[(self.direction, self.rows, *map(jnp.int32, at), cells)]
         triton.store(place, value, mask=self.row_mask & mask)
 
     def bias(self, ref: Any, gate: int) -> Array:
@@ -194,7 +196,6 @@ _GROUP = 32  # cells
 _MAX_CELLS = 256  # with more, the weights of a group do not fit into shared memory
 _PIECE = 8192  # elements of a matmul operand that a program reads at once
 
-
 # Values of jax_default_matmul_precision under which TF32 products are exact enough.
 _TF32_PRECISIONS = (None, "default", "fastest", "bfloat16", "bfloat16_3x", "tensorfloat32", "high")
 
@@ -229,18 +230,11 @@ def unsupported_reason(cells: int, projection: int | None, dtype: DTypeLike) -> 
         return "the kernel multiplies in TF32 or bfloat16, and higher matmul precision is set"
     if not on_cuda():
         return "there is no CUDA device here"
-    if not _has_triton():
+    if triton is None:
         return "this JAX has no Pallas for Triton"
     if _shared_bytes(cells, dtype) > _max_shared_bytes():
         return f"{cells} cells in {jnp.dtype(dtype)} exceed this GPU's shared memory"
     return None
-
-
-def _has_triton() -> bool:
-    try:
-        return find_spec("jax.experimental.pallas.triton") is not None
-    except ModuleNotFoundError:  # Pallas is missing too
-        return False
 
 
 def _shared_bytes(cells: int, dtype: DTypeLike) -> int:
@@ -338,27 +332,23 @@ def _run_forward(
     split = lambda x: x.reshape(*x.shape[:-1], GATES, -1)  # noqa: E731
     recurrent = _padded_weights(w)
     width = recurrent.shape[-1]
-    made = [
-        jax.ShapeDtypeStruct((directions, rows, steps, state.h.shape[-1]), jnp.float32),
-        jax.ShapeDtypeStruct((directions, rows, steps + 1, width), w.recurrent.dtype),
-        jax.ShapeDtypeStruct((directions, rows, steps + 1, width), jnp.float32),
-        jax.ShapeDtypeStruct((directions, rows, steps, GATES, width), jnp.float32),
-    ]
-    made = made if with_gradient else made[:-1]
-    return _call(
-        forward_kernel, clips, made, split(gates), split(w.bias.astype(gates.dtype)), *state, recurrent
-    )
+    shape = partial(_shape, directions, rows)
+    made = [shape(steps, state.h.shape[-1]), shape(steps + 1, width, dtype=w.recurrent.dtype)]
+    made += [shape(steps + 1, width)] + [shape(steps, GATES, width)] * with_gradient
+    bias = split(w.bias.astype(gates.dtype))
+    return _call(forward_kernel, clips, made, split(gates), bias, *state, recurrent)
+
+
+def _shape(*sizes: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 def _backward(clips: Clips, residuals: Any, grads: State):
     passed, c, by_gate, w = residuals
     directions, rows, steps, _, width = by_gate.shape
     cells = grads.h.shape[-1]
-    made = [
-        jax.ShapeDtypeStruct((directions, rows, steps, GATES * width), w.recurrent.dtype),
-        jax.ShapeDtypeStruct((directions, rows, cells), jnp.float32),
-        jax.ShapeDtypeStruct((directions, rows, cells), jnp.float32),
-    ]
+    first = _shape(directions, rows, cells)
+    made = [_shape(directions, rows, steps, GATES * width, dtype=w.recurrent.dtype), first, first]
     to_h = _padded_weights(w).swapaxes(2, 3).reshape(directions, 1, -1, width)
     dz, dc, dh = _call(backward_kernel, clips, made, by_gate, c, *grads, to_h)
     dz = dz.reshape(by_gate.shape)[..., :cells].reshape(*by_gate.shape[:3], GATES * cells)

@@ -274,7 +274,7 @@ def check_shapes(saved: Any, expected: Any, source: str) -> None:
         Traceback (most recent call last):
         elmo_jax.errors.InputError: run/5: w is float32 [2], expected float32 [3]; ...
     """
-    have, want = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (saved, expected))
+    have, want = (dict[str, Any](ocp.tree.to_flat_dict(tree, sep="/")) for tree in (saved, expected))
     for name in sorted(have.keys() | want.keys()):
         found, wanted = (
             f"{tree[name].dtype} {list(tree[name].shape)}" if name in tree else otherwise

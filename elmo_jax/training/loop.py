@@ -146,18 +146,17 @@ def _stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only this thread may set handlers
         yield caught
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.getsignal(number) for number in numbers]
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
     def catch(number: int, _frame: object) -> None:
         caught.append(number)
         restore()
 
-    for number in numbers:
+    for number in previous:
         signal.signal(number, catch)
     try:
         yield caught

@@ -120,7 +120,7 @@ def test_auto_is_the_persistent_kernel_where_it_can_be(monkeypatch):
         assert layer.choose() == "fast"
     with jax.default_matmul_precision("highest"):
         assert LSTM(H).choose() == "fast" and LSTM(H, dtype="bfloat16").choose() == "persistent"
-    monkeypatch.setattr(persistent, "_has_triton", lambda: False)
+    monkeypatch.setattr(persistent, "triton", None)
     assert persistent.unsupported_reason(H, None, "float32") == "this JAX has no Pallas for Triton"
     assert LSTM(H).choose() == "fast"
     for kernel in ("fast", "plain"):
