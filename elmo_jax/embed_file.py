@@ -179,19 +179,16 @@ class Dump:
         embedded = iter(self.elmo.embed(short, batch_tokens=self.config.batch_tokens))
         with create(path) as file:
             for i, line in lines:
-                data = self._create_dataset(file, str(i), len(line))
+                shape, options = self._shape(len(line)), {}
+                if line:  # HDF5 has no chunks of size 0
+                    chunks = (*[1] * (len(shape) - 2), min(len(line), _CHUNK), self.features // 2)
+                    options = {"chunks": chunks, "fletcher32": True}
+                data = file.create_dataset(str(i), shape, self.config.dtype, **options)
                 if len(line) > _LONG:
                     self._write_long_line(line, data)
                 else:
                     layers = next(embedded)
                     data[...] = layers if self.mix is None else self.mix.apply(layers)
-
-    def _create_dataset(self, file: h5py.File, name: str, tokens: int) -> h5py.Dataset:
-        shape, options = self._shape(tokens), {}
-        if tokens:  # HDF5 has no chunks of size 0
-            chunks = (*[1] * (len(shape) - 2), min(tokens, _CHUNK), self.features // 2)
-            options = {"chunks": chunks, "fletcher32": True}
-        return file.create_dataset(name, shape, self.config.dtype, **options)
 
     def _write_long_line(self, line: list[str], data: h5py.Dataset) -> None:
         if self.mix is None:

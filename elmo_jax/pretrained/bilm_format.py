@@ -168,7 +168,7 @@ def write_bilm(
         part[...] = (param if slot.direction is None else param[slot.direction]).reshape(part.shape)
     write_arrays(Path(weights), arrays)
     try:
-        write_atomically(Path(options), json.dumps(msgspec.to_builtins(_make_options(config))) + "\n")
+        write_atomically(Path(options), json.dumps(_make_options(config)) + "\n")
     except OSError as error:
         raise InputError(f"{options}: cannot be written ({error.strerror}); give another path") from None
 
@@ -206,23 +206,25 @@ def _read_options(path: Path) -> BiLMConfig:
     )
 
 
-def _make_options(config: BiLMConfig) -> _Options:
+def _make_options(config: BiLMConfig) -> dict[str, Any]:
     c = config.characters
-    lstm = _LSTMOptions(
-        cell_clip=config.cell_clip,
-        use_skip_connections=config.skip,
-        n_layers=config.layers,
-        proj_clip=config.projection_clip,
-        projection_dim=config.embedding,
-        dim=config.cells,
-    )
-    char_cnn = _CharCNNOptions(
-        embedding=_EmbeddingOptions(c.character_features),
-        filters=list(c.filters),
-        n_highway=c.highway,
-        activation=c.activation,
-    )
-    return _Options(lstm, char_cnn)
+    lstm = {
+        "cell_clip": config.cell_clip,
+        "use_skip_connections": config.skip,
+        "n_layers": config.layers,
+        "proj_clip": config.projection_clip,
+        "projection_dim": config.embedding,
+        "dim": config.cells,
+    }
+    char_cnn = {
+        "embedding": {"dim": c.character_features},
+        "filters": c.filters,
+        "n_highway": c.highway,
+        "n_characters": IDS,
+        "max_characters_per_token": CHARACTERS,
+        "activation": c.activation,
+    }
+    return {"lstm": lstm, "char_cnn": char_cnn}
 
 
 def write_softmax(path: Path, vocabulary: Vocabulary, params: Mapping[str, Any]) -> None:

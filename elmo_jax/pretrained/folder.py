@@ -53,7 +53,13 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
         vocabulary = Vocabulary.load(path / VOCABULARY)
     model = BiLM(sizes, len(vocabulary or ()), kernel)
     if _WEIGHTS in config["files"]:
-        arrays: dict[str, Any] = _read_weights(path / _WEIGHTS)
+        try:
+            arrays: dict[str, Any] = load_file(path / _WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{path / _WEIGHTS}: cannot be read ({reason}); export the model again"
+            ) from None
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
     expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -84,11 +90,3 @@ def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | N
         write_config(path, {"model": asdict(model.config)}, digests)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read ({reason}); export the model again") from None

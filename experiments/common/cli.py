@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -219,21 +218,18 @@ def parse(
 
 
 def _replace_old_flag(arg: str) -> str:
-    new = re.sub(r"^--steps[-_]per[-_]dispatch(?==|$)", "--steps-per-call", arg)
-    if new != arg:
-        old = arg.partition("=")[0]
-        print(
-            f"warning: {old} is now --steps-per-call; the old name ends with the next release",
-            file=sys.stderr,
-        )
-    return new
+    flag, equals, value = arg.partition("=")
+    if flag.replace("_", "-") != "--steps-per-dispatch":
+        return arg
+    new = "--steps-per-call"
+    print(f"warning: {flag} is now {new}; the old name ends with the next release", file=sys.stderr)
+    return f"{new}{equals}{value}"
 
 
 def _first_paragraph(message: str) -> str:
     """Return the first paragraph of the parser's framed message as one line."""
-    lines = [re.sub(r"[│╭╮╰╯─]+|^ *-{3,}", " ", line).strip() for line in message.splitlines()[1:]]
-    lines = list(itertools.dropwhile(lambda line: not line, lines))
-    return " ".join(itertools.takewhile(bool, lines))
+    text = re.sub(r"[│╭╮╰╯─]+|^ *-{3,}", " ", message.partition("\n")[2], flags=re.MULTILINE)
+    return " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
 
 
 def flag_of(name: str) -> str:
@@ -253,8 +249,8 @@ def flags_in(args: Sequence[str]) -> list[str]:
         >>> flags_in(["text.txt", "--no-layer_norm", "--epochs=2"])
         ['--layer-norm', '--epochs']
     """
-    bare = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    return [f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else flag for flag in bare]
+    flags = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    return [re.sub("^--no-", "--", flag) for flag in flags]
 
 
 def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> dict[str, str]:
@@ -519,8 +515,8 @@ def process_peak(status: Path = Path("/proc/self/status")) -> int | None:
         True
     """
     if status.exists():  # Linux, where ru_maxrss includes the peak of the parent process
-        lines = status.read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        found = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+        return found and 1024 * int(found[1])
     try:
         import resource
     except ImportError:
