@@ -5,7 +5,7 @@ way to run all steps, most of all on a CPU. Shape comments use the axis letters 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -300,16 +300,19 @@ def _run_steps(
     first: _States, gates: _Arrays, w: tuple[Weights, ...], clips: Clips, layout: Layout
 ) -> _States:
     """Return the states after every step of several independent LSTMs, run in one loop."""
-    return tuple(end.states for end in _run_forward(first, gates, w, clips, layout, with_gradient=False))
+    lstms = zip(first, gates, w, strict=True)
+    return tuple(end.states for end in _run_forward(lstms, clips, layout, with_gradient=False))
 
 
 def _run_steps_forward(
     first: _States, gates: _Arrays, w: tuple[Weights, ...], clips: Clips, layout: Layout
 ) -> tuple[_States, list[_Residuals]]:
-    first, gates, w = jax.tree.map(lambda p: p.value, (first, gates, w))
-    ends = _run_forward(first, gates, w, clips, layout, with_gradient=True)
-    lstms = zip(first, ends, w, strict=True)
-    residuals = [_Residuals(s, end.states.h, end.by_gate, end.derivatives, end.m, v) for s, end, v in lstms]
+    lstms = list(zip(*jax.tree.map(lambda p: p.value, (first, gates, w)), strict=True))
+    ends = _run_forward(lstms, clips, layout, with_gradient=True)
+    residuals = [
+        _Residuals(first, end.states.h, end.by_gate, end.derivatives, end.m, w)
+        for (first, _, w), end in zip(lstms, ends, strict=True)
+    ]
     return tuple(end.states for end in ends), residuals
 
 
@@ -326,17 +329,10 @@ _run_steps.defvjp(_run_steps_forward, _run_steps_backward, symbolic_zeros=True)
 
 
 def _run_forward(
-    first: _States,
-    gates: _Arrays,
-    w: tuple[Weights, ...],
-    clips: Clips,
-    layout: Layout,
-    with_gradient: bool,
+    lstms: Iterable[tuple[State, Array, Weights]], clips: Clips, layout: Layout, with_gradient: bool
 ) -> tuple[_ForwardCarry, ...]:
-    lstms = zip(first, gates, w, strict=True)
-    return _loop_together(
-        [_forward_loop(*lstm, clips, layout, with_gradient) for lstm in lstms], layout.steps
-    )
+    loops = [_forward_loop(*lstm, clips, layout, with_gradient) for lstm in lstms]
+    return _loop_together(loops, layout.steps)
 
 
 def _loop_together(lstms: Sequence[tuple[Any, _Step]], steps: int) -> tuple[Any, ...]:

@@ -222,18 +222,15 @@ def _chunked(hidden: Array, true: _Candidates, noise: _Candidates, weight: Array
     def chunk(carry: Any, part: tuple[Array, _Candidates, Array]):
         h, position, w = part
         w = w.astype(sums)
-        true_logit = jnp.einsum(
-            "np,np->n", h, position.rows, preferred_element_type=sums
-        ) + position.shift.astype(sums)
+        true_logit = jnp.einsum("np,np->n", h, position.rows, preferred_element_type=sums)
+        true_logit += position.shift.astype(sums)
         products = jnp.einsum(f"rp,vp->{axes}", h, noise.rows, preferred_element_type=sums)
 
         logits = lambda: products + _along_classes(of_class)  # noqa: E731
         shift = _choose_shift(logits, true_logit, h, max_norm, max_shift)
         is_true = _along_classes(noise.classes) == _along_rows(position.classes)
-        exps, true_exp = (
-            jnp.where(is_true, 0, jnp.exp(logits() - _along_rows(shift))),
-            jnp.exp(true_logit - shift),
-        )
+        exps = jnp.where(is_true, 0, jnp.exp(logits() - _along_rows(shift)))
+        true_exp = jnp.exp(true_logit - shift)
         others = exps.sum(classes)
         total = others + true_exp
         each = jnp.where(true_exp == 1, jnp.log1p(others), jnp.log(total) + (shift - true_logit))
@@ -311,9 +308,8 @@ def _max_row_norm(table: Array) -> Array:
 
 def _max_chunk_rows(classes: int) -> int:
     """Return the largest number of positions whose float32 logits may exist at once."""
-    least, most, accelerators = (
-        size // (4 * classes) for size in (LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES)
-    )
+    sizes = LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES
+    least, most, accelerators = (size // (4 * classes) for size in sizes)
     rows = max(least, min(CHUNK_ROWS, most)) if _on_cpu() else accelerators
     return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
 

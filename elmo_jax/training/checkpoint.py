@@ -131,8 +131,7 @@ class StepStore:
         Args:
             state: Pytree of arrays; they may be donated once this returns.
             position: Progress to save with the state; its step must be later than every saved one.
-            figures: Monitored figure of earlier steps. The step with the lowest one is kept, and the
-                newest two.
+            figures: Monitored figures by step. The step with the lowest one is kept, and the newest two.
 
         Raises:
             InputError: this save or the previous one failed, as on a full disk. Earlier steps are kept.
@@ -194,11 +193,7 @@ class StepStore:
             ) from error
 
     def wait(self) -> None:
-        """Wait until the current save has finished.
-
-        Raises:
-            InputError: it failed.
-        """
+        """Wait until the current save has finished; raise InputError if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with self._one_line_errors(saving[0]):
@@ -222,12 +217,9 @@ class StepStore:
             return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:
-        """Return the state of a valid step.
+        """Return the parts of a valid step's state that the template has, arrays or shapes and dtypes.
 
-        Args:
-            step: Number of the step.
-            template: Arrays, or shapes and dtypes, of the parts of the state to load. Without a sharding
-                an array is put on the default device.
+        Arrays without a sharding are put on the default device.
         """
         default = jnp.zeros(()).sharding
         abstract = jax.tree.map(
@@ -392,7 +384,9 @@ class Run:
         """Lock the folder, compare or remove what it holds, and write the configuration."""
         self._lock_folder()
         if (self.path / CONFIG).exists():
-            if check_unchanged and not self._is_unused():
+            results = (self.path / METRICS, self.path / RESULTS)
+            has_results = self.steps.saved() or any(f.exists() and f.stat().st_size for f in results)
+            if check_unchanged and has_results:
                 check_unchanged()
             elif check_unchanged or overwrite:
                 self.clear()
@@ -444,11 +438,6 @@ class Run:
             if before["files"].get(name) != digest(data):
                 raise InputError(f"{self.path / name}: differs from the text of now; use the same texts")
 
-    def _is_unused(self) -> bool:
-        """Return whether the run ended before it wrote any result."""
-        files = (self.path / METRICS, self.path / RESULTS)
-        return not (self.steps.saved() or any(f.exists() and f.stat().st_size for f in files))
-
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Open a run to read from it.
@@ -497,10 +486,10 @@ class Run:
         """
         newest = run_on_first(self.steps.newest_valid)
         step = max_over_processes(-1 if newest is None else newest)
-        if step < 0 and self.steps.saved():
-            advice = "restore a copy, or start again with overwrite=True"
-            raise InputError(f"{self.path}: every saved step is damaged; {advice}")
         if step < 0:
+            if self.steps.saved():
+                advice = "restore a copy, or start again with overwrite=True"
+                raise InputError(f"{self.path}: every saved step is damaged; {advice}")
             return None
         check_shapes(self.steps.shapes(step), template, f"{self.steps.path / str(step)}")
         return self.steps.load(step, template), self.steps.position(step)
