@@ -349,7 +349,10 @@ class _WordTable:
             self.clear()
             new = list(words)
         new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # similar lengths share a shape
-        self._grow(len(self._rows) + len(new) + _CNN_WORDS)
+        size = len(self._rows) + len(new) + _CNN_WORDS
+        if size > len(self.vectors):
+            table = jnp.zeros((1 << (size - 1).bit_length(), self.vectors.shape[1]), jnp.float32)
+            self.vectors = table.at[: len(self.vectors)].set(self.vectors)
         for i in range(0, len(new), _CNN_WORDS):
             part = new[i : i + _CNN_WORDS]
             # The last part is padded with its last word; later words overwrite these rows.
@@ -357,12 +360,6 @@ class _WordTable:
             vectors = self._compute(self._params, ids)
             self.vectors = self._put(self.vectors, vectors, np.int32(len(self._rows)))
             self._rows |= {word: len(self._rows) + k for k, word in enumerate(part)}
-
-    def _grow(self, rows: int) -> None:
-        if rows > len(self.vectors):
-            size = 1 << (rows - 1).bit_length()
-            table = jnp.zeros((size, self.vectors.shape[1]), jnp.float32)
-            self.vectors = table.at[: len(self.vectors)].set(self.vectors)
 
 
 def _jit_precise(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

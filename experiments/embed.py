@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+import elmo_jax
 from elmo_jax.config import CombinerConfig, Dtype, DumpConfig
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
 if TYPE_CHECKING:
-    from elmo_jax.elmo import Elmo
     from elmo_jax.models.combiners import Mix
 
 
@@ -61,16 +61,15 @@ def embed(config: EmbedConfig) -> None:
     cli.say(f"written to {config.out}")
 
 
-def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
+def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]:
     """Return the language model of a downstream run, fine-tuned if it was, and the mix of its layers.
 
     Raises:
         InputError: The folder is not such a run, has no lambdas, or uses another language model.
     """
-    from elmo_jax.elmo import Elmo
     from elmo_jax.models.combiners import Mix, make_combiner
     from elmo_jax.storage.files import read_config, structure, tree_digest
-    from elmo_jax.training.checkpoint import RESULTS, Run
+    from elmo_jax.training.checkpoint import RESULTS
     from experiments.common.config import SourceConfig
     from experiments.common.inputs import official_options
 
@@ -84,12 +83,12 @@ def load_mix(elmo: "Elmo", path: Path) -> tuple["Elmo", "Mix"]:
     options = official_options(elmo.model.config)["options"]
     if config.get("model") != tree_digest(elmo.params) or config.get("options", options) != options:
         raise InputError(f"--mix-from {path}: uses another language model; give the one it names")
-    params = Run.open(path).restore_best(("params",))["params"]
+    params = elmo_jax.Run.open(path).restore_best(("params",))["params"]
     weights = make_combiner(combiner).lambdas(params.get("combiner", {}))
     if weights is None or not (path / RESULTS).is_file():
         raise InputError(f"--mix-from {path}: has no lambdas; give a finished run that has some")
     if source.finetune:
-        elmo = Elmo(elmo.model, params["bilm"], elmo.vocabulary)
+        elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary)
     return elmo, Mix(np.asarray(weights, np.float64).tolist(), combiner.layer_norm)
 
 

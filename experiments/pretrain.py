@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+import elmo_jax
 from elmo_jax.config import BiLMConfig, CharCNNConfig, Count, DataConfig, Kernel, OptimizerConfig, Seed, Size
 from experiments.common import cli
 from experiments.common.cli import without_effect
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from elmo_jax.data.batching import Stream
-    from elmo_jax.models.bilm import BiLM
-    from elmo_jax.parallel import Plan
-    from elmo_jax.training.step import LossFn, TrainState
+    from elmo_jax.training.step import LossFn
     from experiments.common.inputs import Texts
 
 DRY_RUN_TOKENS = 1 << 19  # minimum number of corpus tokens that a dry run reads
@@ -75,18 +74,21 @@ def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
     model, corpus = config.model, config.corpus
     projected = f"{model.cells}, as wide as --embedding"
     cnn = [field.name for field in fields(CharCNNConfig)]
-    texts, counts = ["text", "validation", "split_seed"], ["min_count", "max_vocab"]
+    data, counts = ["text", "validation", "split_seed"], ["min_count", "max_vocab"]
     reads_words = model.input == "words"
-    rules = [  # condition, fields without effect, flag, its value, what to give instead
+    rules: list[
+        tuple[Any, ...]
+    ] = [  # condition, fields without effect, flag, its value, what to give instead
         (config.softmax == "full", ["negatives"], "--softmax", "full", "--softmax sampled"),
         (reads_words, cnn, "--input", "words", "--input characters"),
         (model.tie and not reads_words, ["tie"], "--input", "characters", "--input words"),
         (not model.projected, ["projection_clip"], "--cells", projected, "--project-cells"),
         (corpus.batching == "sentences", ["unroll"], "--batching", "sentences", "--batching contiguous"),
-        (corpus.corpus is not None, texts, "--corpus", str(corpus.corpus), "--dataset"),
+        (corpus.corpus is not None, data, "--corpus", str(corpus.corpus), "--dataset"),
         (corpus.vocab is not None, counts, "--vocab", str(corpus.vocab), "no --vocab"),
     ]
-    return {flag: text for applies, *rule in rules if applies for flag, text in without_effect(*rule).items()}
+    found = [without_effect(names, *texts) for applies, names, *texts in rules if applies]
+    return {flag: message for messages in found for flag, message in messages.items()}
 
 
 def _released_preset(name: Any, cells: int, width: int, highway: int = 2) -> PretrainConfig:
@@ -133,26 +135,23 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     """Run the command and return the record of every epoch."""
     import jax
 
-    from elmo_jax.data.batching import BatchStream
-    from elmo_jax.models.bilm import BiLM, lstm_layer
-    from elmo_jax.parallel import make_mesh, run_on_all, run_on_first, start_distributed
+    from elmo_jax.models.bilm import lstm_layer
+    from elmo_jax.parallel import run_on_all, run_on_first, start_distributed
     from elmo_jax.training.checkpoint import VOCABULARY
-    from elmo_jax.training.evaluate import evaluate, perplexities
-    from elmo_jax.training.loop import fit
-    from elmo_jax.training.objectives import bilm_sums
+    from elmo_jax.training.evaluate import perplexities
     from experiments.common.estimate import estimate
     from experiments.common.inputs import load_texts
 
     start_distributed(*astuple(config.hosts))
-    mesh = make_mesh(config.batch_size, config.model_parallel)
+    mesh = elmo_jax.make_mesh(config.batch_size, config.model_parallel)
     kernel = lstm_layer(config.model, config.kernel).choose()  # fails before the texts are read
     max_tokens = _dry_run_tokens(config) if config.dry_run else None
     with_characters = config.model.input == "characters"
     texts = run_on_all(lambda: load_texts(config.data, config.corpus, with_characters, max_tokens))
-    model = BiLM(config.model, len(texts.vocabulary), config.kernel)
+    model = elmo_jax.BiLM(config.model, len(texts.vocabulary), config.kernel)
     train = texts.stream(config.corpus, config.batch_size, config.seed, config.steps_per_call)
-    bounds = train.bounds if isinstance(train, BatchStream) else None
-    held_out = BatchStream(
+    bounds = train.bounds if isinstance(train, elmo_jax.BatchStream) else None
+    held_out = elmo_jax.BatchStream(
         texts.held_out, config.batch_size, bounds=bounds, steps_per_call=config.steps_per_call
     )
     init_state, optimizer, loss_fn = _prepare_training(config, model, texts, train, mesh)
@@ -164,16 +163,16 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     files = {VOCABULARY: texts.vocabulary.text}
     more = {"texts": texts.digest} | ({} if config.corpus.corpus is None else {"data": None})
     run = cli.create_run(config, config.output, monitor="perplexity", files=files, **more)
-    metrics_fn = jax.jit(bilm_sums(model))
+    metrics_fn = jax.jit(elmo_jax.bilm_sums(model))
 
-    def on_epoch(state: TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        record = perplexities(evaluate(metrics_fn, state.params, held_out))
+    def on_epoch(state: elmo_jax.TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        record = perplexities(elmo_jax.evaluate(metrics_fn, state.params, held_out))
         record["tokens_per_second"] = round(float(metrics["words"]) / metrics["seconds"], 1)
         _print_epoch(int(state.step) // train.steps_per_epoch, metrics, record)
         return record
 
     with cli.tensorboard(run, config.tensorboard) as on_record:
-        _, records = fit(
+        _, records = elmo_jax.fit(
             init_state,
             loss_fn,
             optimizer,
@@ -190,7 +189,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _describe(texts: Texts, train: Any, init_state: Plan[TrainState], kernel: str) -> None:
+def _describe(texts: Texts, train: Any, init_state: elmo_jax.Plan[elmo_jax.TrainState], kernel: str) -> None:
     """Print the sizes of the texts, the batches and the model, the devices and the kernel."""
     import jax
 
@@ -213,34 +212,31 @@ def _dry_run_tokens(config: PretrainConfig) -> int:
 
 
 def _prepare_training(
-    config: PretrainConfig, model: BiLM, texts: Texts, train: Stream, mesh: Mesh | None
-) -> tuple[Plan[TrainState], Any, LossFn]:
+    config: PretrainConfig, model: elmo_jax.BiLM, texts: Texts, train: Stream, mesh: Mesh | None
+) -> tuple[elmo_jax.Plan[elmo_jax.TrainState], Any, LossFn]:
     """Return the initial state, the optimizer and the loss function."""
     import jax
 
-    from elmo_jax.errors import InputError
     from elmo_jax.models.bilm import zero_state
-    from elmo_jax.parallel import Plan
-    from elmo_jax.training.objectives import bilm_tables, bilm_training, init_params
-    from elmo_jax.training.step import TrainState
+    from elmo_jax.training.objectives import bilm_tables, init_params
 
     excess = len(texts.vocabulary) % config.model_parallel
     if excess:
-        raise InputError(
+        raise elmo_jax.InputError(
             f"--model-parallel {config.model_parallel} does not divide the vocabulary's "
             f"{len(texts.vocabulary):,} words; drop the rarest {excess} with --max-vocab or in --vocab"
         )
     contiguous = config.corpus.batching == "contiguous"
     steps = config.epochs * train.steps_per_epoch
     negatives = config.negatives if config.softmax == "sampled" else None
-    loss_fn, optimizer = bilm_training(model, config.optimizer, steps, negatives, contiguous)
+    loss_fn, optimizer = elmo_jax.bilm_training(model, config.optimizer, steps, negatives, contiguous)
 
-    def init_state() -> TrainState:
+    def init_state() -> elmo_jax.TrainState:
         params = init_params(model, jax.random.key(config.seed))
         carry = {"state": zero_state(config.model, config.batch_size)} if contiguous else None
-        return TrainState.create(params, optimizer, carry=carry)
+        return elmo_jax.TrainState.create(params, optimizer, carry=carry)
 
-    return Plan(init_state, mesh, tables=bilm_tables(model)), optimizer, loss_fn
+    return elmo_jax.Plan(init_state, mesh, tables=bilm_tables(model)), optimizer, loss_fn
 
 
 def _print_epoch(epoch: int, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -20,18 +20,13 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+import elmo_jax
 from elmo_jax.config import Dtype
 from elmo_jax.errors import InputError, Interrupted
-
-if TYPE_CHECKING:
-    from elmo_jax.data.batching import Documents
-    from elmo_jax.data.text import Vocabulary
-    from elmo_jax.elmo import Elmo
-    from elmo_jax.training.checkpoint import Run
 
 C = TypeVar("C")
 
@@ -350,14 +345,13 @@ def create_run(
     monitor: str,
     files: Mapping[str, str] | None = None,
     **more: Any,
-) -> "Run":
+) -> "elmo_jax.Run":
     """Create or open the run folder; its configuration holds all flags except those of `settings_of`.
 
     `monitor` and `files` are those of `Run.create`, and `more` is added to the configuration.
     """
     from elmo_jax.parallel import check_same_on_all_processes, run_on_first
     from elmo_jax.storage.files import CONFIG
-    from elmo_jax.training.checkpoint import Run
 
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one")
@@ -365,7 +359,7 @@ def create_run(
     check_same_on_all_processes(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
     is_missing = config.resume and not (Path(output) / CONFIG).exists()
-    run = Run.create(Path(output), settings, monitor, *started, files=files, input_paths=INPUT_PATHS)
+    run = elmo_jax.Run.create(Path(output), settings, monitor, *started, files=files, input_paths=INPUT_PATHS)
     if is_missing:
         say(f"{output}: no run to continue; starting a new one")
     mark_output_created()
@@ -396,7 +390,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def tensorboard(run: "Run", enabled: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def tensorboard(run: "elmo_jax.Run", enabled: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that writes the record of an epoch as TensorBoard events, on the first process."""
     from elmo_jax.parallel import is_first_process
     from elmo_jax.training.checkpoint import EVENTS
@@ -432,7 +426,7 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
-def describe(parts: Sequence["Documents"], vocabulary: "Vocabulary", stream: Any) -> None:
+def describe(parts: Sequence["elmo_jax.Documents"], vocabulary: "elmo_jax.Vocabulary", stream: Any) -> None:
     """Print the sizes of the training data; parts are training, validation and perhaps test."""
     sizes = " / ".join(f"{len(part):,}" for part in parts)
     names = " / ".join(("train", "validation", "test")[: len(parts)])
@@ -451,15 +445,15 @@ def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]
     return {"seconds": round(seconds, 1), "tokens_per_second": round(rate, 1)}
 
 
-def load_elmo(pretrained: str | None, bilm: tuple[str, str] | None, precision: Dtype | None) -> "Elmo":
+def load_elmo(
+    pretrained: str | None, bilm: tuple[str, str] | None, precision: Dtype | None
+) -> "elmo_jax.Elmo":
     """Load the model named by ``--pretrained`` or ``--bilm`` with the given matmul dtype."""
-    from elmo_jax.elmo import Elmo
-
     if (pretrained is None) == (bilm is None):
         raise InputError("give one of --pretrained RUN and --bilm OPTIONS WEIGHTS")
     if bilm is not None:
-        return Elmo.from_bilm(*bilm, dtype=precision)
-    return Elmo.from_pretrained(pretrained or "", precision)
+        return elmo_jax.Elmo.from_bilm(*bilm, dtype=precision)
+    return elmo_jax.Elmo.from_pretrained(pretrained or "", precision)
 
 
 # JAX and memory
