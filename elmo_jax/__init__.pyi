@@ -31,7 +31,8 @@ from .ops.softmax import (
     sampled_nll as sampled_nll,
 )
 from .parallel import Plan as Plan, make_mesh as make_mesh
-from .sklearn import ElmoVectorizer as ElmoVectorizer
+from .predictors import TextClassifier as TextClassifier, TextClassifierConfig as TextClassifierConfig
+from .sklearn import ElmoClassifier as ElmoClassifier, ElmoVectorizer as ElmoVectorizer
 from .training.checkpoint import Run as Run
 from .training.evaluate import evaluate as evaluate, predict as predict
 from .training.loop import fit as fit

@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS = {
     "pretrain": "pre-train a bidirectional language model",
     "downstream": "train and evaluate a classifier on a model's layers or on word vectors",
+    "predict": "classify new texts with a trained classifier",
     "embed": "write the layers of every token of a text into an HDF5 file",
     "evaluate": "measure a model's perplexity on texts, or check a model against expected values",
     "vectors": "make word vectors by SVD or skip-gram",

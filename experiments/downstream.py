@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,18 +17,19 @@ from experiments.common.cli import without_effect
 from experiments.common.config import HostsConfig, SourceConfig
 
 if TYPE_CHECKING:
-    import jax
     import numpy as np
     from jax.sharding import Mesh
 
-    from elmo_jax.data.batching import Batch, BatchStream, Documents
-    from elmo_jax.models.classifier import BiLSTMClassifier
+    from elmo_jax.data.batching import BatchStream
+    from elmo_jax.data.csv_dataset import Dataset
+    from elmo_jax.predictors import TextClassifier
     from elmo_jax.training.checkpoint import Run
-    from elmo_jax.training.step import TrainState
     from experiments.common.inputs import Source
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
+MODELS = ("network", "logistic regression", "naive Bayes")  # of the ensemble
+LINEAR_ONLY = (0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class DownstreamConfig:
     hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
     batch_size: Size = 32
     """Documents per step, over all devices."""
-    epochs: Count = 3
-    """Passes over the training data."""
+    epochs: Count | None = None
+    """Passes over the training data; if not given 3, or up to 20 on small data."""
+    standardize: bool = True
+    """Standardize each feature of each layer over the training tokens."""
+    ensemble: bool = True
+    """Add logistic regression and naive Bayes on word counts, with weights fitted on the validation texts."""
     seed: Seed = 0
     """Random seed for initialization, data order and dropout."""
     steps_per_call: Size = 8
@@ -96,10 +102,11 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     import numpy as np
 
     from elmo_jax.data.batching import BatchStream
-    from elmo_jax.models.classifier import BiLSTMClassifier
     from elmo_jax.models.lstm import LSTM
     from elmo_jax.parallel import make_mesh, run_on_all, run_on_first, start_distributed
+    from elmo_jax.pretrained.folder import MODEL
     from elmo_jax.storage.files import tree_digest
+    from elmo_jax.training.loop import CLASSIFIER_EPOCHS
     from experiments.common.inputs import open_source
 
     start_distributed(*astuple(config.hosts))
@@ -110,18 +117,22 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
     more = {"texts": data.digest, "model": tree_digest(source.params), **source.options}
-    run = cli.create_run(config, output, monitor="val_loss", **more)
     train = BatchStream(data.train, config.batch_size, config.seed, steps_per_call=config.steps_per_call)
+    config = replace(config, epochs=config.epochs or CLASSIFIER_EPOCHS.epochs(train.steps_per_epoch))
+    run = cli.create_run(config, output, monitor="val_loss", **more)
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
-    model = BiLSTMClassifier(config.classifier, len(classes), config.kernel)
-    records, params = _train(config, source, model, train, run, mesh)
-    results, predictions = _evaluate_parts(source, model, params, train)
-    lambdas = source.combiner.lambdas(params["combiner"])
-    results["lambdas"] = None if lambdas is None else np.asarray(lambdas, np.float64).tolist()
-    results |= cli.speed(records, train)
+    records, params = _train(config, source, train, run, mesh) if source.params else ([], {})
+    model, log_probabilities = _make_classifier(config, source, params)
+    results, predictions = _score_parts(model, data, log_probabilities)
+    if records:
+        results["lambdas"] = source.combiner.lambdas(params["combiner"])
+        if results["lambdas"] is not None:
+            results["lambdas"] = np.asarray(results["lambdas"], np.float64).tolist()
+        results |= cli.speed(records, train)
 
     def write() -> None:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
+        model.save_pretrained(run.path / MODEL)
         _print_scores(results, classes)  # before the plots, so that a failed plot hides no result
         _plot(results, records, classes, run.path)
         cli.write_results(run.path, results)
@@ -133,71 +144,29 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
 
 
 def _train(
-    config: DownstreamConfig,
-    source: Source,
-    model: BiLSTMClassifier,
-    train: BatchStream,
-    run: Run,
-    mesh: Mesh | None,
+    config: DownstreamConfig, source: Source, train: BatchStream, run: Run, mesh: Mesh | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train the classifier; return the record of every epoch and all parameters of the best one."""
-    import jax
+    from elmo_jax.models.classifier import BiLSTMClassifier
+    from elmo_jax.training.classifier import ClassifierTraining, FeatureSource
 
-    from elmo_jax.models.classifier import classifier_loss
-    from elmo_jax.parallel import Plan
-    from elmo_jax.training.evaluate import evaluate
-    from elmo_jax.training.loop import fit
-    from elmo_jax.training.optimizers import make_optimizer
-    from elmo_jax.training.step import TrainState
-
-    loss_fn = classifier_loss(source.features, source.combiner, model)
-    params, frozen = _init_params(source, model, config.seed), source.params
-    if config.source.finetune:
-        params, frozen = params | frozen, {}
-    cli.say(
-        f"model: {cli.count_parameters(params):,} trained parameters, {cli.count_parameters(frozen):,} frozen"
+    assert config.epochs is not None
+    training = ClassifierTraining(
+        FeatureSource(source.features, source.params, source.shape),
+        source.combiner,
+        BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel),
+        config.optimizer,
+        config.epochs,
+        config.seed,
+        config.source.finetune,
+        config.standardize,
     )
-    frozen = Plan(lambda frozen: frozen, mesh, (frozen,))()
-    optimizer = make_optimizer(config.optimizer, config.epochs * train.steps_per_epoch)
-    validation = _stream_like(train, source.data.validation)
-    metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
-
-    def on_epoch(state: TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        validated = evaluate(metrics_fn, {**state.frozen, **state.params}, validation)
-        record = _epoch_record(metrics, validated, source.combiner.lambdas(state.params["combiner"]))
-        _print_epoch(int(state.step) // train.steps_per_epoch, metrics, record)
-        return record
-
+    trained, frozen = cli.count_parameters(training.init_network()), cli.count_parameters(source.params)
+    if config.source.finetune:
+        trained, frozen = trained + frozen, 0
+    cli.say(f"model: {trained:,} trained parameters, {frozen:,} frozen; {training.epochs} epochs")
     with cli.tensorboard(run, config.tensorboard) as on_record:
-        _, records = fit(
-            Plan(lambda params: TrainState.create(params, optimizer), mesh, (params,)),
-            loss_fn,
-            optimizer,
-            train,
-            run,
-            epochs=config.epochs,
-            seed=config.seed,
-            on_epoch=on_epoch,
-            on_record=on_record,
-            frozen=frozen,
-        )
-    best = run.restore_best(("params",))["params"]
-    return records, {**frozen, **Plan(lambda best: best, mesh, (best,))()}
-
-
-def _epoch_record(
-    metrics: Mapping[str, Any], validated: Mapping[str, Any], lambdas: jax.Array | None
-) -> dict[str, Any]:
-    import numpy as np
-
-    from elmo_jax.training.evaluate import classification
-
-    return {
-        "train_accuracy": float(np.trace(metrics["confusion"]) / metrics["documents"]),
-        "val_loss": float(validated["nll"] / validated["documents"]),
-        "val_accuracy": classification(validated["confusion"])["accuracy"],
-        "lambdas": None if lambdas is None else np.asarray(lambdas, np.float64).round(6).tolist(),
-    }
+        return training.run(train, source.data.validation, run, mesh, _print_epoch, on_record)
 
 
 def _print_epoch(epoch: int, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -209,63 +178,78 @@ def _print_epoch(epoch: int, metrics: Mapping[str, Any], record: Mapping[str, An
     )
 
 
-def _stream_like(train: BatchStream, documents: Documents) -> BatchStream:
-    """Batch documents in the shapes of training, whose programs are compiled already."""
-    from elmo_jax.data.batching import BatchStream
-
-    return BatchStream(documents, train.batch_size, bounds=train.bounds, steps_per_call=train.steps_per_call)
-
-
-def _evaluate_parts(
-    source: Source, model: BiLSTMClassifier, params: dict[str, Any], train: BatchStream
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the scores of every part, and the label and prediction of every document."""
+def _make_classifier(
+    config: DownstreamConfig, source: Source, params: dict[str, Any]
+) -> tuple[TextClassifier, dict[str, np.ndarray]]:
+    """Return the classifier, and the log-probabilities ``[M, N, C]`` of its models for each part."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from elmo_jax.models.classifier import classify
-    from elmo_jax.training.evaluate import classification, predict
+    from elmo_jax.baselines.bag_of_words import BagOfWords, fit_mixture_weights
+    from elmo_jax.parallel import to_host
+    from elmo_jax.predictors import TextClassifier, TextClassifierConfig
+    from experiments.common.inputs import load_words
 
-    @jax.jit
-    def predict_batch(params: Any, batch: Batch) -> jax.Array:
-        logits = classify(params, batch, None, source.features, source.combiner, model)
-        return logits.argmax(-1).astype(jnp.int32)
+    features, data = config.source.features, source.data
+    words = load_words(config.source, source.settings, config.seed) if config.ensemble or not params else None
+    bag = words and BagOfWords.fit(words.train, words.vocabulary, len(data.classes))
+    settings = TextClassifierConfig(
+        data.classes, features, source.bilm, config.combiner, config.classifier, source.settings.max_length
+    )
+    params = jax.tree.map(to_host, params)  # one device suffices to predict, and gives the same results
+    model = TextClassifier(settings, params, source.vocabulary, bag, config.kernel)
+    log_probabilities = {}
+    for part in PARTS:
+        each = [model.network_log_probabilities(getattr(data, part))] if params else []
+        if bag is not None and words is not None:
+            each.extend(bag.log_probabilities(getattr(words, part)))
+        log_probabilities[part] = np.stack(each)
+    if bag is not None:
+        weights: Sequence[float] = LINEAR_ONLY
+        if params:
+            weights = fit_mixture_weights(log_probabilities["validation"], data.validation.labels).tolist()
+        model = model.with_weights(weights)
+    return model, log_probabilities
 
-    results: dict[str, Any] = {"classes": list(source.data.classes)}
+
+def _score_parts(
+    model: TextClassifier, data: Dataset, log_probabilities: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the scores of every part, and the label and prediction of every document."""
+    import numpy as np
+
+    from elmo_jax.training.evaluate import classification, confusion
+
+    results: dict[str, Any] = {"classes": list(data.classes)}
     arrays: dict[str, np.ndarray] = {}
     for part in PARTS:
-        documents = getattr(source.data, part)
-        classes = predict(predict_batch, params, _stream_like(train, documents))
-        confusion = np.zeros((model.classes, model.classes))
-        np.add.at(confusion, (documents.labels, classes), 1)
-        results[part] = classification(confusion)
-        arrays |= {part: classes, f"{part}_labels": documents.labels}
+        labels = getattr(data, part).labels
+        predicted = model.mix(log_probabilities[part]).argmax(-1).astype(np.int32)
+        results[part] = classification(confusion(labels, predicted, len(data.classes)))
+        arrays |= {part: predicted, f"{part}_labels": labels}
+    if len(np.unique(arrays["test"])) == 1:
+        name = data.classes[int(arrays["test"][0])]
+        warnings.warn(
+            f"all test texts are classified as {name!r}; the classifier learned nothing", stacklevel=2
+        )
+    if model.bag is not None:
+        accuracies = (log_probabilities["test"].argmax(-1) == data.test.labels).mean(-1).tolist()
+        weights = model.config.weights[-len(accuracies) :]
+        results["models"] = {
+            name: {"weight": round(weight, 4), "test_accuracy": accuracy}
+            for name, weight, accuracy in zip(MODELS[-len(accuracies) :], weights, accuracies, strict=True)
+        }
     return results, arrays
-
-
-def _init_params(source: Source, model: BiLSTMClassifier, seed: int) -> dict[str, Any]:
-    """Initialize the parameters of the combiner and the classifier."""
-    import jax
-    import jax.numpy as jnp
-
-    layers, features = source.shape
-
-    @jax.jit
-    def init(key: jax.Array) -> dict[str, Any]:
-        combiner_key, classifier_key = jax.random.split(key)
-        x = jnp.zeros((layers, 1, 1, features))
-        x, combiner = source.combiner.init_with_output(combiner_key, x)
-        classifier = model.init(classifier_key, x, jnp.ones(1, jnp.int32))
-        return {"combiner": combiner.get("params", {}), "classifier": classifier["params"]}
-
-    return init(jax.random.key(seed))
 
 
 def _print_scores(results: dict[str, Any], classes: tuple[str, ...]) -> None:
     from experiments.common import report
 
-    cli.say(f"\n{report.metrics_table(results)}\n\ntest:")
+    cli.say(f"\n{report.metrics_table(results)}")
+    if models := results.get("models"):
+        each = (f"{name} {m['test_accuracy']:.4f} (weight {m['weight']:.2f})" for name, m in models.items())
+        cli.say(f"\ntest accuracy of each model: {', '.join(each)}")
+    cli.say("\ntest:")
     cli.say(report.confusion_table(results["test"]["confusion_matrix"], classes))
     if key := report.explain_numbers(classes, "class"):
         cli.say(f"\n{key}")
@@ -277,8 +261,9 @@ def _plot(
     from experiments.common import report
 
     losses = {"loss": "training", "val_loss": "validation"}
-    report.plot_curves(records, losses, path / "loss.png", "loss (nats)")
-    if records[0]["lambdas"]:
+    if records:
+        report.plot_curves(records, losses, path / "loss.png", "loss (nats)")
+    if records and records[0]["lambdas"]:
         report.plot_lambdas(records, path / "lambdas.png")
     for part in PARTS:
         scores = results[part]

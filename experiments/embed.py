@@ -89,7 +89,8 @@ def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]
         raise InputError(f"--mix-from {path}: has no lambdas; give a finished run that has some")
     if source.finetune:
         elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary)
-    return elmo, Mix(np.asarray(weights, np.float64).tolist(), combiner.layer_norm)
+    weights = np.asarray(weights, np.float64).tolist()
+    return elmo, Mix(weights, combiner.layer_norm, params.get("standardizer"))
 
 
 def main() -> int:

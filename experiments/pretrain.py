@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,8 +45,8 @@ class PretrainConfig:
     """Documents per step, over all devices."""
     model_parallel: Count = 1
     """Devices to split the vocabulary tables over, if one device cannot hold them."""
-    epochs: Count = 6
-    """Passes over the training data."""
+    epochs: Count | None = None
+    """Passes over the training data; if not given 6, or up to 20 on small data."""
     seed: Seed = 0
     """Random seed for initialization, data order and dropout."""
     save_every: Count = 1000
@@ -139,6 +139,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     from elmo_jax.parallel import run_on_all, run_on_first, start_distributed
     from elmo_jax.training.checkpoint import VOCABULARY
     from elmo_jax.training.evaluate import perplexities
+    from elmo_jax.training.loop import PRETRAIN_EPOCHS
     from experiments.common.estimate import estimate
     from experiments.common.inputs import load_texts
 
@@ -154,10 +155,12 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     held_out = elmo_jax.BatchStream(
         texts.held_out, config.batch_size, bounds=bounds, steps_per_call=config.steps_per_call
     )
+    epochs = config.epochs or PRETRAIN_EPOCHS.epochs(round(train.steps_per_epoch / texts.fraction))
+    config = replace(config, epochs=epochs)
     init_state, optimizer, loss_fn = _prepare_training(config, model, texts, train, mesh)
     _describe(texts, train, init_state, kernel)
     if config.dry_run:
-        steps = config.epochs * train.steps_per_epoch / texts.fraction
+        steps = epochs * train.steps_per_epoch / texts.fraction
         estimate(init_state(), loss_fn, optimizer, train, steps, config.seed)
         return []
     files = {VOCABULARY: texts.vocabulary.text}
@@ -178,7 +181,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
             optimizer,
             train,
             run,
-            epochs=config.epochs,
+            epochs=epochs,
             seed=config.seed,
             on_epoch=on_epoch,
             on_record=on_record,
@@ -227,6 +230,7 @@ def _prepare_training(
             f"{len(texts.vocabulary):,} words; drop the rarest {excess} with --max-vocab or in --vocab"
         )
     contiguous = config.corpus.batching == "contiguous"
+    assert config.epochs is not None
     steps = config.epochs * train.steps_per_epoch
     negatives = config.negatives if config.softmax == "sampled" else None
     loss_fn, optimizer = elmo_jax.bilm_training(model, config.optimizer, steps, negatives, contiguous)

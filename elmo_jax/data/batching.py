@@ -13,8 +13,8 @@ import numpy as np
 from flax import struct
 
 from elmo_jax._moved import renamed_arguments, renamed_method
-from elmo_jax.data.characters import GROUP_SIZE, UniqueWords, find_unique_words
-from elmo_jax.data.text import BOS, EOS, PAD, UNK
+from elmo_jax.data.characters import GROUP_SIZE, UniqueWords, character_id_table, find_unique_words
+from elmo_jax.data.text import BOS, EOS, PAD, UNK, Vocabulary
 from elmo_jax.errors import InputError
 
 DIRECTIONS = 2  # forward, then backward
@@ -109,6 +109,38 @@ class Documents:
     vocabulary_size: int | None = None
     max_length: int | None = None
     group_size: int = GROUP_SIZE
+
+    @classmethod
+    def of(
+        cls,
+        sentences: Sequence[Sequence[str]],
+        vocabulary: Vocabulary,
+        labels: Sequence[int] | np.ndarray | None = None,
+        with_characters: bool = False,
+        max_length: int | None = None,
+    ) -> "Documents":
+        """Return documents of these tokens; without labels, all are of class 0.
+
+        Args:
+            sentences: Tokens of each document.
+            vocabulary: Token ids.
+            labels: Classes ``[N]``.
+            with_characters: Add the character ids of every word; unknown words keep their characters.
+            max_length: See the attribute.
+        """
+        offsets = np.cumsum([0, *map(len, sentences)])
+        classes = np.zeros(len(sentences), np.int32) if labels is None else np.asarray(labels, np.int32)
+        tokens = [token for sentence in sentences for token in sentence]
+        ids = vocabulary.ids(tokens)
+        if not with_characters:
+            return cls(ids, offsets, classes, max_length=max_length)
+        positions = np.flatnonzero(ids == UNK)
+        unknown: dict[str, int] = {}
+        ids[positions] = [
+            len(vocabulary) + unknown.setdefault(tokens[i], len(unknown)) for i in positions.tolist()
+        ]
+        table = character_id_table([*vocabulary.tokens, *unknown])
+        return cls(ids, offsets, classes, table, len(vocabulary), max_length)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -237,6 +269,10 @@ class BatchStream:
         self._buckets = list(zip(bounds, np.split(by_length, ends[:-1]), batches, strict=True))
         self.steps_per_epoch = sum(batches)
         self.tokens_per_epoch = int(documents.lengths.sum())
+
+    def like(self, documents: Documents) -> "BatchStream":
+        """Return other documents in batches of the same shapes, sorted by length, for evaluation."""
+        return BatchStream(documents, self.batch_size, bounds=self.bounds, steps_per_call=self.steps_per_call)
 
     @property
     def padding(self) -> float:

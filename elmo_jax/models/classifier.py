@@ -84,7 +84,8 @@ def classify(
     """Return the logits ``[B, C]`` of documents; the classifier reads them without ``<S>`` and ``</S>``.
 
     Args:
-        params: "combiner", "classifier" and the parameters of the features.
+        params: "combiner", "classifier", the parameters of the features, and perhaps "standardizer": the
+            "mean" and the "scale" ``[L, F]`` of the features, which standardize them and are not trained.
         batch: B documents.
         key: Dropout key; None turns dropout off.
         features: Feature function, ``(params, batch, key) -> [L, B, T, F]``.
@@ -95,11 +96,26 @@ def classify(
     if keys[1] is not None and model.config.word_dropout:
         batch = _drop_words(batch, jax.random.fold_in(keys[1], 1), model.config.word_dropout)
     layers = features(params, batch, keys[0])[:, :, 1:-1]
+    if "standardizer" in params:
+        layers = standardize(jax.lax.stop_gradient(params["standardizer"]), layers)
     x = combiner.apply({"params": params["combiner"]}, layers)  # [B, T - 2, F]
     rngs: Any = {} if key is None else {"dropout": keys[1]}
     lengths = jnp.maximum(batch.lengths - 2, 0)
     logits: Any = model.apply({"params": params["classifier"]}, x, lengths, key is not None, rngs=rngs)
     return logits
+
+
+def standardize(statistics: Any, layers: Array) -> Array:
+    """Return (h - mean) · scale for layers h ``[L, ..., F]``, with "mean" and "scale" ``[L, F]``.
+
+    The vectors of a layer share a large common part, beside which tokens hardly differ; an LSTM learns
+    slowly from such an input.
+    """
+    n, features = statistics["mean"].shape
+    mean, scale = (
+        statistics[name].reshape(n, *[1] * (layers.ndim - 2), features) for name in ("mean", "scale")
+    )
+    return ((layers - mean) * scale).astype(layers.dtype)
 
 
 def _drop_words(batch: Batch, key: Array, rate: float) -> Batch:

@@ -3,7 +3,7 @@
 A combiner is a Linen module ``[L, B, T, F] -> [B, T, F]``. To add one, add its class to `COMBINERS`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,7 @@ class Mix:
     Attributes:
         weights: Weight of each layer, γ included.
         layer_norm: As in `CombinerConfig`.
+        statistics: "mean" and "scale" ``[L, F]`` that standardize the layers first; None does not.
 
     Examples:
         >>> Mix([0.5, 2.0]).apply(np.ones((2, 1, 3), np.float32)).tolist()
@@ -151,9 +152,13 @@ class Mix:
 
     weights: Sequence[float]
     layer_norm: bool = False
+    statistics: Mapping[str, Any] | None = None
 
     def apply(self, layers: np.ndarray) -> np.ndarray:
         """Mix layers ``[L, tokens, F]`` into ``[tokens, F]``."""
+        if self.statistics is not None:
+            mean, scale = (np.asarray(self.statistics[name])[:, None] for name in ("mean", "scale"))
+            layers = (layers - mean) * scale
         if self.layer_norm:
             layers = layers - layers.mean(-1, keepdims=True)
             layers = layers / np.sqrt(np.square(layers).mean(-1, keepdims=True) + _LAYER_NORM_EPSILON)

@@ -1,5 +1,6 @@
 """Language models in folders: exported models and the best epochs of pre-training runs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ from elmo_jax.training.checkpoint import VOCABULARY, Run, check_shapes
 from elmo_jax.training.objectives import init_params
 
 _WEIGHTS = "model.safetensors"
+MODEL = "model"  # folder of the trained classifier in its run
+CLASSIFIER = "text_classifier"  # entry of a classifier's config.json
 
 
 def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
-    """Load the best epoch of a pre-training run, or a folder that `save_folder` wrote.
+    """Load the language model of a folder.
 
     Args:
-        path: Folder.
+        path: A pre-training run, of which the best epoch is loaded; a finished classifier's run; or an
+            exported language model or classifier.
         kernel: LSTM kernel, see `LSTM.choose`.
 
     Returns:
@@ -43,15 +47,41 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
     Raises:
         InputError: The folder holds no language model, or its files are damaged or inconsistent.
     """
+    path = model_folder(path)
     config = read_config(path)
-    if not isinstance(config.get("model"), dict):  # in a classifier's run it is a digest
+    saved = config[CLASSIFIER].get("bilm") if CLASSIFIER in config else config.get("model")
+    if not isinstance(saved, dict):  # in an unfinished classifier's run it is a digest
         raise InputError(f"{path}: holds no language model; give a pre-training run or an exported model")
-    check_files(path)
-    sizes = structure(BiLMConfig, config["model"], f"{path}: model")
+    config, arrays = read_folder(path)
+    if CLASSIFIER in config:
+        prefix = "bilm/"
+        arrays = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+    sizes = structure(BiLMConfig, saved, f"{path}: model")
     vocabulary = None
     if sizes.input == "words" or VOCABULARY in config["files"]:
         vocabulary = Vocabulary.load(path / VOCABULARY)
     model = BiLM(sizes, len(vocabulary or ()), kernel)
+    expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    check_shapes(arrays, expected, str(path))
+    return model, unflatten_dict(arrays, sep="/"), vocabulary
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder of the model that a finished classifier's run holds, or the given path."""
+    return path / MODEL if (path / MODEL / CONFIG).is_file() else path
+
+
+def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the checked ``config.json`` and the arrays of an exported model, or of the best epoch of a run.
+
+    Returns:
+        The config with the digests of the other files as "files", and the arrays by their paths.
+
+    Raises:
+        InputError: A file is missing or damaged, or a number is not finite.
+    """
+    config = read_config(path)
+    check_files(path)
     if _WEIGHTS in config["files"]:
         try:
             arrays: dict[str, Any] = load_file(path / _WEIGHTS)
@@ -62,12 +92,10 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
             ) from None
     else:
         arrays = flatten_dict(Run.open(path).restore_best(("params",))["params"], sep="/")
-    expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    check_shapes(arrays, expected, str(path))
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite; train or export again")
-    return model, unflatten_dict(arrays, sep="/"), vocabulary
+    return config, arrays
 
 
 def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | None) -> None:
@@ -76,17 +104,26 @@ def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | N
     Raises:
         InputError: The folder holds a run, or cannot be written.
     """
+    texts = {} if vocabulary is None else {VOCABULARY: vocabulary.text}
+    write_folder(path, {"model": asdict(model.config)}, flatten_dict(params, sep="/"), texts)
+
+
+def write_folder(
+    path: Path, config: Mapping[str, Any], arrays: Mapping[Any, Any], texts: Mapping[str, str]
+) -> None:
+    """Write a model's ``config.json``, its arrays as ``model.safetensors``, and text files.
+
+    Raises:
+        InputError: The folder holds a run, or cannot be written.
+    """
     if (path / CONFIG).exists() and _WEIGHTS not in read_config(path).get("files", {}):
         raise InputError(f"{path}: holds a run that would be lost; give another folder")
-    arrays = {name: np.asarray(array) for name, array in flatten_dict(params, sep="/").items()}
-    files = {_WEIGHTS: save(arrays)}
-    if vocabulary is not None:
-        files[VOCABULARY] = vocabulary.text.encode()
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    files = {_WEIGHTS: save(contiguous)} | {name: text.encode() for name, text in texts.items()}
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             write_atomically(path / name, data)
-        digests = {name: digest(data) for name, data in files.items()}
-        write_config(path, {"model": asdict(model.config)}, digests)
+        write_config(path, config, {name: digest(data) for name, data in files.items()})
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None

@@ -71,13 +71,26 @@ def _batches(stream: BatchStream, mesh: Mesh | None) -> Iterator[Batch]:
             yield jax.tree.map(itemgetter(i), batches)
 
 
-def classification(confusion: np.ndarray) -> dict[str, Any]:
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Return counts ``[C, C]``, a row for each true class and a column for each predicted one.
+
+    Args:
+        labels: True classes ``[N]``.
+        predicted: Predicted classes ``[N]``.
+        classes: C.
+    """
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
+def classification(counts: np.ndarray) -> dict[str, Any]:
     """Return accuracy, and precision, recall and F1 averaged by class frequency.
 
     The averages are scikit-learn's "weighted" ones. A class that is never predicted has precision 0.
 
     Args:
-        confusion: ``[C, C]`` counts, a row for each true class and a column for each predicted one.
+        counts: Confusion matrix ``[C, C]``, see `confusion`.
 
     Returns:
         ``accuracy``, ``f1``, ``precision``, ``recall``, and the ``confusion_matrix`` as integers.
@@ -86,7 +99,7 @@ def classification(confusion: np.ndarray) -> dict[str, Any]:
         >>> classification(np.array([[3, 1], [0, 4]]))["accuracy"]
         0.875
     """
-    counts = np.asarray(confusion, np.float64)
+    counts = np.asarray(counts, np.float64)
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     precision = np.divide(hits, predicted, out=np.zeros_like(hits), where=predicted > 0)
     recall = np.divide(hits, true, out=np.zeros_like(hits), where=true > 0)

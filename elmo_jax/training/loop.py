@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -137,6 +137,27 @@ def fit(
             _raise_if_stopped(max_over_processes(max(caught, default=0)), run, position.step)
     run.steps.wait()
     return state, position.records
+
+
+class EpochRule(NamedTuple):
+    """Default number of epochs: `least`, or on small data enough for `steps` steps, but at most `most`.
+
+    Examples:
+        >>> EpochRule(least=3, steps=400, most=20).epochs(70), CLASSIFIER_EPOCHS.epochs(2000)
+        (6, 3)
+    """
+
+    least: int
+    steps: int
+    most: int
+
+    def epochs(self, steps_per_epoch: int) -> int:
+        """Return the number of epochs for this number of steps an epoch."""
+        return max(self.least, min(self.most, -(-self.steps // steps_per_epoch)))
+
+
+PRETRAIN_EPOCHS = EpochRule(least=6, steps=420, most=20)
+CLASSIFIER_EPOCHS = EpochRule(least=3, steps=300, most=20)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -30,8 +31,9 @@ from elmo_jax.errors import InputError, Interrupted
 
 C = TypeVar("C")
 
-# Files that a finished run adds to its folder; the results are written last.
-PRODUCTS = ("loss.png", "perplexity.png", "lambdas.png", "predictions.npz", "vectors.npz", "vectors.txt",
+# Files and folders that a finished run adds to its folder; the results are written last.
+PRODUCTS = ("model", "loss.png", "perplexity.png", "lambdas.png", "predictions.npz",
+            "vectors.npz", "vectors.txt",
             *(f"confusion_{part}.png" for part in ("train", "validation", "test")),
             "memory.jsonl", "memory.png", "results.json")  # fmt: skip
 
@@ -368,7 +370,8 @@ def create_run(
         if run.steps.saved() and next(run.steps.valid(), None) is None:
             return  # `Run.restore` will refuse to continue, so the results stay
         for name in reversed(PRODUCTS):
-            (run.path / name).unlink(missing_ok=True)
+            path = run.path / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     run_on_first(remove_products)
     return run

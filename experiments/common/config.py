@@ -12,8 +12,8 @@ from elmo_jax.config import Count, Seed, TextColumns
 class SourceConfig:
     """Input features of the classifier."""
 
-    features: Literal["elmo", "svd", "sgns"] = "elmo"
-    """Layers of a language model, or static word vectors (svd, sgns)."""
+    features: Literal["elmo", "svd", "sgns", "tfidf"] = "elmo"
+    """Layers of a language model, static word vectors, or TF-IDF with logistic regression and no network."""
     pretrained: str = "runs/pretrain"
     """With elmo: run folder of the pretrain command, or a folder written by Elmo.save_pretrained."""
     bilm: tuple[str, str] | None = None

@@ -21,7 +21,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.classifier import Features, static_features
 from elmo_jax.models.combiners import OneLayer, make_combiner
-from elmo_jax.storage.files import check_files, read_config, structure
+from elmo_jax.storage.files import CONFIG, check_files, read_config, structure
 from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.training.loop import ProgressBar
 from elmo_jax.training.objectives import bilm_features, init_params
@@ -138,8 +138,11 @@ class Source(NamedTuple):
         data: the labelled data set, with the token ids that the features use.
         features: ``(params, batch, key) -> [L, B, T, F]``.
         combiner: module that combines the layers.
-        params: parameters of the features.
+        params: parameters of the features; empty for word counts.
         shape: (L, F).
+        settings: settings that the data set was loaded with.
+        vocabulary: token ids of the features; None for an official model.
+        bilm: sizes of the language model, if there is one.
         options: options of an official model, to be recorded with the run.
     """
 
@@ -148,6 +151,9 @@ class Source(NamedTuple):
     combiner: Any
     params: dict[str, Any]
     shape: tuple[int, int]
+    settings: DataConfig
+    vocabulary: Vocabulary | None
+    bilm: BiLMConfig | None = None
     options: Mapping[str, Any] = {}
 
 
@@ -162,7 +168,20 @@ def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kerne
         return _open_elmo(config, combiner, seed, kernel)
     if config.finetune or config.untrained:
         raise InputError("--finetune and --untrained need --features elmo; leave them out")
-    return _open_vectors(config, seed)
+    return _open_word_counts(config, seed) if config.features == "tfidf" else _open_vectors(config, seed)
+
+
+def _open_word_counts(config: SourceConfig, seed: int) -> Source:
+    run = Path(config.pretrained)
+    known = data_of(run) if (run / CONFIG).is_file() else None
+    settings = _data_settings(config, run if known else None, known or DataConfig())
+    words = load_words(config, settings, seed)
+    return Source(words, static_features, OneLayer(), {}, (0, 0), settings, words.vocabulary)
+
+
+def load_words(config: SourceConfig, settings: DataConfig, seed: int) -> Dataset:
+    """Load the documents of a data set with a vocabulary that holds every training word."""
+    return keep_labels(load_dataset(replace(settings, min_count=1, max_vocab=None)), config.labels, seed)
 
 
 def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel: Kernel) -> Source:
@@ -171,12 +190,13 @@ def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel
     else:
         elmo, run = Elmo.from_pretrained(config.pretrained, kernel=kernel), Path(config.pretrained)
     sizes = elmo.model.config
-    data = _load_labelled(config, run, elmo.vocabulary, sizes.input == "characters", seed)
+    data, settings = _load_labelled(config, run, elmo.vocabulary, sizes.input == "characters", seed)
     params = init_params(elmo.model, jax.random.key(seed)) if config.untrained else elmo.params
     features = bilm_features(elmo.model, config.finetune)
     options = {} if run else official_options(sizes)  # a run has its own config.json
     shape = sizes.layers + 1, 2 * sizes.embedding
-    return Source(data, features, make_combiner(combiner), {"bilm": params}, shape, options)
+    combine = make_combiner(combiner)
+    return Source(data, features, combine, {"bilm": params}, shape, settings, elmo.vocabulary, sizes, options)
 
 
 def official_options(config: BiLMConfig) -> dict[str, Any]:
@@ -195,13 +215,14 @@ def _open_vectors(config: SourceConfig, seed: int) -> Source:
         raise InputError(f"{path}: holds {method} vectors; give a run of --method {config.features}")
     vocabulary = Vocabulary.load(path / VOCABULARY)
     table = WordVectors.load(path / VECTORS).table(vocabulary)
-    data = _load_labelled(config, path, vocabulary, False, seed)
-    return Source(data, static_features, OneLayer(), {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
+    data, settings = _load_labelled(config, path, vocabulary, False, seed)
+    params, shape = {"vectors": jnp.asarray(table)}, (1, table.shape[1])
+    return Source(data, static_features, OneLayer(), params, shape, settings, vocabulary)
 
 
 def _load_labelled(
     config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, with_characters: bool, seed: int
-) -> Dataset:
+) -> tuple[Dataset, DataConfig]:
     """Load the data set of the flags, or else the one that the features' run was trained on.
 
     Raises:
@@ -212,6 +233,17 @@ def _load_labelled(
         reason = f"{run}: was not trained on a labelled data set" if run else "--bilm names no data set"
         raise InputError(f"{reason}; give one with --dataset")
     own = known if known is not None and config.dataset in (None, known.dataset) else None
+    settings = _data_settings(config, run, own)
+    data = load_dataset(settings, vocabulary, with_characters)
+    if own and run and data.digest != read_config(run).get("texts"):
+        raise InputError(
+            f"{run}: the texts of its data set have changed; train it again, or give another --dataset"
+        )
+    return keep_labels(data, config.labels, seed), settings
+
+
+def _data_settings(config: SourceConfig, run: Path | None, own: DataConfig | None) -> DataConfig:
+    """Return the settings of the data set: the flags, and those that a run on the same data set had."""
     fixed = ("text", "max_length", "validation")
     names = ("dataset", "data_dir", *fixed)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
@@ -221,12 +253,7 @@ def _load_labelled(
             f"{flag_of(changed[0])} differs from the run's data set in {run}; leave it out, or give another "
             "--dataset"
         )
-    data = load_dataset(settings, vocabulary, with_characters)
-    if own and run and data.digest != read_config(run).get("texts"):
-        raise InputError(
-            f"{run}: the texts of its data set have changed; train it again, or give another --dataset"
-        )
-    return keep_labels(data, config.labels, seed)
+    return settings
 
 
 def data_of(run: Path) -> DataConfig | None:

@@ -229,7 +229,9 @@ class Comparison:
             epochs: Number of epochs, if it is not that of the preset.
             untrained: Use a language model with random parameters.
         """
-        base, name = self._parse("downstream", *METHODS[method]), METHODS[method][1]
+        # Models on word counts would hide the differences between the methods.
+        base = self._parse("downstream", *METHODS[method], "--no-ensemble")
+        name = METHODS[method][1]
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
         if base.source.features == "elmo":

@@ -41,7 +41,7 @@ def test_a_replaced_run_leaves_none_of_its_files(trained, finished, pretrained, 
     (out / "notes.txt").write_text("mine")
     flags = ["--pretrained", pretrained, *SMALL, "--output", out, "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr("elmo_jax.training.loop.fit", refuse)
+        patch.setattr("elmo_jax.training.classifier.fit", refuse)
         assert call(downstream.main, patch, *flags) == 2
     assert names(out) <= (CORE - {VOCABULARY}) | {"notes.txt"}
     assert (out / "notes.txt").read_text() == "mine"
