@@ -146,6 +146,8 @@ class TextClassifier:
         if bag is not None:
             assert words is not None
             bag = BagOfWords(words, bag["idf"], bag["weights"], bag["bias"])
+        if "classifier" in tree:  # a combiner without parameters leaves no trace among the arrays
+            tree = {"combiner": {}} | tree
         return cls(config, tree, names[VOCABULARY], bag, kernel)
 
     def save_pretrained(self, path: str | Path) -> None:

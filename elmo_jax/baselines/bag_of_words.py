@@ -10,7 +10,7 @@ from elmo_jax.data.text import SPECIAL, Vocabulary
 
 _INVERSE_REGULARIZATION = 3.0  # of the logistic regression
 _SMOOTHING = 0.3  # added to the weight of every word in every class, for naive Bayes
-_UNSEEN_CLASS = -20.0  # logit of a class without training documents
+_UNSEEN_CLASS = -100.0  # logit of a class without training documents
 
 
 @dataclass(frozen=True)

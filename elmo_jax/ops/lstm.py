@@ -133,7 +133,7 @@ def _choose_layout(rows: Any, recurrent: Array) -> tuple[bool, bool]:
     size = math.prod(recurrent.shape[1:]) * recurrent.dtype.itemsize
     many = isinstance(rows, int) and rows >= _TRANSPOSE_MIN_ROWS  # symbolic in exported programs
     # XLA:CPU cannot run some transposed products in bfloat16, and a mesh cannot shard rows on a last axis.
-    transposable = recurrent.dtype.itemsize > 2 and jax.device_count() == 1
+    transposable = recurrent.dtype.itemsize > 2 and jax.sharding.get_abstract_mesh().empty
     transposed = many and transposable and size < _TRANSPOSE_MAX_BYTES
     return transposed or size < _SPLIT_MAX_BYTES, transposed
 
