@@ -147,6 +147,13 @@ class Elmo:
         """
         save_folder(Path(path), self.model, self.params, self.vocabulary)
 
+    def __repr__(self) -> str:
+        c, words = self.model.config, len(self.vocabulary or ())
+        return (
+            f"Elmo(input={c.input!r}, layers={c.layers}, cells={c.cells}, features={2 * c.embedding}, "
+            f"vocabulary={words:,})"
+        )
+
     def shape(self, tokens: int) -> tuple[int, int, int]:
         """Return ``(L, tokens, F)``, the shape of the layers of a sentence."""
         return self.model.config.layers + 1, tokens, 2 * self.model.config.embedding

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -268,13 +268,18 @@ def _batches(documents: Documents) -> Iterator[tuple[np.ndarray, Batch]]:
 
 
 def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
-    """Return the tokens of texts; lists of tokens stay as they are.
+    """Return the tokens of texts; lists of tokens stay as they are, and a table of one column is N texts.
 
     Raises:
         InputError: The texts are not a list of strings or of lists of tokens.
     """
-    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
         raise InputError(f"the texts are {reprlib.repr(texts)}; pass a list of strings")
+    shape = getattr(texts, "shape", (0,))
+    if len(shape) == 2 and shape[1] == 1:
+        texts = np.asarray(texts)[:, 0]
+    elif len(shape) != 1:
+        raise InputError(f"the texts are a table of shape {shape}; pass the column of texts")
     return [_tokenize_text(text, i) for i, text in enumerate(texts)]
 
 

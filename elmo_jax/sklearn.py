@@ -119,12 +119,14 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
     def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call `fit` and `transform` with the same texts, which may be an iterator."""
         sentences = tokenize_texts(X)
-        return self.fit(sentences, y).transform(sentences)
+        return self.fit(sentences, y)._compute_vectors(sentences)
 
     def transform(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
         """Return the vectors of N texts, or of N lists of tokens, float32 ``[N, n_features_out_]``."""
         check_is_fitted(self)
-        sentences = tokenize_texts(X)
+        return self._compute_vectors(tokenize_texts(X))
+
+    def _compute_vectors(self, sentences: list[list[str]]) -> np.ndarray:
         out = np.zeros((len(sentences), self.n_features_out_), np.float32)
         for start in range(0, len(sentences), _BLOCK_TEXTS):
             for i, layers in enumerate(self.elmo_.embed(sentences[start : start + _BLOCK_TEXTS]), start):
@@ -224,6 +226,7 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
         """Return the most probable label of N texts, or of N lists of tokens."""
+        check_is_fitted(self)
         return self.classes_[self.predict_proba(X).argmax(-1)]
 
     def predict_proba(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:

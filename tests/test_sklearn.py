@@ -7,12 +7,13 @@ import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks as checks
 
 from elmo_jax import sklearn as module
 from elmo_jax.errors import InputError
-from elmo_jax.sklearn import ElmoVectorizer
+from elmo_jax.sklearn import ElmoClassifier, ElmoVectorizer
 
 TEXTS = ["The bank rose.", "", "A river bank", "bank"]
 
@@ -61,14 +62,62 @@ def test_pipeline_trains_clones_and_pickles(standard_promotion):
         checks.check_valid_tag_types,
     ],
 )
-def test_scikit_learn_check(check):
-    check("ElmoVectorizer", ElmoVectorizer())
+@pytest.mark.parametrize("estimator", [ElmoVectorizer, ElmoClassifier])
+def test_scikit_learn_check(check, estimator):
+    check(estimator.__name__, estimator())
 
 
 def test_feature_names_match_the_width(elmo):
     vectorizer = ElmoVectorizer(elmo, layers="all").set_output(transform="default").fit(TEXTS)
     names = vectorizer.get_feature_names_out()
     assert len(names) == len(set(names)) == vectorizer.n_features_out_ == 24
+
+
+def test_column_of_texts_is_read_as_texts(elmo):
+    vectorizer = ElmoVectorizer(elmo).fit(TEXTS)
+    expected = vectorizer.transform(TEXTS)
+    column = np.array(TEXTS, object)[:, None]
+    np.testing.assert_array_equal(vectorizer.transform(column), expected)
+    np.testing.assert_array_equal(vectorizer.transform(np.array(TEXTS)), expected)
+    for table in (np.array([TEXTS, TEXTS]), {"text": TEXTS}, set(TEXTS), np.array("text")):
+        with pytest.raises(InputError, match=r"the texts are .*; pass"):
+            vectorizer.transform(table)
+
+
+def test_pandas_columns_and_index_are_kept(elmo):
+    pandas = pytest.importorskip("pandas")
+    texts = pandas.Series(TEXTS, index=[7, 5, 3, 1], name="text")
+    vectorizer = ElmoVectorizer(elmo).set_output(transform="pandas")
+    for out in (vectorizer.fit_transform(texts), vectorizer.transform(texts)):
+        assert out.index.tolist() == [7, 5, 3, 1]
+    np.testing.assert_array_equal(vectorizer.transform(texts.to_frame()), vectorizer.transform(texts))
+    with pytest.raises(InputError, match=r"a table of shape \(4, 2\); pass the column of texts"):
+        vectorizer.transform(pandas.DataFrame({"a": TEXTS, "b": TEXTS}))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_classifier_trains_clones_pickles_and_is_searched(elmo):
+    texts, labels = ["the bank rose", "a river fell"] * 10, [3, 1] * 10
+    classifier = ElmoClassifier(elmo, epochs=1, validation=0.25).fit(texts, labels)
+    assert classifier.classes_.tolist() == [1, 3]
+    assert classifier.predict(["the bank rose", "a river fell"]).tolist() == [3, 1]
+    probabilities = classifier.predict_proba(texts)
+    np.testing.assert_allclose(probabilities.sum(-1), 1)
+    np.testing.assert_array_equal(clone(classifier).fit(texts, labels).predict_proba(texts), probabilities)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_array_equal(again.predict_proba(texts), probabilities)
+    search = GridSearchCV(ElmoClassifier(elmo, epochs=1), {"combiner": ["frozen"]}, cv=2, refit=False)
+    assert search.fit(texts, labels).cv_results_["mean_test_score"] == [1.0]
+
+
+def test_classifier_refuses_what_it_cannot_learn_from(elmo):
+    for texts, labels in ((["a", "b"], [1, 1]), (["a", "b", "c"], [1, 1, 2])):
+        with pytest.raises(InputError, match="needs two classes with two texts each"):
+            ElmoClassifier(elmo).fit(texts, labels)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        ElmoClassifier(elmo).fit(["a", "b"], [1])
+    with pytest.raises(NotFittedError):
+        ElmoClassifier(elmo).predict(["a"])
 
 
 def test_random_state_follows_scikit_learn(monkeypatch):

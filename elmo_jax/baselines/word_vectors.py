@@ -36,6 +36,20 @@ class WordVectors:
         self.tokens, self.matrix = tuple(tokens), np.asarray(matrix, np.float32)
         if self.matrix.ndim != 2 or len(self.tokens) != len(self.matrix):
             raise ValueError(f"{len(self.tokens)} tokens do not fit a matrix of shape {self.matrix.shape}")
+        self._rows = {token: i for i, token in enumerate(self.tokens)}
+
+    def __repr__(self) -> str:
+        return f"WordVectors(tokens={len(self.tokens):,}, features={self.matrix.shape[1]})"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._rows
+
+    def __getitem__(self, token: str) -> np.ndarray:
+        """Return the vector of a token, float32 ``[F]``; raise `KeyError` if it has none."""
+        return self.matrix[self._rows[token]]
 
     def nearest(self, token: str, count: int = 10) -> list[tuple[str, float]]:
         """Return the other tokens of highest cosine similarity and these similarities, best first.
@@ -43,10 +57,10 @@ class WordVectors:
         Raises:
             InputError: The token has no vector.
         """
-        if token not in self.tokens:
+        if token not in self:
             raise InputError(f"{token!r} has no vector; use a token of the vocabulary")
         unit = self.matrix / np.maximum(np.linalg.norm(self.matrix, axis=1, keepdims=True), 1e-12)
-        i = self.tokens.index(token)
+        i = self._rows[token]
         cosine = unit @ unit[i]
         order = [j for j in np.argsort(-cosine, kind="stable").tolist() if j != i]
         return [(self.tokens[j], float(cosine[j])) for j in order[:count]]
