@@ -32,8 +32,18 @@ class DataConfig:
     """sample (included), ag_news (downloaded once), or a folder with train.csv and test.csv."""
     data_dir: str | None = None
     """Folder with AG News's train.csv and test.csv, used instead of the download."""
+    label_column: str | None = None
+    """Column with the label: its name in the header, or its number from 1; the first if not given."""
+    text_columns: tuple[str, ...] | None = None
+    """Columns with the text, by name or number, joined in this order; all others if not given."""
     text: TextColumns = "title+description"
-    """Text columns to use: all of them joined, or the last one only."""
+    """Without text_columns: all columns but the label joined, or the last of them only."""
+    delimiter: str | None = None
+    """Character between columns, or tab; found among comma, semicolon and tab if not given."""
+    clean: bool = False
+    """Remove news-feed markup (tags, HTML entities, backslashes); always done for ag_news."""
+    skip_blank: bool = False
+    """Leave out texts without tokens instead of refusing them."""
     min_count: Count = 3
     """Tokens that occur less often in the training texts become unknown."""
     max_vocab: Count | None = None

@@ -151,6 +151,13 @@ class Documents:
         lengths = np.diff(self.offsets)
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
+    @cached_property
+    def unknown_fraction(self) -> float:
+        """Fraction of the tokens outside the vocabulary."""
+        size = np.iinfo(np.int32).max if self.vocabulary_size is None else self.vocabulary_size
+        blocks = np.array_split(self.ids, 1 + (len(self.ids) >> 24))  # they may be memory-mapped
+        return sum(int(((ids == UNK) | (ids >= size)).sum()) for ids in blocks) / max(len(self.ids), 1)
+
     def take(self, indices: np.ndarray) -> "Documents":
         """Return the documents at these indices, in this order."""
         lengths = self.lengths[indices]

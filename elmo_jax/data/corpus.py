@@ -107,6 +107,7 @@ def read_beginning(
         raise InputError(f"{pattern}: the corpus holds no sentence; give a text with some")
     arrays = np.asarray(ids, np.int32), np.asarray(offsets, np.int64)
     documents = _make_documents(*arrays, vocabulary, unknown if with_characters else None)
+    _check_known(documents, pattern)
     return documents, sum(bytes_read) / corpus_bytes(pattern)
 
 
@@ -149,7 +150,14 @@ def load_corpus(
         raise InputError(f"{store}: is damaged; remove the folder to convert the corpus again")
     ids = np.memmap(store / "ids", np.int32, "r")
     offsets = np.memmap(store / "offsets", np.int64, "r")
-    return _make_documents(ids, offsets, vocabulary, unknown if with_characters else None)
+    documents = _make_documents(ids, offsets, vocabulary, unknown if with_characters else None)
+    _check_known(documents, pattern)
+    return documents
+
+
+def _check_known(documents: Documents, pattern: str) -> None:
+    if documents.unknown_fraction == 1:
+        raise InputError(f"{pattern}: no word is in the vocabulary; check its language and case")
 
 
 def _make_documents(

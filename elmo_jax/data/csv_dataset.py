@@ -4,12 +4,14 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
+import math
 import reprlib
 import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import pooch
 
 from elmo_jax._moved import renamed_arguments
-from elmo_jax.config import DataConfig, TextColumns
+from elmo_jax.config import DataConfig
 from elmo_jax.data.batching import Documents
 from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
@@ -26,13 +28,17 @@ from elmo_jax.data.text import UNK, Vocabulary, decode, read_text, tokenize
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays
 
-_CACHED_TEXTS = ("tokens", "labels", "header")  # NUL-separated
-_CACHE_VERSION = 3  # to be raised when reading, cleaning or tokenizing changes
+_CACHED_ARRAYS = ("codes", "offsets", "lines", "blank")
+_CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # NUL-separated
+_CACHE_VERSION = 4  # to be raised when reading, cleaning or tokenizing changes
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
     "test.csv": "d52ea96a97a2d943681189a97654912d",
 }
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_USUAL_LABEL_NAMES = {"label", "class", "class index", "category", "target"}
 
 _Row = tuple[int, list[str]]  # first line and cells
 
@@ -61,7 +67,7 @@ class Dataset:
 def load_dataset(
     config: DataConfig, vocabulary: Vocabulary | None = None, with_characters: bool = False, keep: bool = True
 ) -> Dataset:
-    """Read, clean, tokenize and split labelled texts; the same config gives the same dataset.
+    """Read, tokenize and split labelled texts; the same config gives the same dataset.
 
     Args:
         config: Texts to read, and how to convert them.
@@ -78,6 +84,7 @@ def load_dataset(
         (('World', 'Sports', 'Business', 'Sci/Tech'), 2240, 560, 700)
     """
     train_texts, test_texts, names = _read_parts(config, keep)
+    _check_labels(train_texts, config)
     class_ids = _number_classes(train_texts.labels, names)
     limit = config.max_length
     train, test = (
@@ -88,6 +95,7 @@ def load_dataset(
     if count:
         warnings.warn(f"{count} texts are longer than {limit} tokens (max_length) and are cut", stacklevel=3)
     train_indices, validation_indices = _split(train_texts, train.labels, config)
+    is_given = vocabulary is not None
     if vocabulary is None:
         counts = np.bincount(train.take(train_indices).ids, minlength=len(train_texts.tokens)).tolist()
         by_token = dict(zip(train_texts.tokens, counts, strict=True))
@@ -95,6 +103,8 @@ def load_dataset(
     train = _map_ids(train, train_texts.tokens, vocabulary, with_characters)
     test = _map_ids(test, test_texts.tokens, vocabulary, with_characters)
     parts = train.take(train_indices), train.take(validation_indices), test.take(np.arange(len(test)))
+    if is_given and not with_characters and parts[0].unknown_fraction == 1:
+        raise InputError(f"{train_texts.path}: no token is in the vocabulary; check its language and case")
     return Dataset(names or tuple(class_ids), vocabulary, *parts)
 
 
@@ -108,7 +118,9 @@ class Examples:
     offsets: np.ndarray  # int64 [N + 1]
     labels: list[str]  # as written in the file
     lines: np.ndarray  # int64 [N], the line on which each example begins
+    blank: np.ndarray  # int64, the lines of rows left out, since their texts have no tokens
     header: tuple[str, ...] = ()  # its cells; empty if the file has none
+    delimiter: str = ","
 
 
 def _read_parts(config: DataConfig, keep: bool) -> tuple[Examples, Examples, tuple[str, ...] | None]:
@@ -127,8 +139,9 @@ def _read_parts(config: DataConfig, keep: bool) -> tuple[Examples, Examples, tup
         path = folder / "classes.txt"
         names = _read_class_names(path) if path.is_file() else None
     train_path, test_path = find_parts(folder)
-    train = read_csv(train_path, config.text, keep=keep)
-    return train, read_csv(test_path, config.text, train.header, keep), names
+    train = read_csv(train_path, config, keep=keep)
+    config = replace(config, delimiter=train.delimiter)
+    return train, read_csv(test_path, config, train.header, keep), names
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:
@@ -166,6 +179,19 @@ def find_parts(folder: Path) -> tuple[Path, Path]:
             raise InputError(f"{folder / name}: no such file; {remedy}")
         found.append(paths[0])
     return found[0], found[1]
+
+
+def _check_labels(train: Examples, config: DataConfig) -> None:
+    """Refuse labels of a single class, and labels that look like the texts or like row numbers."""
+    classes, rows = len(set(train.labels)), len(train.labels)
+    if classes == 1 < rows:
+        problem = f"all rows have the label {reprlib.repr(train.labels[0])}"
+        raise InputError(f"{train.path}: {problem}; at least two classes are needed")
+    if 2 * classes > rows > 3:
+        problem = f"is taken as the label, but has {classes} values in {rows} rows"
+        header = f" (header: {', '.join(map(reprlib.repr, train.header))})" if train.header else ""
+        remedy = "set `label_column` and `text_columns`"
+        raise InputError(f"{train.path}: column {config.label_column or 1} {problem}{header}; {remedy}")
 
 
 def _number_classes(labels: Iterable[str], names: tuple[str, ...] | None) -> dict[str, int]:
@@ -219,33 +245,36 @@ def _map_ids(part: Documents, tokens: list[str], vocabulary: Vocabulary, with_ch
 
 
 def read_csv(
-    path: Path, columns: TextColumns, header: tuple[str, ...] | None = None, keep: bool = True
+    path: Path, config: DataConfig, header: tuple[str, ...] | None = None, keep: bool = True
 ) -> Examples:
-    """Read and tokenize a ``label,text,...`` file (or ``.gz``), or its cached tokens.
+    """Read and tokenize a file of labels and texts (or ``.gz``), or its cached tokens.
 
     Args:
         path: CSV file. Its header, if it has one, is skipped.
-        columns: All columns after the label, or the last one only.
-        header: Cells of a possible header. None accepts a first row with a unique label that is no integer.
+        config: Columns, delimiter, and how to treat markup and blank texts.
+        header: Cells of a possible header. None accepts a first row that holds the names of the columns
+            in `config`, or has a label that is no integer and stands in no other row.
         keep: Save the tokens in the user's cache.
 
     Raises:
         InputError: The file or a row is wrong; the message names the line.
     """
     data = _read_bytes(path)
-    key = hashlib.sha256(f"{_CACHE_VERSION} {columns} {header} ".encode() + data).hexdigest()[:32]
-    cache = cache_folder() / f"{key}.npz"
+    config = replace(config, clean=config.clean or config.dataset == "ag_news")
+    columns = config.label_column, config.text_columns, config.text, config.delimiter
+    key = f"{_CACHE_VERSION} {columns} {config.clean} {header} ".encode() + data
+    cache = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
     texts = _load_cache(cache, path)
     if texts is None:
-        rows = _parse_csv(data, path)
-        first = tuple(cell.strip() for cell in rows[0][1])
-        others = {cells[0].strip() for _, cells in rows[1:]}
-        names_columns = bool(first[0]) and not first[0].lstrip("+-").isdecimal() and first[0] not in others
-        is_header = names_columns if header is None else first == header
-        examples = _make_examples(rows[is_header:], path, columns)
-        texts = replace(_tokenize_examples(examples, str(path)), header=first if is_header else ())
+        texts = _parse_examples(data, path, config, header)
         if keep:
             _save_cache(texts, cache)
+    _check_blank(texts, config.skip_blank)
+    if header is None and texts.header and not _column_names(config):
+        label = texts.header[_find_columns(texts.header, config, path)[0]]
+        if label.lower() not in _USUAL_LABEL_NAMES:
+            problem = f"taken as the header, since no other row has the label {reprlib.repr(label)}"
+            warnings.warn(f"{path}:1: {problem}; if it is a text, add a header above it", stacklevel=4)
     return texts
 
 
@@ -262,10 +291,61 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _parse_csv(data: bytes, path: Path) -> list[_Row]:
-    """Return the first line and the cells of every row that is not blank; all have the same width."""
+def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[str, ...] | None) -> Examples:
+    text = decode(data, path)
+    delimiter = _find_delimiter(text) if config.delimiter is None else _check_delimiter(config.delimiter)
+    rows = _parse_csv(text, path, delimiter)
+    first = tuple(cell.strip() for cell in rows[0][1])
+    names = _column_names(config)
+    is_named = bool(names) and names <= set(first)
+    label, texts = _find_columns(header if header and names and not is_named else first, config, path)
+    if max(label, *texts) >= len(first):
+        raise InputError(
+            f"{path}:{rows[0][0]}: {len(first)} columns, fewer than in train.csv; add the others"
+        )
+    if header is None:
+        others = {cells[label].strip() for _, cells in rows[1:]}
+        is_guessed = bool(first[label]) and not first[label].lstrip("+-").isdecimal()
+        is_header = is_named or (is_guessed and first[label] not in others)
+    else:
+        is_header = is_named or first == header
+    if len(rows) == is_header:
+        raise InputError(f"{path}: holds no rows below its header; write them as label,text")
+    examples = (
+        (line, cells[label].strip(), " ".join(cells[i] for i in texts)) for line, cells in rows[is_header:]
+    )
+    tokenized = _tokenize_examples(examples, str(path), config.clean)
+    return replace(tokenized, header=first if is_header else (), delimiter=delimiter)
+
+
+def _check_delimiter(name: str) -> str:
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(name, name)
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise InputError(f"`delimiter` is {reprlib.repr(name)}; give one character, or tab")
+    return delimiter
+
+
+def _find_delimiter(text: str) -> str:
+    """Return the delimiter that splits the first rows evenly and leaves the fewest, shortest labels."""
+
+    def measure_labels(delimiter: str) -> tuple[float, int]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            rows = [cells for cells in itertools.islice(reader, 100) if cells]
+            columns = [set(column) for column in zip(*rows, strict=True)]
+        except (csv.Error, ValueError):  # not CSV, or rows of different widths
+            return math.inf, 0
+        labels = [(len(values), sum(map(len, values))) for values in columns if len(values) > 1]
+        return min(labels, default=(math.inf, 0)) if len(columns) > 1 else (math.inf, 0)
+
     csv.field_size_limit(sys.maxsize)  # long texts are cut later, with a warning
-    reader = csv.reader(io.StringIO(decode(data, path), newline=""), strict=True)
+    return min(_DELIMITERS, key=measure_labels)
+
+
+def _parse_csv(text: str, path: Path, delimiter: str) -> list[_Row]:
+    """Return the first line and the cells of every row that is not blank; all have the same width."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[_Row] = []
     line = 1
     try:
@@ -281,34 +361,81 @@ def _parse_csv(data: bytes, path: Path) -> list[_Row]:
     for line, cells in rows:
         if len(cells) != width:  # probably a comma that should be quoted
             columns = "1 column" if len(cells) == 1 else f"{len(cells)} columns"
-            raise InputError(f"{path}:{line}: {columns}, expected {width}; check quoting and commas")
+            remedy = f"check quoting and {_DELIMITERS.get(delimiter, repr(delimiter))}"
+            raise InputError(f"{path}:{line}: {columns}, expected {width}; {remedy}")
     return rows
 
 
-def _make_examples(rows: list[_Row], path: Path, columns: TextColumns) -> Iterator[tuple[int, str, str]]:
-    if not rows:
-        raise InputError(f"{path}: holds no rows below its header; write them as label,text")
-    for line, cells in rows:
-        if not cells[0].strip():
-            raise InputError(f"{path}:{line}: the label is empty; fix or remove the row")
-        texts = cells[1:] if columns == "title+description" else cells[-1:]
-        yield line, cells[0].strip(), " ".join(texts)
+def _column_names(config: DataConfig) -> set[str]:
+    """Return the columns of `config` that are given by name, not by number."""
+    given = (config.label_column, *(config.text_columns or ()))
+    return {name for name in given if name is not None and not name.isdecimal()}
 
 
-def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str) -> Examples:
+def _find_columns(cells: Sequence[str], config: DataConfig, path: Path) -> tuple[int, list[int]]:
+    """Return the indices of the label and of the text columns, given the header or any row."""
+    numbers = [str(i + 1) for i in range(len(cells))]
+
+    def find(name: str) -> int:
+        if name not in numbers and name not in cells:
+            known = ", ".join(map(reprlib.repr, cells))
+            raise InputError(
+                f"{path}:1: no column {reprlib.repr(name)} in {known}; give a name or a number from 1"
+            )
+        return numbers.index(name) if name in numbers else cells.index(name)
+
+    label = find(config.label_column or "1")
+    others = [i for i in range(len(cells)) if i != label]
+    texts = others if config.text == "title+description" else others[-1:]
+    texts = texts if config.text_columns is None else [find(name) for name in config.text_columns]
+    if label in texts or not texts:
+        raise InputError(f"{path}: column {label + 1} is the label; give other columns as `text_columns`")
+    return label, texts
+
+
+def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, clean: bool = False) -> Examples:
     """Tokenize texts, given with their line and label; `path` is for messages."""
     code_of: dict[str, int] = {}
     codes: list[np.ndarray] = []
-    labels, lines = [], []
+    labels, lines, blank, unlabelled = [], [], [], []
     for line, label, text in examples:
-        tokens = tokenize(text)
+        tokens = tokenize(text, clean)
         if not tokens:
-            raise InputError(f"{path}:{line}: the text has no tokens; remove the row")
+            blank.append(line)
+            continue
+        if not label:
+            unlabelled.append(line)
         codes.append(np.array([code_of.setdefault(token, len(code_of)) for token in tokens], np.int32))
         labels.append(label)
         lines.append(line)
+    if unlabelled:
+        problem = "the label is empty; fix or remove the row"
+        raise InputError(f"{path}:{_join_lines(unlabelled)}: {problem}{'s' * (len(unlabelled) > 1)}")
     offsets = np.cumsum([0, *map(len, codes)], dtype=np.int64)
-    return Examples(path, list(code_of), np.concatenate(codes), offsets, labels, np.array(lines))
+    joined = np.concatenate([np.zeros(0, np.int32), *codes])
+    return Examples(path, list(code_of), joined, offsets, labels, np.array(lines), np.array(blank, np.int64))
+
+
+def _check_blank(texts: Examples, skip: bool) -> None:
+    """Refuse texts without tokens, or say how many were left out."""
+    count = len(texts.blank)
+    if count and not skip:
+        problem = "the text has no tokens" if count == 1 else f"{count} texts have no tokens"
+        remedy = f"remove the row{'s' * (count > 1)}, or pass skip_blank=True"
+        raise InputError(f"{texts.path}:{_join_lines(texts.blank)}: {problem}; {remedy}")
+    if not texts.labels:
+        raise InputError(f"{texts.path}: no row has a text; write them as label,text")
+    if count:
+        where = f"{texts.path}:{_join_lines(texts.blank)}"
+        warnings.warn(
+            f"{where}: {count} of {count + len(texts.labels)} texts are blank and left out", stacklevel=5
+        )
+
+
+def _join_lines(lines: Sequence[int] | np.ndarray) -> str:
+    """Return up to ten line numbers, and the number of the others."""
+    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+    return ", ".join(map(str, lines[:10])) + more
 
 
 def cache_folder() -> Path:
@@ -319,11 +446,12 @@ def cache_folder() -> Path:
 def _save_cache(texts: Examples, cache: Path) -> None:
     joined = {name: "\0".join(getattr(texts, name)).encode() for name in _CACHED_TEXTS}
     arrays: dict[str, Any] = {name: np.frombuffer(text, np.uint8) for name, text in joined.items()}
+    arrays |= {name: getattr(texts, name) for name in _CACHED_ARRAYS}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:  # no reader sees half a file
             part = Path(folder) / cache.name
-            np.savez_compressed(part, codes=texts.codes, offsets=texts.offsets, lines=texts.lines, **arrays)
+            np.savez_compressed(part, **arrays)
             part.replace(cache)
     except OSError as error:
         warnings.warn(f"{cache.parent}: tokens are not cached ({error.strerror})", stacklevel=2)
@@ -332,9 +460,10 @@ def _save_cache(texts: Examples, cache: Path) -> None:
 def _load_cache(cache: Path, path: Path) -> Examples | None:
     """Return cached tokens, or None if they are missing or damaged."""
     try:
-        codes, offsets, lines, *joined = read_arrays(cache, ("codes", "offsets", "lines", *_CACHED_TEXTS))
-        tokens, labels, header = (text.tobytes().decode().split("\0") for text in joined)
+        codes, offsets, lines, blank, *joined = read_arrays(cache, (*_CACHED_ARRAYS, *_CACHED_TEXTS))
+        tokens, labels, header, (delimiter,) = (text.tobytes().decode().split("\0") for text in joined)
     except ValueError:
         return None
     cells = () if header == [""] else tuple(header)
-    return Examples(str(path), tokens, codes, offsets, labels, lines, cells)
+    labels = labels if len(lines) else []
+    return Examples(str(path), tokens, codes, offsets, labels, lines, blank, cells, delimiter)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import regex
 
 from elmo_jax.errors import InputError
 
@@ -19,7 +20,10 @@ PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
 BLOCK_TOKENS = 50_000  # a few seconds of embedding on a CPU
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
+_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # the same tokens for ASCII text, twice as fast
+# A word holds letters, numbers, marks, joiners and soft hyphens; anything else is a user-perceived
+# character, such as an emoji with its modifiers. `regex` does not count \x1c to \x1f as white space.
+_TOKEN = regex.compile(r"[\w\p{N}\p{GCB=Prepend}\u00ad\u2060]+|(?![\s\x1c-\x1f])\X")
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
 # AG News lost the ampersand of many entities: " #39;" for an apostrophe, " quot;" for a quote.
 _BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{1,5}|quot|amp|lt|gt|nbsp|hellip|[lr][sd]quo|[mn]dash);")
@@ -42,14 +46,28 @@ def _restore_entity(match: re.Match[str]) -> str:
     return char if char in "'\u2019" or not match.group().startswith(" ") else " " + char
 
 
-def tokenize(text: str) -> list[str]:
-    """Clean a text and split it into lower-case words and single punctuation characters.
+_clean = clean  # `tokenize` has an argument of the same name
+
+
+def tokenize(text: str, clean: bool = False, lowercase: bool = True) -> list[str]:
+    """Split a text into words and single punctuation characters.
+
+    Combining marks, joiners and variation selectors stay with their character, in every script.
+
+    Args:
+        text: Any text.
+        clean: Remove news-feed markup first, see `clean`.
+        lowercase: Convert the text to lower case.
 
     Examples:
         >>> tokenize("The bank's rate: 4.5%")
         ['the', 'bank', "'", 's', 'rate', ':', '4', '.', '5', '%']
+        >>> tokenize("Nai\\u0308ve <b>", lowercase=False) == ["Nai\\u0308ve", "<", "b", ">"]
+        True
     """
-    return _TOKEN.findall(clean(text).lower())
+    text = _clean(text) if clean else text
+    text = text.lower() if lowercase else text
+    return (_ASCII_TOKEN if text.isascii() else _TOKEN).findall(text)
 
 
 class Vocabulary:
@@ -91,9 +109,15 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None) -> Self:
-        """Return the `max_size` most frequent tokens with at least `min_count` occurrences; ties by name."""
+        """Return the `max_size` most frequent tokens with at least `min_count` occurrences; ties by name.
+
+        Raises:
+            InputError: There are tokens, but none reaches `min_count`.
+        """
         frequent = (token for token, n in counts.items() if n >= min_count and token not in SPECIAL)
         words = sorted(frequent, key=lambda token: (-counts[token], token))[:max_size]
+        if counts and not words:
+            raise InputError(f"no word reaches min_count={min_count}; lower it or give more texts")
         return cls([*SPECIAL[1:], *words])
 
     def ids(self, tokens: Iterable[str]) -> np.ndarray:
@@ -110,16 +134,26 @@ class Vocabulary:
         Path(path).write_text(self.text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, exact: bool = False) -> Self:
         """Read a file written by `save` or by bilm-tf.
+
+        Args:
+            path: UTF-8 file, one token per line.
+            exact: Keep spaces in tokens, which models trained on lists of tokens may have.
 
         Raises:
             InputError: The file is missing, not UTF-8 or no such list (with the line).
         """
         lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        if "" in lines:
-            raise InputError(f"{path}:{lines.index('') + 1}: the line is empty; remove it")
-        return cls(lines, source=str(path))
+        tokens = lines if exact else [line.strip(" \t\r") for line in lines]
+        for i, token in enumerate(tokens, 1):
+            if not token:
+                raise InputError(f"{path}:{i}: the line is empty; remove it")
+            if not exact and (" " in token or "\t" in token):
+                raise InputError(
+                    f"{path}:{i}: {reprlib.repr(token)} holds white space; write one token a line"
+                )
+        return cls(tokens, source=str(path))
 
 
 def read_text(path: str | Path) -> str:

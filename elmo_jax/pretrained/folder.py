@@ -59,7 +59,7 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
     sizes = structure(BiLMConfig, saved, f"{path}: model")
     vocabulary = None
     if sizes.input == "words" or VOCABULARY in config["files"]:
-        vocabulary = Vocabulary.load(path / VOCABULARY)
+        vocabulary = Vocabulary.load(path / VOCABULARY, exact=True)
     model = BiLM(sizes, len(vocabulary or ()), kernel)
     expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_shapes(arrays, expected, str(path))

@@ -1,6 +1,8 @@
 import errno
 import gzip
 import os
+import warnings
+from dataclasses import replace
 
 import archives
 import numpy as np
@@ -44,10 +46,7 @@ def test_text_columns(tmp_path):
     [
         (["label,text"] + [f"{'ab'[i % 2]},w{i}" for i in range(10)], ("a", "b")),
         (["Class Index,Title"] + [f"{i % 2},w{i}" for i in range(10)], ("0", "1")),
-        (["which,what"] + [f"{i % 2},w{i}" for i in range(10)], ("0", "1")),
-        (["sentiment,review"] + [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)], ("neg", "pos")),
-        (["label,text"] + [f"{'a'},w{i}" for i in range(10)], ("a",)),
-        ([f"{'a'},w{i}" for i in range(10)], ("a",)),
+        (["Label ,text"] + [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)], ("neg", "pos")),
         (["label,text"] + [f"{('label', 'other')[i % 2]},w{i}" for i in range(9)], ("label", "other")),
         ([f"{'ab'[i % 2]},w{i}" for i in range(10)], ("a", "b")),
         ([f"{(2, 10)[i % 2]},w{i}" for i in range(10)], ("2", "10")),
@@ -70,13 +69,177 @@ def test_classes_file_names_and_orders_the_classes(tmp_path, labels, names):
 def test_header_only_in_the_training_file(tmp_path):
     rows = [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)]
     for _ in range(2):  # from the file, then from the cache
-        data = load_dataset(write(tmp_path / "d", ["sentiment,review", *rows], ["pos,one", "neg,two"]))
+        data = load_dataset(write(tmp_path / "d", ["label,review", *rows], ["pos,one", "neg,two"]))
         assert data.classes == ("neg", "pos") and data.test.labels.tolist() == [1, 0]
         assert words(data, data.test).count("<UNK>") == 2
-        again = load_dataset(
-            write(tmp_path / "d", ["sentiment,review", *rows], ["sentiment,review", "pos,one"])
-        )
+        again = load_dataset(write(tmp_path / "d", ["label,review", *rows], ["label,review", "pos,one"]))
         assert again.test.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("header", ["sentiment,review", "spam,win a prize"])
+def test_first_row_taken_as_a_header_for_its_label_alone_is_named(tmp_path, header):
+    rows = [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)]
+    config = write(tmp_path / "d", [header, *rows], [header, *rows])
+    label = header.split(",")[0]
+    for _ in range(2):  # from the file, then from the cache
+        with pytest.warns(UserWarning, match=rf"train\.csv:1: taken as the header, .*'{label}'") as caught:
+            data = load_dataset(config)
+        assert len(caught) == 1
+        assert data.classes == ("neg", "pos") and len(data.test) == 10
+    assert load_dataset(replace(config, label_column=label)).classes == ("neg", "pos")  # without a warning
+
+
+COLUMNS = [f"{i},the w{i} text,{'ab'[i % 2]},x{i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("header", "fields", "text"),
+    [
+        (["id,text,label,note"], {"label_column": "label", "text_columns": ("text",)}, "the w0 text"),
+        (["id,text,label,note"], {"label_column": "3", "text_columns": ("note", "2")}, "x0 the w0 text"),
+        (["id,text,label,note"], {"label_column": "label"}, "0 the w0 text x0"),
+        (["id,text,label,note"], {"label_column": "3", "text": "description"}, "x0"),
+        ([], {"label_column": "3", "text_columns": ("2",)}, "the w0 text"),
+    ],
+)
+def test_columns_by_name_and_number(tmp_path, header, fields, text):
+    for lines in ([*header, *COLUMNS], COLUMNS):  # the test file need not have a header
+        config = replace(write(tmp_path / "d", [*header, *COLUMNS], lines), **fields)
+        vocabulary = Vocabulary.from_counts(dict.fromkeys(["the", "w0", "text", "x0", "0"], 1))
+        data = load_dataset(config, vocabulary)
+        assert data.classes == ("a", "b") and len(data.test) == 10
+        assert words(data, data.test)[: len(text.split())] == text.split()
+
+
+def test_named_columns_may_be_in_another_order_in_the_test_file(tmp_path):
+    train = ["text,label", *[f"w{i},{'ab'[i % 2]}" for i in range(10)]]
+    config = replace(write(tmp_path / "d", train, ["label,text", "b,w1"]), label_column="label")
+    data = load_dataset(config)
+    assert data.test.labels.tolist() == [1] and len(words(data, data.test)) == 1
+
+
+@pytest.mark.parametrize("column", ["topic", "0", "5", "9" * 5000, ""])
+def test_unknown_column_is_refused(tmp_path, column):
+    config = write(tmp_path / "d", ["id,text,label,note", *COLUMNS], COLUMNS)
+    with pytest.raises(
+        InputError, match=r"train\.csv:1: no column .* in 'id', 'text', 'label', 'note'; give"
+    ):
+        load_dataset(replace(config, text_columns=(column,)))
+    with pytest.raises(InputError, match="column 1 is the label; give other columns as `text_columns`"):
+        load_dataset(replace(config, text_columns=("text", "1")))
+
+
+def test_test_file_with_fewer_columns_than_named_is_refused(tmp_path):
+    config = write(tmp_path / "d", ["text,note,label", *[f"w,x,{i % 2}" for i in range(9)]], ["w,1"])
+    with pytest.raises(InputError, match=r"test\.csv:1: 2 columns, fewer than in train\.csv"):
+        load_dataset(replace(config, label_column="label"))
+
+
+@pytest.mark.parametrize("header", [[], ["text,label"]])
+@pytest.mark.parametrize("cell", ["the team won game {i}", "{i}"])
+def test_first_column_that_is_no_label_is_explained(tmp_path, header, cell):
+    train = [*header, *[f"{cell.format(i=i)},{'ab'[i % 2]}" for i in range(10)]]
+    config = write(tmp_path / "d", train, train, classes="a\nb\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the header is a guess
+        with pytest.raises(
+            InputError, match=r"train\.csv: column 1 is taken as the label, but has "
+        ) as error:
+            load_dataset(config)
+    assert ("(header: 'text', 'label')" in str(error.value)) == bool(header)
+    assert "set `label_column` and `text_columns`" in str(error.value)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("comma", ["", ", "])
+def test_delimiter_is_found(tmp_path, delimiter, comma):
+    rows = [
+        delimiter.join(["ab"[i % 2], f"some{comma} w{i}", f"more; {i}" * (delimiter != ";")])
+        for i in range(9)
+    ]
+    plain = [row.replace(",", " ").replace(delimiter, ",") for row in rows]
+    expected = load_dataset(write(tmp_path / "d", plain, plain[:1]))
+    found = load_dataset(write(tmp_path / "d", rows, rows[:1]))
+    assert found.classes == expected.classes == ("a", "b")
+    if not comma:
+        assert found.digest == expected.digest
+    header = [delimiter.join(["label", "one", "two"]), *rows]
+    assert load_dataset(write(tmp_path / "d", header, header)).classes == ("a", "b")
+
+
+def test_commas_win_over_other_delimiters_in_texts(tmp_path):
+    rows = [f"{i % 2},w{i}; more\t{i};" for i in range(9)]
+    assert load_dataset(write(tmp_path / "d", rows, rows)).classes == ("0", "1")
+
+
+@pytest.mark.parametrize(("given", "used"), [("|", "|"), ("tab", "\t"), ("\t", "\t"), (";", ";")])
+def test_delimiter_is_given(tmp_path, given, used):
+    rows = [used.join(["ab"[i % 2], f"w, {i}"]) for i in range(9)]
+    assert load_dataset(replace(write(tmp_path / "d", rows, rows), delimiter=given)).classes == ("a", "b")
+    rows[-1] += f"{used}more"
+    with pytest.raises(InputError, match=r"train\.csv:9: 3 columns, expected 2; check quoting and "):
+        load_dataset(replace(write(tmp_path / "d", rows, rows), delimiter=given))
+
+
+@pytest.mark.parametrize("delimiter", ["", "::", '"', "\n"])
+def test_wrong_delimiter_is_refused(tmp_path, delimiter):
+    with pytest.raises(InputError, match=r"`delimiter` is .*; give one character, or tab"):
+        load_dataset(replace(write(tmp_path / "d"), delimiter=delimiter))
+
+
+def test_markup_is_cleaned_in_ag_news_or_on_demand(tmp_path):
+    rows = [f"{1 + i % 4},a <b>bank</b> &amp; <unk>" for i in range(20)]
+    config = write(tmp_path / "d", rows, rows)
+    kept = load_dataset(config)
+    assert words(kept, kept.test)[:5] == ["a", "<", "b", ">", "bank"] and "unk" in kept.vocabulary.tokens
+    cleaned = load_dataset(replace(config, clean=True))
+    assert words(cleaned, cleaned.test)[:4] == ["a", "bank", "&", "a"]
+    news = load_dataset(DataConfig("ag_news", config.dataset, min_count=1))
+    assert words(news, news.test) == words(cleaned, cleaned.test)
+
+
+def test_blank_texts_are_all_named_or_left_out(tmp_path):
+    rows = [*TEXTS, "1,,", '2," ",', TEXTS[0], ",,"]
+    config = write(tmp_path / "d", rows)
+    for _ in range(2):  # from the file, then from the cache
+        with pytest.raises(
+            InputError, match=r"train\.csv:21, 22, 24: 3 texts have no tokens; .*skip_blank=True"
+        ):
+            load_dataset(config)
+    with pytest.warns(
+        UserWarning, match=r"train\.csv:21, 22, 24: 3 of 24 texts are blank and left out"
+    ) as caught:
+        data = load_dataset(replace(config, skip_blank=True))
+    assert len(caught) == 1 and len(data.train) + len(data.validation) == 21
+    many = write(tmp_path / "d", [*TEXTS, *["1,,"] * 15])
+    with pytest.raises(InputError, match=r"train\.csv:21, .*, 30 and 5 more: 15 texts have no tokens"):
+        load_dataset(many)
+    with pytest.raises(InputError, match=r"test\.csv: no row has a text"):
+        load_dataset(replace(write(tmp_path / "d", test=["1,", "2,"]), skip_blank=True))
+
+
+def test_empty_labels_are_all_named(tmp_path):
+    with pytest.raises(InputError, match=r"train\.csv:21, 22: the label is empty; fix or remove the rows"):
+        load_dataset(write(tmp_path / "d", [*TEXTS, ",a,b", " ,a,b"]))
+
+
+def test_one_class_is_refused(tmp_path):
+    for rows in (["a,w1", "a,w2"], ["label,text", "a,w1", "a,w2"]):
+        with pytest.raises(InputError, match="all rows have the label 'a'; at least two classes are needed"):
+            load_dataset(write(tmp_path / "d", rows, ["b,w3"], classes="a\nb\n"))
+
+
+def test_unknown_tokens_are_counted_and_must_not_be_all(tmp_path):
+    config = write(tmp_path / "d", test=["1,unseen words", "2,again unseen"])
+    data = load_dataset(config)
+    assert data.train.unknown_fraction == 0 and data.test.unknown_fraction == 0.75
+    assert load_dataset(config, with_characters=True).test.unknown_fraction == 0.75
+    upper = Vocabulary.from_counts({"TITLE": 1})
+    with pytest.raises(InputError, match=r"train\.csv: no token is in the vocabulary"):
+        load_dataset(config, upper)
+    assert load_dataset(config, upper, with_characters=True).train.unknown_fraction == 1
+    with pytest.raises(InputError, match="no word reaches min_count=99"):
+        load_dataset(replace(config, min_count=99))
 
 
 def test_gzip_file_gives_the_same_dataset(tmp_path):

@@ -1,8 +1,11 @@
+import sys
+import unicodedata
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from elmo_jax.data import text
-from elmo_jax.data.text import SPECIAL, UNK, Vocabulary, clean
+from elmo_jax.data.text import SPECIAL, UNK, Vocabulary, clean, tokenize
 from elmo_jax.errors import InputError
 
 
@@ -22,6 +25,56 @@ from elmo_jax.errors import InputError
 )
 def test_clean_removes_news_feed_markup(raw, expected):
     assert clean(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("cafe\u0301.", ["cafe\u0301", "."]),
+        ("İstanbul", ["i\u0307stanbul"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("ක්\u200dරම", ["ක්\u200dරම"]),
+        ("葛\U000e0100城 ᠠ\u180b", ["葛\U000e0100城", "ᠠ\u180b"]),
+        ("co\u00adoperate x² ½", ["co\u00adoperate", "x²", "½"]),
+        ("so ❤\ufe0f👩\u200d👧👍🏽🇫🇷!", ["so", "❤\ufe0f", "👩\u200d👧", "👍🏽", "🇫🇷", "!"]),
+        ("1\ufe0f\u20e3 \u0600 12", ["1\ufe0f\u20e3", "\u0600", "12"]),
+        ("é\x1fa", ["é", "a"]),
+        ("the <unk> bank", ["the", "<", "unk", ">", "bank"]),
+        ("<john@x.org>", ["<", "john", "@", "x", ".", "org", ">"]),
+        ("a\\b &amp; c", ["a", "\\", "b", "&", "amp", ";", "c"]),
+    ],
+)
+def test_tokens(raw, expected):
+    assert tokenize(raw) == expected
+
+
+def test_markup_is_removed_and_case_kept_on_demand():
+    assert tokenize(r"The <b>bank</b>\&amp;", clean=True) == ["the", "bank", "&"]
+    assert tokenize("The IBM", lowercase=False) == ["The", "IBM"]
+
+
+def test_marks_stay_with_the_letters_of_every_script():
+    characters = list(map(chr, range(sys.maxunicode + 1)))
+    marks = [c for c in characters if unicodedata.category(c)[0] == "M"] + ["\u200c", "\u200d"]
+    words = [letter + marks[i % len(marks)] + "a" for i, letter in enumerate(filter(str.isalpha, characters))]
+    words += [f"a{mark}b" for mark in marks]
+    assert len(words) > 130_000
+    assert tokenize(" ".join(words), lowercase=False) == words
+
+
+@settings(deadline=None)
+@given(st.text() | st.text("aA1²_é\u0301\u0600\u200d❤\ufe0f👩🏽🇫<>&#;\\ \n\t\0\x1f\xa0"))
+def test_only_white_space_is_lost(text):
+    tokens = tokenize(text, lowercase=False)
+    assert "".join(tokens) == "".join(text.split())
+    assert all(token.split() == [token] for token in tokens)
+    assert tokenize(" ".join(tokens), lowercase=False) == tokens
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_and_unicode_patterns_agree(ascii_text):
+    assert text._ASCII_TOKEN.findall(ascii_text) == text._TOKEN.findall(ascii_text)
 
 
 @settings(deadline=None)
@@ -51,6 +104,11 @@ def test_vocabulary_is_sorted_by_count_then_name():
     assert vocabulary.ids(["a", "rare", "never"]).tolist() == [5, UNK, UNK]
 
 
+def test_vocabulary_without_words_is_refused():
+    with pytest.raises(InputError, match="no word reaches min_count=3; lower it or give more texts"):
+        Vocabulary.from_counts({"bank": 2, "the": 1}, min_count=3)
+
+
 def test_padding_token_in_a_text_is_an_ordinary_word(tmp_path):
     vocabulary = Vocabulary.from_counts({"bank": 1, "<pad>": 5})
     assert vocabulary.ids(["<pad>", "bank"]).tolist() == [UNK, len(SPECIAL)]
@@ -72,6 +130,9 @@ def test_vocabulary_file_has_the_bilm_format(tmp_path):
         (b"<S>\n</S>\n<UNK>\n\nb\n", ":4: the line is empty"),
         (b"<S>\n</S>\n<UNK>\n\xff\n", ":4: byte 0xff is not UTF-8"),
         (b"", ":1: "),
+        (b"<S>\n</S>\n<UNK>\nthe 12\n", ":4: 'the 12' holds white space; write one token a line"),
+        (b"<S>\n</S>\n<UNK>\nthe\t12\n", r":4: 'the\\t12' holds white space"),
+        (b"<S>\n</S>\n<UNK>\n  \n", ":4: the line is empty"),
     ],
 )
 def test_wrong_vocabulary_file_is_refused_with_its_line(tmp_path, data, message):
@@ -88,6 +149,14 @@ def test_windows_line_endings_and_string_paths(tmp_path):
     path.write_bytes(path.read_bytes() + b"\r\n")
     with pytest.raises(InputError, match=":6: the line is empty"):
         Vocabulary.load(path)
+
+
+def test_spaces_around_tokens_are_stripped_unless_the_file_is_a_model_s(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("<S> \n</S>\n<UNK>\n the\t\nbank \n")
+    assert Vocabulary.load(path).tokens[-2:] == ("the", "bank")
+    Vocabulary.from_counts({"New York": 1}).save(path)
+    assert Vocabulary.load(path, exact=True).tokens[-1] == "New York"
 
 
 def test_missing_vocabulary_is_refused(tmp_path):
