@@ -74,7 +74,8 @@ def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
     model, corpus = config.model, config.corpus
     projected = f"{model.cells}, as wide as --embedding"
     cnn = [field.name for field in fields(CharCNNConfig)]
-    data, counts = ["text", "validation", "split_seed"], ["min_count", "max_vocab"]
+    columns = ["label_column", "text_columns", "text", "delimiter", "clean", "skip_blank"]
+    data, counts = [*columns, "validation", "split_seed"], ["min_count", "max_vocab"]
     reads_words = model.input == "words"
     rules: list[
         tuple[Any, ...]

@@ -69,6 +69,7 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     output, files = config.output or f"runs/{config.method}", {VOCABULARY: data.vocabulary.text}
     run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
     cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
+    cli.describe_unknown((data.train, data.validation, data.test))
     try:
         table, results = (_run_svd if config.method == "svd" else _train_sgns)(config, data, run)
     except NotFiniteError as error:  # a run keeps its rate, so it cannot be resumed with a lower one

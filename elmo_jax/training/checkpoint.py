@@ -538,6 +538,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found |= {f"{name}.{inner}": change for inner, change in changes(old, new).items()}
-        elif old != new:
+        elif old != new and (old, new) != (None, False):  # older releases lack settings that are off
             found[name] = f"{old!r} -> {new!r}"
     return found

@@ -31,6 +31,8 @@ from elmo_jax.errors import InputError, Interrupted
 
 C = TypeVar("C")
 
+MAX_UNKNOWN = 0.1  # fraction of unknown tokens above which a command warns
+
 # Files and folders that a finished run adds to its folder; the results are written last.
 PRODUCTS = ("model", "loss.png", "perplexity.png", "lambdas.png", "predictions.npz",
             "vectors.npz", "vectors.txt",
@@ -216,6 +218,8 @@ def parse(
 
 def _replace_old_flag(arg: str) -> str:
     flag, equals, value = arg.partition("=")
+    if flag.replace("_", "-") == "--text-column":  # reads better with a single value
+        return f"--text-columns{equals}{value}"
     if flag.replace("_", "-") != "--steps-per-dispatch":
         return arg
     new = "--steps-per-call"
@@ -247,7 +251,7 @@ def flags_in(args: Sequence[str]) -> list[str]:
         ['--layer-norm', '--epochs']
     """
     flags = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    return [re.sub("^--no-", "--", flag) for flag in flags]
+    return [re.sub("^--text-column$", "--text-columns", re.sub("^--no-", "--", flag)) for flag in flags]
 
 
 def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> dict[str, str]:
@@ -434,11 +438,24 @@ def describe(parts: Sequence["elmo_jax.Documents"], vocabulary: "elmo_jax.Vocabu
     sizes = " / ".join(f"{len(part):,}" for part in parts)
     names = " / ".join(("train", "validation", "test")[: len(parts)])
     say(f"documents: {sizes} ({names}), vocabulary {len(vocabulary):,}")
+    describe_unknown(parts)
     batches = f"batches: {stream.steps_per_epoch:,} an epoch of {stream.batch_size}"
     if hasattr(stream, "unroll"):
         say(f"{batches} rows of {stream.unroll} steps")
     else:
         say(f"{batches}, lengths up to {', '.join(map(str, stream.bounds))}, {stream.padding:.1%} padding")
+
+
+def describe_unknown(parts: Sequence["elmo_jax.Documents"]) -> None:
+    """Print the fraction of unknown tokens of each part, and warn if one is large."""
+    unknown = [part.unknown_fraction for part in parts]
+    say(f"unknown tokens: {' / '.join(f'{fraction:.1%}' for fraction in unknown)}")
+    if max(unknown) > MAX_UNKNOWN:
+        warnings.warn(
+            f"{max(unknown):.1%} of the tokens are unknown to the vocabulary; give more texts, a lower "
+            "--min-count, or a model of such texts",
+            stacklevel=3,
+        )
 
 
 def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]:

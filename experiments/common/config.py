@@ -24,6 +24,16 @@ class SourceConfig:
     """Data set to classify: sample, ag_news or a folder; the one of the run above if not given."""
     data_dir: str | None = None
     """Folder with AG News's train.csv and test.csv, if they have moved since that run."""
+    label_column: str | None = None
+    """With another --dataset: column with the label, by name or number; the first if not given."""
+    text_columns: tuple[str, ...] | None = None
+    """With another --dataset: columns with the text, by name or number; all others if not given."""
+    delimiter: str | None = None
+    """With another --dataset: character between columns, or tab; found if not given."""
+    clean: bool | None = None
+    """With another --dataset: remove news-feed markup."""
+    skip_blank: bool | None = None
+    """With another --dataset: leave out texts without tokens."""
     text: TextColumns | None = None
     """With another --dataset: use all text columns joined, or the last one only."""
     max_length: Count | None = None

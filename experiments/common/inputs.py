@@ -244,7 +244,8 @@ def _load_labelled(
 
 def _data_settings(config: SourceConfig, run: Path | None, own: DataConfig | None) -> DataConfig:
     """Return the settings of the data set: the flags, and those that a run on the same data set had."""
-    fixed = ("text", "max_length", "validation")
+    columns = ("label_column", "text_columns", "text", "delimiter")
+    fixed = (*columns, "clean", "skip_blank", "max_length", "validation")
     names = ("dataset", "data_dir", *fixed)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     settings = replace(own or DataConfig(), **given)
@@ -265,6 +266,8 @@ def data_of(run: Path) -> DataConfig | None:
     saved = read_config(run).get("data")
     if saved is None:
         return None
+    if isinstance(saved, dict):
+        saved = {"clean": True, **saved}  # before `clean` was a setting, every text was cleaned
     settings = structure(DataConfig, saved, f"{run}: data")
     check(settings)
     return settings
