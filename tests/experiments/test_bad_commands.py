@@ -221,7 +221,18 @@ def test_compare(name, model, text, tmp_path, monkeypatch, refused):
 CORPORA = {
     "no partner": (["--corpus", "in.txt"], "--corpus needs --valid-corpus"),
     "a pattern of nothing": (["--corpus", "*.none", "--valid-corpus", "in.txt"], "matches no file"),
-    "a blank text": (["--corpus", "in.txt", "--valid-corpus", "blank.txt"], "holds no sentence"),
+    "a blank text": (
+        ["--corpus", "in.txt", "--valid-corpus", "blank.txt", "--min-count", "1"],
+        "holds no sentence",
+    ),
+    "only rare words": (
+        ["--corpus", "in.txt", "--valid-corpus", "in.txt"],
+        "no word reaches --min-count 3; lower it or give more texts",
+    ),
+    "a vocabulary of other words": (
+        ["--corpus", "in.txt", "--valid-corpus", "in.txt", "--vocab", "other.bin"],
+        "in.txt: no word is in the vocabulary",
+    ),
     "binary": (
         ["--corpus", "binary.bin", "--valid-corpus", "in.txt"],
         "binary.bin:1: byte 0xff is not UTF-8",
@@ -232,7 +243,10 @@ CORPORA = {
         ["--corpus", "in.txt", "--valid-corpus", "in.txt", "--vocab", "blank.txt"],
         "blank.txt:1: the line is empty",
     ),
-    "a million tokens": (["--corpus", "in.txt", "--valid-corpus", "long.bin"], "has 1,000,000 tokens"),
+    "a million tokens": (
+        ["--corpus", "in.txt", "--valid-corpus", "long.bin", "--min-count", "1"],
+        "has 1,000,000 tokens",
+    ),
 }
 
 
@@ -243,6 +257,7 @@ def test_corpora(name, text, tmp_path, monkeypatch, refused):
     (tmp_path / "binary.bin").write_bytes(b"the \xff\n")
     (tmp_path / "nul.bin").write_bytes(b"the\0bank\n")
     (tmp_path / "in.gz").write_bytes(b"the bank\n")
+    (tmp_path / "other.bin").write_bytes(b"<S>\n</S>\n<UNK>\nBANK\n")
     if name == "a million tokens":
         (tmp_path / "long.bin").write_text("the " * 1_000_000)
     args, said = CORPORA[name]

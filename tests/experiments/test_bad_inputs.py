@@ -93,7 +93,7 @@ CSVS = {
     "a header with no label": (b",text\n" + GOOD, "train.csv:1: the label is empty"),
     "a comma without quotes": (GOOD + b"a,one,two\n", "train.csv:21: 3 columns, expected 2"),
     "5000 digits": ((b"1" * 5000 + b",a\n2,b\n") * 5, "test.csv:1: label 'a' is not one of"),
-    "tabs for commas": (GOOD.replace(b",", b"\t"), "train.csv:1: 1 column, expected 2"),
+    "tabs in this file alone": (GOOD.replace(b",", b"\t"), "test.csv:1: 1 column, expected 2"),
 }
 
 

@@ -253,3 +253,10 @@ from experiments.compare import __main__
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_text_column_may_be_given_in_the_singular():
+    args = ["--label-column", "2", "--text-column", "title", "body"]
+    settings = cli.parse(PretrainConfig, "pretrain", args=args)
+    assert settings.data.text_columns == ("title", "body")
+    assert cli.flags_in(args) == ["--label-column", "--text-columns"]
