@@ -1,7 +1,8 @@
 """Sample corpus of short news-like texts in four classes, generated from a seeded grammar.
 
-A text has one clause, or two of different classes. The main clause gives the class; a clause after
-a subordinator ("while", "a day after") does not, so counting words does not solve the task.
+A text has one clause, or two of different classes, or names two parties of different classes. The main
+clause gives the class, or the party that acts in it; a clause after a subordinator ("while", "a day after")
+does not, so counting words does not solve the task.
 In the templates ``{x}`` is a random entry of list x, and ``bank|river`` is the word "bank" in the
 sense "river".
 """
@@ -19,6 +20,8 @@ _LISTS = {
     "ordinal": ["second", "third", "fourth", "fifth", "sixth"],
     "day": ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"],
     "place": ["north", "south", "east", "west", "coast", "capital", "border", "valley", "island"],
+    "act": ["criticised", "sued", "praised", "accused", "blocked", "defended", "betrayed", "funded"],
+    "issue": ["the delay", "a contract", "a leaked letter", "new rules", "the ticket price", "a broken promise"],
     # World
     "leader": ["the president", "the prime minister", "the foreign minister", "a senior envoy", "the governor", "the opposition leader", "a rebel commander", "the interior minister"],
     "state": ["the government", "parliament", "the ruling party", "the army", "the coalition", "the security council", "the embassy"],
@@ -126,7 +129,23 @@ _DOUBLE = (
     "{a} , just as {b} .",
     "just as {b} , {a} .",
 )
-_DOUBLE_FRACTION = 0.35
+# {a} acts and gives the class; {b} is of another class.
+_PARTIES = (
+    ("{leader}", "{state}"),
+    ("{athlete}", "{team}"),
+    ("{firm}", "{market}"),
+    ("{maker}", "{scientist}"),
+)
+_ROLES = (
+    "{a} {act} {b} over {issue} in {city} .",
+    "{b} was {act} by {a} over {issue} in {city} .",
+    "{a} , {act} by {b} in {city} , gave in on {day} .",
+    "{b} and {person} were {act} by {a} on {day} .",
+    "on {day} , {a} and {person} {act} {b} .",
+    "{b} , said {person} , was {act} by {a} .",
+)
+_DOUBLE_FRACTION = 0.1
+_ROLE_FRACTION = 0.1
 
 
 class Text(NamedTuple):
@@ -178,10 +197,14 @@ def sample_corpus(seed: int = 0, train: int = 2800, test: int = 700) -> Sample:
 
 
 def _generate_text(label: int, lists: dict[str, list[str]], rng: random.Random) -> Text:
-    double = rng.random() < _DOUBLE_FRACTION
-    frame = rng.choice(_DOUBLE if double else _SINGLE)
     other = rng.choice([c for c in range(len(CLASSES)) if c != label])
-    frame = frame.replace("{a}", rng.choice(_CLAUSES[label])).replace("{b}", rng.choice(_CLAUSES[other]))
+    kind = rng.random()
+    if kind < _ROLE_FRACTION:
+        frame, a, b = rng.choice(_ROLES), rng.choice(_PARTIES[label]), rng.choice(_PARTIES[other])
+    else:
+        frame = rng.choice(_DOUBLE if kind < _ROLE_FRACTION + _DOUBLE_FRACTION else _SINGLE)
+        a, b = rng.choice(_CLAUSES[label]), rng.choice(_CLAUSES[other])
+    frame = frame.replace("{a}", a).replace("{b}", b)
     filled = re.sub(r"\{(\w+)\}", lambda m: rng.choice(lists[m.group(1)]), frame)
     words, senses = [], []
     for word in filled.split():

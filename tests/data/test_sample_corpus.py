@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.svm import LinearSVC
+from sklearn.linear_model import LogisticRegression
 
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
 from elmo_jax.data.text import tokenize
@@ -37,11 +37,11 @@ def test_senses_name_the_position_of_their_word(corpus):
     assert min(senses.values()) >= 10
 
 
-def test_word_counts_do_not_solve_the_task(corpus):
-    vectorizer = TfidfVectorizer(token_pattern=r"\S+", sublinear_tf=True)
-    x = vectorizer.fit_transform([t.text for t in corpus.train])
-    classifier = LinearSVC().fit(x, [t.label for t in corpus.train])
-    accuracy = classifier.score(
-        vectorizer.transform([t.text for t in corpus.test]), [t.label for t in corpus.test]
+def test_word_counts_solve_nine_tenths_of_the_task(corpus):
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
+    x, test = (
+        f([t.text for t in part])
+        for f, part in zip((vectorizer.fit_transform, vectorizer.transform), corpus, strict=True)
     )
-    assert 0.5 < accuracy < 0.9
+    classifier = LogisticRegression(max_iter=1000).fit(x, [t.label for t in corpus.train])
+    assert 0.88 < classifier.score(test, [t.label for t in corpus.test]) < 0.92
