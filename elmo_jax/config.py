@@ -55,6 +55,11 @@ class DataConfig:
     split_seed: Seed = 0
     """Random seed of the split into training and validation."""
 
+    @property
+    def removes_markup(self) -> bool:
+        """True if news-feed markup is removed from the texts."""
+        return self.clean or self.dataset == "ag_news"
+
 
 @dataclass(frozen=True)
 class CharCNNConfig:

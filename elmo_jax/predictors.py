@@ -51,6 +51,8 @@ class TextClassifierConfig:
     """Classifier network."""
     max_length: Count = 400
     """The network reads this number of tokens of a longer text."""
+    clean: bool = False
+    """Remove news-feed markup from texts, as was done for training."""
     weights: Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)] = (1.0, 0.0, 0.0)
     """Weights of the log-probabilities of the network, logistic regression and naive Bayes."""
 
@@ -182,7 +184,7 @@ class TextClassifier:
         Raises:
             InputError: The texts are not a list of strings or of lists of tokens.
         """
-        sentences = tokenize_texts(texts)
+        sentences = tokenize_texts(texts, self.config.clean)
         parts = []
         if self.params:
             parts.append(self.network_log_probabilities(self._documents(sentences)))
@@ -267,7 +269,7 @@ def _batches(documents: Documents) -> Iterator[tuple[np.ndarray, Batch]]:
             yield indices, jax.tree.map(jnp.asarray, batch)
 
 
-def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[str]]:
+def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]], clean: bool = False) -> list[list[str]]:
     """Return the tokens of texts; lists of tokens stay as they are, and a table of one column is N texts.
 
     Raises:
@@ -280,12 +282,12 @@ def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]]) -> list[list[
         texts = np.asarray(texts)[:, 0]
     elif len(shape) != 1:
         raise InputError(f"the texts are a table of shape {shape}; pass the column of texts")
-    return [_tokenize_text(text, i) for i, text in enumerate(texts)]
+    return [_tokenize_text(text, i, clean) for i, text in enumerate(texts)]
 
 
-def _tokenize_text(text: Any, i: int) -> list[str]:
+def _tokenize_text(text: Any, i: int, clean: bool) -> list[str]:
     if isinstance(text, str):
-        return tokenize(text)
+        return tokenize(text, clean)
     if isinstance(text, bytes) or not isinstance(text, Iterable):
         raise InputError(f"text {i} is {reprlib.repr(text)}; pass a string or a list of tokens")
     return list(text)

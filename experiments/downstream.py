@@ -88,6 +88,11 @@ def find_unused_flags(config: DownstreamConfig) -> dict[str, str]:
 
     features, combiner = config.source.features, config.combiner.combiner
     mixing = {field.name for field in fields(CombinerConfig)}
+    if features == "tfidf":
+        kinds = (CombinerConfig, ClassifierConfig, OptimizerConfig)
+        names = {field.name for kind in kinds for field in fields(kind)}
+        names |= {"bilm", "vectors", "batch_size", "epochs", "standardize", "ensemble", "kernel"}
+        return without_effect(names, "--features", features, "other --features")
     if features != "elmo":
         return without_effect(mixing | {"pretrained", "bilm"}, "--features", features, "--features elmo")
     ignored = mixing - {"combiner"} - COMBINER_OPTIONS.get(combiner, mixing)
@@ -194,7 +199,13 @@ def _make_classifier(
     words = load_words(config.source, source.settings, config.seed) if config.ensemble or not params else None
     bag = words and BagOfWords.fit(words.train, words.vocabulary, len(data.classes))
     settings = TextClassifierConfig(
-        data.classes, features, source.bilm, config.combiner, config.classifier, source.settings.max_length
+        classes=data.classes,
+        features=features,
+        bilm=source.bilm,
+        combiner=config.combiner,
+        classifier=config.classifier,
+        max_length=source.settings.max_length,
+        clean=source.settings.removes_markup,
     )
     params = jax.tree.map(to_host, params)  # one device suffices to predict, and gives the same results
     model = TextClassifier(settings, params, source.vocabulary, bag, config.kernel)

@@ -260,7 +260,7 @@ def read_csv(
         InputError: The file or a row is wrong; the message names the line.
     """
     data = _read_bytes(path)
-    config = replace(config, clean=config.clean or config.dataset == "ag_news")
+    config = replace(config, clean=config.removes_markup)
     columns = config.label_column, config.text_columns, config.text, config.delimiter
     key = f"{_CACHE_VERSION} {columns} {config.clean} {header} ".encode() + data
     cache = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
