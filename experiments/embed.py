@@ -90,7 +90,10 @@ def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]
     if source.finetune:
         elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary)
     weights = np.asarray(weights, np.float64).tolist()
-    return elmo, Mix(weights, combiner.layer_norm, params.get("standardizer"))
+    statistics = params.get("standardizer")
+    if statistics is not None:  # as lists, because the file records them as JSON
+        statistics = {name: np.asarray(value, np.float64).tolist() for name, value in statistics.items()}
+    return elmo, Mix(weights, combiner.layer_norm, statistics)
 
 
 def main() -> int:

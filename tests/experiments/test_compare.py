@@ -14,7 +14,10 @@ from elmo_jax.storage.files import read_config
 from experiments.compare import __main__ as compare, results
 from experiments.compare.stages import METHODS, Comparison, DataConfig
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.filterwarnings("ignore:all test texts are classified as"),  # the runs are tiny
+]
 EXTRA_FLAGS = {
     "pretrain": "--embedding 4 --cells 4 --epochs 1",
     "vectors": "--dimensions 4 --epochs 1",
