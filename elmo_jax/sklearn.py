@@ -180,7 +180,8 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
 
     Examples:
         >>> texts, labels = ["the bank rose", "the team won"] * 8, ["business", "sports"] * 8
-        >>> model = ElmoClassifier(pretrain_epochs=1, epochs=1).fit(texts, labels)
+        >>> elmo = ElmoVectorizer(embedding=8, cells=8, epochs=1, min_count=1).fit(texts).elmo_
+        >>> model = ElmoClassifier(elmo, epochs=1).fit(texts, labels)
         >>> model.predict(["a bank rose", "a team won"]).tolist()
         ['business', 'sports']
     """

@@ -97,6 +97,7 @@ def test_finetuned_language_model_loads_as_elmo(run, trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_character_model_predicts_for_words_that_it_has_not_seen(corpus, tmp_path, monkeypatch):
     lm, out = tmp_path / "lm", tmp_path / "run"
     characters = ["--input", "characters", "--filters", "1", "4", "2", "4", "--character-features", "2"]
