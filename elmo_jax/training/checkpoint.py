@@ -532,6 +532,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
     Examples:
         >>> changes({"model": {"cells": 4}, "seed": 0}, {"model": {"cells": 8}, "seed": 0})
         {'model.cells': '4 -> 8'}
+        >>> changes({}, {"clean": False}), changes({}, {"clean": True})
+        ({}, {'clean': 'None -> True'})
     """
     found: dict[str, str] = {}
     for name in sorted(before.keys() | now.keys()):

@@ -13,11 +13,11 @@ from tiny import SMALL, TINY, call
 
 from elmo_jax.config import CombinerConfig
 from elmo_jax.elmo import Elmo
-from elmo_jax.storage.files import tree_digest
+from elmo_jax.storage.files import read_config, tree_digest, write_config
 from elmo_jax.training.checkpoint import Run
 from experiments import downstream, embed, pretrain
 from experiments.common.config import SourceConfig
-from experiments.common.inputs import open_source
+from experiments.common.inputs import data_of, open_source
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -103,3 +103,10 @@ def test_missing_and_contradicting_flags_are_refused(official, corpus, refused):
     refused(downstream.main, [*given, "--features", "svd"], "--bilm has no effect with --features svd")
     alone = [*official, "--data-dir", corpus, *SMALL]
     refused(downstream.main, alone, "--bilm names no data set; give one with --dataset")
+
+
+def test_data_set_of_an_older_run_was_cleaned(trained, tmp_path):
+    data = read_config(trained[0])["data"]
+    assert data.pop("clean") is False
+    write_config(tmp_path, {"data": data}, {})
+    assert data_of(tmp_path).clean and not data_of(trained[0]).clean
