@@ -199,7 +199,8 @@ def _number_classes(labels: Iterable[str], names: tuple[str, ...] | None) -> dic
     unique = set(labels)
     integers = all(label.isdecimal() and len(label) < 19 for label in unique)
     if names is None:
-        names = tuple(sorted(unique, key=int if integers else None))
+        # By spelling too, so that "01" and "1" have the same order in every process.
+        names = tuple(sorted(unique, key=lambda label: (int(label) if integers else 0, label)))
     elif integers and not unique <= set(names):
         base = 0 if "0" in unique else 1
         names = tuple(str(i + base) for i in range(len(names)))

@@ -382,3 +382,9 @@ def test_ag_news_dataset(ag_news):
     assert stream.padding < 0.06
     assert len(stream.bounds) <= 12
     assert not {"quot", "&lt", "lt", "#39"} & set(data.vocabulary.tokens[:2000])
+
+
+def test_labels_of_equal_value_have_one_order():
+    for labels in (["01", "1", "2", "001"], ["1", "001", "01", "2"]):
+        numbers = csv_dataset._number_classes(labels, None)
+        assert list(numbers) == ["001", "01", "1", "2"]
