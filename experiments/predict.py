@@ -31,7 +31,7 @@ class PredictConfig:
     """Text file with one text per line, a .csv file, or - for lines from standard input."""
     output: str | None = None
     """File to write, .csv or .jsonl; CSV on standard output if not given."""
-    text_column: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
     """With a .csv file: names of its text columns, which are joined; not needed if it has only one column."""
     kernel: Kernel = "auto"
     """Implementation of all LSTM layers; auto takes persistent on CUDA where possible, otherwise fast."""
@@ -49,7 +49,7 @@ def predict(config: PredictConfig) -> None:
         raise InputError(f"--output {output}: must end in .csv or .jsonl")
     if output is not None and output.exists() and not config.overwrite:
         raise InputError(f"{output} already exists; give another file or --overwrite")
-    if config.text_column and not config.input.endswith(".csv"):
+    if config.text_columns and not config.input.endswith(".csv"):
         raise InputError(f"--text-column has no effect on {config.input}; leave it out, or give a .csv file")
     model = TextClassifier.from_pretrained(config.model, config.kernel)
     total = 0 if config.input == "-" else Path(config.input).stat().st_size
@@ -89,7 +89,7 @@ def _read_texts(config: PredictConfig) -> Iterator[str]:
     elif not config.input.endswith(".csv"):
         yield from (line.rstrip("\r\n") for line in raw_lines(Path(config.input)))
     else:
-        yield from _read_csv(Path(config.input), config.text_column)
+        yield from _read_csv(Path(config.input), config.text_columns)
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
