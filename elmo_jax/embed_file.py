@@ -1,7 +1,7 @@
-"""Resumable writer of the embeddings of a text file, of any size, into one HDF5 file.
+"""Resumable writer that stores the embeddings of a text file in one HDF5 file.
 
-The layout is that of bilm-tf and AllenNLP. Part files of some thousand tokens are joined at the end, so
-that an interrupted writer loses at most one part.
+The text may be of any size. The layout is that of bilm-tf and AllenNLP. Embeddings are written to part files
+of about 50,000 tokens, which are joined at the end; an interruption loses at most one part.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from elmo_jax.storage.hdf5 import create
 
 _LONG = 4_096  # tokens; longer lines are written window by window and need not fit in memory
 _CHUNK = 256  # tokens in an HDF5 chunk
-_INDEX_BYTES = 64 << 20  # text lines covered by one string of sentence_to_index
+_INDEX_BYTES = 64 << 20  # of text, indexed by one JSON string of sentence_to_index
 _LOCK = ".lock"
 
 
@@ -77,12 +77,12 @@ class Dump:
         """Lock the target for this process until `write` ends, and check that it may be written.
 
         Args:
-            resume: Continue an interrupted call, with its permission to overwrite the target.
+            resume: Continue an interrupted call; if that had overwrite=True, the target is still replaced.
             overwrite: Replace the target and discard the parts of an interrupted call.
 
         Raises:
-            InputError: The target or parts of it exist and must not be replaced, the parts are of another
-                text, model or config, another process writes the target, or the disk is too full.
+            InputError: The target or its parts exist, and neither argument is True; the parts belong to
+                another text, model or config; another process writes the target; or the disk is too full.
         """
         if resume and overwrite:
             raise InputError("resume=True and overwrite=True contradict each other; pass one")
@@ -139,7 +139,9 @@ class Dump:
         path, existing = self.parts / "settings.json", self._existing_files()
         before: dict[str, Any] = {}
         if resume:
-            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # fits no settings
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, RecursionError
+            ):  # a damaged file matches no settings
                 before = dict(json.loads(path.read_text(encoding="utf-8")))
         overwrite = before.pop("overwrite", overwrite)
         if self.target.exists() and not overwrite:

@@ -14,10 +14,10 @@ class InputError(ValueError):
 
 
 class NotFiniteError(InputError):
-    """Training has diverged: a loss, a gradient, a parameter or the monitored figure is not finite.
+    """Training has diverged: a loss, gradient, parameter or the monitored validation figure is not finite.
 
     Attributes:
-        fact: The message without advice, for a caller that gives other advice.
+        fact: The first part of the message, without the remedy.
     """
 
     def __init__(self, fact: str, saved_step: int | None):

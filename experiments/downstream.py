@@ -58,7 +58,7 @@ class DownstreamConfig:
     steps_per_call: Size = 8
     """Training steps per call of the device; at most 8."""
     kernel: Kernel = "auto"
-    """Implementation of all LSTM layers; auto takes persistent on CUDA where possible, otherwise fast."""
+    """Implementation of all LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     output: str | None = None
@@ -66,7 +66,7 @@ class DownstreamConfig:
     resume: bool = False
     """Continue the run in that folder."""
     allow_config_change: bool = False
-    """With --resume: allow another --learning-rate or --clip-norm, or another --seed between epochs."""
+    """With --resume: allow another --learning-rate or --clip-norm; at the end of an epoch, --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 

@@ -1,4 +1,4 @@
-"""Find the occurrences of a word that each layer considers similar: python -m experiments.neighbours."""
+"""Print the most similar occurrences of a word by layer: python -m experiments.neighbours."""
 
 import itertools
 import os
@@ -23,10 +23,10 @@ class NeighboursConfig:
     """Print the most similar occurrences of a word by layer."""
 
     word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"
-    """The word, as the model's texts write it."""
+    """Word to look up, written as in the training texts of the model."""
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT ...")] = ()
-    """Text files, one sentence per line; the test part of the sample corpus, which names the sense of
-    each ambiguous word, if none is given."""
+    """Text files, one sentence per line. If none is given, the test part of the sample corpus, in which
+    ambiguous words are labelled with their sense."""
     pretrained: str | None = None
     """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
@@ -38,7 +38,7 @@ class NeighboursConfig:
     nearest: Count = 3
     """Number of neighbours to print."""
     most: Count = 500
-    """Use the first occurrences up to this number."""
+    """Maximum number of occurrences to use, from the start of the texts."""
     picture: str | None = None
     """PNG file for a plot of the occurrences, one panel per layer."""
     overwrite: bool = False
@@ -154,7 +154,7 @@ def sense_agreement(cosines: np.ndarray, senses: Sequence[str | None], k: int) -
 
 
 def _choose_queries(cosines: np.ndarray, senses: Sequence[str | None]) -> list[int]:
-    """Return the first occurrence of every sense, or the first of all and the least similar one."""
+    """Return the first occurrence of each sense; without senses, the first and the least similar to it."""
     if None not in senses and len(set(senses)) > 1:
         return [senses.index(sense) for sense in dict.fromkeys(senses)]
     return [0, 1 + int(cosines[0, 1:].argmin())]
@@ -167,8 +167,10 @@ def _show(query: int, found: list[Occurrence], cosines: list[np.ndarray], titles
         cli.say(f"  {title}")
         others = layer[query]
         if np.isclose(np.delete(others, query), 1, atol=1e-5).all():
-            why = "this layer has no context" if title == titles[0] else "all contexts are similar"
-            cli.say(f"     1.00  every occurrence: {why}")
+            why = (
+                "this layer does not depend on context" if title == titles[0] else "all contexts are similar"
+            )
+            cli.say(f"     1.00  all occurrences: {why}")
             continue
         for i in np.argsort(-others, kind="stable")[: min(k, len(others) - 1)]:
             sense = f", {found[i].sense}" if found[i].sense else ""

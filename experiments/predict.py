@@ -26,7 +26,7 @@ class PredictConfig:
     """Classify texts; each gets its most probable class and the probability of every class."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Finished run of downstream, or a folder written by TextClassifier.save_pretrained."""
+    """Folder of a finished run of downstream, or one written by TextClassifier.save_pretrained."""
     input: Annotated[Positional[str], arg(metavar="INPUT")]
     """Text file with one text per line, a .csv file, or - for lines from standard input."""
     output: str | None = None
@@ -34,7 +34,7 @@ class PredictConfig:
     text_columns: tuple[str, ...] = ()
     """With a .csv file: names of its text columns, which are joined; not needed if it has only one column."""
     kernel: Kernel = "auto"
-    """Implementation of all LSTM layers; auto takes persistent on CUDA where possible, otherwise fast."""
+    """Implementation of all LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
     overwrite: bool = False
     """Replace an existing output file."""
 
@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> None:
 
 @contextmanager
 def _open_output(path: Path | None) -> Iterator[TextIO]:
-    """Open the output, or standard output; a file gets its name only when it is complete."""
+    """Open standard output, or a temporary file that is renamed to `path` when it is complete."""
     if path is None:
         yield sys.stdout
         return

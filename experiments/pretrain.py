@@ -54,7 +54,7 @@ class PretrainConfig:
     steps_per_call: Size = 8
     """Training steps per call of the device; at most 8 with --batching sentences."""
     kernel: Kernel = "auto"
-    """Implementation of the LSTM layers; auto takes persistent on CUDA where possible, otherwise fast."""
+    """Implementation of the LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
     dry_run: bool = False
     """Print the run's cost in memory and time, estimated from a few steps, and write nothing."""
     tensorboard: bool = False
@@ -64,7 +64,7 @@ class PretrainConfig:
     resume: bool = False
     """Continue the run in that folder."""
     allow_config_change: bool = False
-    """With --resume: allow another --learning-rate or --clip-norm, or another --seed between epochs."""
+    """With --resume: allow another --learning-rate or --clip-norm; at the end of an epoch, --seed."""
     overwrite: bool = False
     """Replace the run in that folder."""
 

@@ -33,7 +33,7 @@ class VectorsConfig:
     dimensions: Count = 300
     """Width of the vectors."""
     window: Count = 4
-    """Context tokens on either side; with sgns the maximum, sampled for each token."""
+    """Context tokens on each side; with sgns, each token samples its own number from 1 to this one."""
     svd: Annotated[SVDConfig, OmitArgPrefixes] = SVDConfig()
     sgns: Annotated[SGNSConfig, OmitArgPrefixes] = SGNSConfig()
     epochs: Count = 10
@@ -45,7 +45,7 @@ class VectorsConfig:
     resume: bool = False
     """Continue the run in that folder."""
     allow_config_change: bool = False
-    """With --resume: allow another --seed between epochs."""
+    """With --resume: allow another --seed if the run stopped at the end of an epoch."""
     overwrite: bool = False
     """Replace the run in that folder."""
 
@@ -72,7 +72,7 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
     cli.describe_unknown((data.train, data.validation, data.test))
     try:
         table, results = (_run_svd if config.method == "svd" else _train_sgns)(config, data, run)
-    except NotFiniteError as error:  # a run keeps its rate, so it cannot be resumed with a lower one
+    except NotFiniteError as error:  # a run cannot be resumed with another learning rate
         raise InputError(f"{error.fact}; lower --rate and start again with --overwrite") from None
     made = WordVectors(data.vocabulary.tokens[UNK:], table[UNK:])
     made.save(run.path / VECTORS)
@@ -130,8 +130,8 @@ def _train_sgns(config: VectorsConfig, data: Dataset, run: Run) -> tuple[np.ndar
     )
     if not any(record["loss"] for record in records):
         raise InputError(
-            "no epoch had two neighbouring tokens; raise --subsample or give longer texts, "
-            "and begin anew with --overwrite"
+            "subsampling left no pair of neighbouring tokens; raise --subsample or give longer texts, "
+            "and start again with --overwrite"
         )
     return np.asarray(state.params["centre"]), cli.speed(records, stream)
 

@@ -14,7 +14,7 @@ def cooccurrence(documents: Documents, size: int, window: int) -> sparse.csr_mat
 
     Args:
         documents: Token ids in [0, size).
-        size: V.
+        size: Size of the vocabulary, V.
         window: Maximum distance.
 
     Returns:
@@ -66,9 +66,9 @@ def svd_vectors(
 
     Args:
         documents: Token ids in [0, size).
-        size: V.
+        size: Size of the vocabulary, V.
         window: Maximum distance of a counted pair.
-        dimensions: F.
+        dimensions: Number of features of a vector, F.
         config: Weighting and exponent p.
         seed: Random seed of the randomized SVD.
 

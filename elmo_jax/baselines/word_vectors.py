@@ -1,6 +1,7 @@
 """Tokens with word vectors, and their files in NumPy's or in word2vec's format.
 
-A file in word2vec's text format has a line ``V F``, then for each token a line of the token and F numbers.
+In word2vec's text format the first line holds the number of tokens V and of features F. Each further line
+holds a token and its F numbers.
 """
 
 import io
@@ -108,14 +109,14 @@ class WordVectors:
         return vectors
 
     def _check(self, path: Path) -> None:
-        """Raise InputError for content that a file must not or cannot hold."""
+        """Raise InputError for numbers that are not finite and for tokens that the format cannot hold."""
         if not np.isfinite(self.matrix).all():
             token = self.tokens[int(np.flatnonzero(~np.isfinite(self.matrix).all(1))[0])]
             raise InputError(f"{path}: the vector of {token!r} is not finite; make the vectors again")
         if len(set(self.tokens)) < len(self.tokens):
             raise InputError(f"{path}: a token occurs twice; make the vectors again")
         if not self.matrix.shape[1]:
-            raise InputError(f"{path}: the vectors have no numbers; make the vectors again")
+            raise InputError(f"{path}: the vectors have 0 features; make the vectors again")
         forbidden = _FORBIDDEN if path.suffix == ".npz" else _FORBIDDEN_IN_TEXT
         for token in self.tokens:
             if not token or forbidden.search(token):
@@ -137,12 +138,14 @@ def _load_text(path: Path) -> WordVectors:
     try:
         count, width = map(int, header.split())
     except ValueError:
-        raise InputError(f"{path}:1: {header[:40]!r} is not 'tokens features'; add that line") from None
+        raise InputError(
+            f"{path}:1: {header[:40]!r} is not two numbers, tokens and features; add that line"
+        ) from None
     if count != len(lines) or not 0 < width <= (len(lines[0]) if lines else 2**31):
         raise InputError(f"{path}:1: {header!r} does not fit the {len(lines)} lines below; correct the line")
     tokens, matrix = [], np.empty((count, width), np.float32)
     for i, line in enumerate(lines):
-        # As in gensim, only these characters separate; other Unicode spaces belong to the token.
+        # As in gensim, an ASCII space separates fields; other Unicode spaces belong to the token.
         token, *numbers = line.rstrip(" \t\r\v\f").split(" ", width + 1)
         if not token or len(numbers) != width:
             raise InputError(f"{path}:{i + 2}: not a token and {width} numbers; correct or remove the line")

@@ -26,7 +26,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.storage.files import write_atomically
 
 _VERSION = 1  # of the store's layout
-_MAX_UNKNOWN = 1 << 20  # out-of-vocabulary words that keep their characters; all others become <UNK>
+# Maximum number of out-of-vocabulary words with an id and characters of their own; later ones become <UNK>.
+_MAX_UNKNOWN = 1 << 20
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -65,7 +66,7 @@ def count_words(
     path = _stores_folder(folder) / f"{_hash_inputs(shards, 'JSON counts')}.counts"
     with contextlib.ExitStack() as stack:
         if keep:  # another process may be counting the same corpus
-            with contextlib.suppress(OSError):  # if the folder cannot be written, saving warns below
+            with contextlib.suppress(OSError):  # an unwritable folder gives a warning below
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(f"{path}.lock"))
         with contextlib.suppress(OSError, ValueError):  # missing or damaged
@@ -88,7 +89,7 @@ def read_beginning(
     """Read the first sentences of a corpus, about `tokens` tokens, into memory.
 
     Returns:
-        The documents, and the fraction of the corpus they cover, in bytes.
+        The documents, and the fraction of the corpus's bytes that was read.
 
     Raises:
         InputError: No file matches, one cannot be read, or there is no sentence.
@@ -141,7 +142,9 @@ def load_corpus(
         with FileLock(f"{store}.lock"):  # another process may be converting the same corpus
             done = _fill_store(store, shards, vocabulary, on_bytes)
     except OSError as error:
-        raise InputError(f"{store}: cannot be written ({error.strerror}); make room and go on") from None
+        raise InputError(
+            f"{store}: cannot be written ({error.strerror}); free space or fix permissions"
+        ) from None
     if not done["ids"]:
         raise InputError(f"{pattern}: the corpus holds no sentence; give a text with some")
     unknown = (store / "unknown.txt").read_text(encoding="utf-8").split("\n")[:-1]
@@ -180,7 +183,7 @@ def _hash_inputs(shards: list[Path], extra: str) -> str:
 
 
 def _fill_store(store: Path, shards: list[Path], vocabulary: Vocabulary, on_bytes: OnBytes) -> dict[str, int]:
-    """Append the missing shards; ``done.json`` counts what the complete ones wrote."""
+    """Append the missing shards; ``done.json`` holds the number of complete shards and of their ids."""
     store.mkdir(parents=True, exist_ok=True)
     progress = store / "done.json"
     if progress.exists():

@@ -40,7 +40,7 @@ _AG_NEWS_MD5 = {
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _USUAL_LABEL_NAMES = {"label", "class", "class index", "category", "target"}
 
-_Row = tuple[int, list[str]]  # first line and cells
+_Row = tuple[int, list[str]]  # number of its first line, and its cells
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _check_labels(train: Examples, config: DataConfig) -> None:
 
 
 def _number_classes(labels: Iterable[str], names: tuple[str, ...] | None) -> dict[str, int]:
-    """Return the class of each label, in the order of `names` or else of the sorted labels."""
+    """Map each label to a class number, in the order of `names` if given, else of the sorted labels."""
     unique = set(labels)
     integers = all(label.isdecimal() and len(label) < 19 for label in unique)
     if names is None:
@@ -253,8 +253,8 @@ def read_csv(
     Args:
         path: CSV file. Its header, if it has one, is skipped.
         config: Columns, delimiter, and how to treat markup and blank texts.
-        header: Cells of a possible header. None accepts a first row that holds the names of the columns
-            in `config`, or has a label that is no integer and stands in no other row.
+        header: Cells of a possible header. If None, the first row is a header if it has the column names of
+            `config`. Without such names it is one if its label is not an integer and occurs in no other row.
         keep: Save the tokens in the user's cache.
 
     Raises:
@@ -283,7 +283,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
-            limit = max(2**24, 100 * len(data))  # text shrinks to about a fifth
+            limit = max(2**24, 100 * len(data))  # gzip makes text five times smaller; a bomb, thousands
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
             if len(data) > limit:
                 raise InputError(f"{path}: unpacks to over a hundred times its size; check the file")
@@ -327,7 +327,7 @@ def _check_delimiter(name: str) -> str:
 
 
 def _find_delimiter(text: str) -> str:
-    """Return the delimiter that splits the first rows evenly and leaves the fewest, shortest labels."""
+    """Return the delimiter that gives the first rows equal widths and the fewest, then shortest, labels."""
 
     def measure_labels(delimiter: str) -> tuple[float, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -20,7 +20,7 @@ PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
 BLOCK_TOKENS = 50_000  # a few seconds of embedding on a CPU
 
-_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # the same tokens for ASCII text, twice as fast
+_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # equals _TOKEN on ASCII text, twice as fast
 # A word holds letters, numbers, marks, joiners and soft hyphens; anything else is a user-perceived
 # character, such as an emoji with its modifiers. `regex` does not count \x1c to \x1f as white space.
 _TOKEN = regex.compile(r"[\w\p{N}\p{GCB=Prepend}\u00ad\u2060]+|(?![\s\x1c-\x1f])\X")
@@ -139,10 +139,10 @@ class Vocabulary:
 
         Args:
             path: UTF-8 file, one token per line.
-            exact: Keep spaces in tokens, which models trained on lists of tokens may have.
+            exact: Keep spaces inside tokens. A model trained on lists of tokens may have such tokens.
 
         Raises:
-            InputError: The file is missing, not UTF-8 or no such list (with the line).
+            InputError: The file is missing, is not UTF-8, or has an invalid line, whose number is given.
         """
         lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         tokens = lines if exact else [line.strip(" \t\r") for line in lines]
@@ -177,7 +177,7 @@ def _check_regular(path: Path) -> None:
 
 
 def decode(data: bytes, path: Path, line: int = 1) -> str:
-    """Decode UTF-8 bytes of a file from this line on; remove the byte-order mark before line 1.
+    """Decode UTF-8 bytes that start at a line of a file; before line 1 remove the byte-order mark.
 
     Raises:
         InputError: A byte is NUL or not UTF-8; the message names its line.

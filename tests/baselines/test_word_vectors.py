@@ -81,7 +81,7 @@ def test_trailing_spaces_and_carriage_returns_are_ignored(tmp_path):
 
 
 def test_unusable_vectors_are_not_saved(tmp_path):
-    for matrix, message in (([[1, np.inf]], "the vector of 'a' is not finite"), ([[]], "have no numbers")):
+    for matrix, message in (([[1, np.inf]], "the vector of 'a' is not finite"), ([[]], "have 0 features")):
         for name in ("v.txt", "v.npz"):
             with pytest.raises(InputError, match=message):
                 WordVectors(["a"], np.array(matrix)).save(tmp_path / name)
@@ -106,7 +106,7 @@ def test_nearest_orders_by_angle():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ":1: '' is not 'tokens features'"),
+        ("", ":1: '' is not two numbers"),
         ("a 1 2\n", ":1: 'a 1 2' is not"),
         ("2 2\na 1 2\n", ":1: '2 2' does not fit the 1 lines below"),
         ("2 2\na 1 2\nb 1\n", ":3: not a token and 2 numbers"),

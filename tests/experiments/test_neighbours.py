@@ -36,7 +36,7 @@ def test_command_prints_neighbours_and_writes_the_picture(elmo, tmp_path, capsys
     monkeypatch.setattr("sys.argv", ["x", *map(str, call)])
     assert neighbours.main() == 0
     out = capsys.readouterr().out
-    assert "bank: 5 occurrences" in out and "every occurrence: this layer has no context" in out
+    assert "bank: 5 occurrences" in out and "all occurrences: this layer does not depend on context" in out
     layers = elmo.embed([["the", "bank", "rose"], ["the", "bank", "rose", "."]])
     a, b = layers[0][2, 1], layers[1][2, 1]
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)

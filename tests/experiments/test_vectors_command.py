@@ -29,7 +29,7 @@ def test_a_rate_that_makes_every_step_diverge_is_refused(flags, tmp_path, refuse
 REFUSED = {
     "nearly no tokens": (
         ["--subsample", "1e-320"],
-        "no epoch had two neighbouring tokens",
+        "subsampling left no pair of neighbouring tokens",
     ),
     "a power that overflows": (["--method", "svd", "--exponent", "1e6"], "exponent 1e+06 gives vectors"),
 }
