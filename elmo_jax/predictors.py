@@ -24,7 +24,7 @@ from elmo_jax.models.bilm import BiLM
 from elmo_jax.models.classifier import BiLSTMClassifier, classify, static_features
 from elmo_jax.models.combiners import OneLayer, make_combiner
 from elmo_jax.pretrained.folder import CLASSIFIER, model_folder, read_folder, write_folder
-from elmo_jax.storage.files import structure
+from elmo_jax.storage.files import read_config, structure
 from elmo_jax.training.checkpoint import VOCABULARY
 from elmo_jax.training.evaluate import classification, confusion
 from elmo_jax.training.objectives import bilm_features
@@ -134,14 +134,16 @@ class TextClassifier:
             InputError: The folder holds no classifier, or its files are damaged or inconsistent.
         """
         path = model_folder(Path(path))
-        saved, arrays = read_folder(path)
-        if CLASSIFIER not in saved:
+        if CLASSIFIER not in read_config(path):
             raise InputError(
                 f"{path}: holds no text classifier; give a finished run of downstream or a saved classifier"
             )
+        saved, arrays = read_folder(path)
         config = structure(TextClassifierConfig, saved[CLASSIFIER], f"{path}: {CLASSIFIER}")
         names = {VOCABULARY: None, _WORDS: None} | {
-            name: Vocabulary.load(path / name) for name in (VOCABULARY, _WORDS) if name in saved["files"]
+            name: Vocabulary.load(path / name, exact=True)
+            for name in (VOCABULARY, _WORDS)
+            if name in saved["files"]
         }
         tree: dict[str, Any] = unflatten_dict(arrays, sep="/")
         bag, words = tree.pop("bag", None), names[_WORDS]
@@ -156,8 +158,12 @@ class TextClassifier:
         """Write the classifier with its language model and vocabularies into a folder.
 
         Raises:
-            InputError: The folder holds a run, or cannot be written.
+            InputError: The folder holds a run or cannot be written, or a word holds a line break.
         """
+        for vocabulary in (self.vocabulary, self.bag and self.bag.vocabulary):
+            for word in vocabulary.tokens if vocabulary else ():
+                if "\n" in word or "\r" in word:
+                    raise InputError(f"the word {word!r} holds a line break, which no vocabulary file can")
         tree, texts = dict(self.params), {}
         if self.vocabulary is not None:
             texts[VOCABULARY] = self.vocabulary.text
@@ -204,11 +210,16 @@ class TextClassifier:
         Raises:
             InputError: A label is none of the classes, or the numbers of texts and labels differ.
         """
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
+            raise InputError(f"the labels are {reprlib.repr(labels)}; pass a list of class names")
+        labels = [str(label) for label in labels]
         number = {name: i for i, name in enumerate(self.classes)}
         unknown = [label for label in labels if label not in number]
         if unknown:
             raise InputError(f"label {unknown[0]!r} is not one of the classes {', '.join(self.classes)}")
         predicted = self.predict_log_proba(texts).argmax(-1)
+        if not labels:
+            raise InputError("there are no texts to evaluate; pass some")
         if len(predicted) != len(labels):
             raise InputError(f"{len(predicted)} texts have {len(labels)} labels; give one for each text")
         true = np.array([number[label] for label in labels])
@@ -216,6 +227,8 @@ class TextClassifier:
 
     def with_weights(self, weights: Sequence[float]) -> "TextClassifier":
         """Return the classifier with other weights of its models."""
+        if len(weights) != 3 or not all(0 <= weight < np.inf for weight in weights):
+            raise InputError(f"the weights are {weights}; pass three finite numbers of at least 0")
         config = replace(self.config, weights=tuple(float(weight) for weight in weights))
         return TextClassifier(config, self.params, self.vocabulary, self.bag, self._kernel)
 
@@ -288,6 +301,7 @@ def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]], clean: bool =
 def _tokenize_text(text: Any, i: int, clean: bool) -> list[str]:
     if isinstance(text, str):
         return tokenize(text, clean)
-    if isinstance(text, bytes) or not isinstance(text, Iterable):
+    tokens = None if isinstance(text, bytes | Mapping | Set) or not isinstance(text, Iterable) else list(text)
+    if tokens is None or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"text {i} is {reprlib.repr(text)}; pass a string or a list of tokens")
-    return list(text)
+    return tokens

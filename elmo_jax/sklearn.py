@@ -215,6 +215,12 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: An argument is invalid, or there are too few texts or classes.
         """
+        for name in ("pretrain_epochs", "epochs"):
+            value = getattr(self, name)
+            if value is not None and (not _is_integer(value) or value < 1):
+                raise InputError(f"{name} is {value!r}; use an integer of at least 1, or None")
+        if not 0 < self.validation < 1:
+            raise InputError(f"validation is {self.validation!r}; use a fraction between 0 and 1")
         sentences, y = tokenize_texts(X), column_or_1d(y, warn=True)
         check_consistent_length(sentences, y)
         self.classes_, labels = np.unique(y, return_inverse=True)
@@ -243,8 +249,9 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
     def _train_classifier(
         self, elmo: Elmo, sentences: list[list[str]], labels: np.ndarray, seed: int
     ) -> TextClassifier:
+        held_out = max(len(self.classes_), round(self.validation * len(labels)))  # one text a class, or more
         parts = train_test_split(
-            np.arange(len(labels)), test_size=self.validation, stratify=labels, random_state=seed
+            np.arange(len(labels)), test_size=held_out, stratify=labels, random_state=seed
         )
         settings = TextClassifierConfig(
             tuple(map(str, self.classes_)), "elmo", elmo.model.config, CombinerConfig(combiner=self.combiner)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from elmo_jax.errors import InputError
 from experiments.common import cli
 
 _BLOCK = 4096  # texts read at once, which bounds the memory
+_SAMPLE = 200  # lines that tell the delimiter
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,14 @@ class PredictConfig:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Folder of a finished run of downstream, or one written by TextClassifier.save_pretrained."""
     input: Annotated[Positional[str], arg(metavar="INPUT")]
-    """Text file with one text per line, a .csv file, or - for lines from standard input."""
+    """Text file with one text per line, .csv file, or - for lines of standard input; may end in .gz."""
     output: str | None = None
     """File to write, .csv or .jsonl; CSV on standard output if not given."""
     text_columns: tuple[str, ...] = ()
-    """With a .csv file: names of its text columns, which are joined; not needed if it has only one column."""
+    """Text columns of a .csv file, which are joined: names from its header, or numbers from 1 if it has none.
+    Not needed for a file of one column without a header."""
+    delimiter: str | None = None
+    """Character between the columns of a .csv file, or tab; found if not given."""
     kernel: Kernel = "auto"
     """Implementation of all LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
     overwrite: bool = False
@@ -45,24 +52,45 @@ def predict(config: PredictConfig) -> None:
     from elmo_jax.training.loop import ProgressBar
 
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"--output {output}: must end in .csv or .jsonl")
-    if output is not None and output.exists() and not config.overwrite:
-        raise InputError(f"{output} already exists; give another file or --overwrite")
-    if config.text_columns and not config.input.endswith(".csv"):
-        raise InputError(f"--text-column has no effect on {config.input}; leave it out, or give a .csv file")
+    if output is not None:
+        _check_output(output, config.overwrite)
+    if (config.text_columns or config.delimiter) and not _is_csv(config.input):
+        flag = "--text-column" if config.text_columns else "--delimiter"
+        raise InputError(f"{flag} has no effect on {config.input}; leave it out, or give a .csv file")
+    if config.input != "-" and not Path(config.input).is_file():
+        raise InputError(f"{config.input}: no such file; check the path")
     model = TextClassifier.from_pretrained(config.model, config.kernel)
-    total = 0 if config.input == "-" else Path(config.input).stat().st_size
     texts = _read_texts(config)
+    block = list(itertools.islice(texts, _BLOCK))
+    if not block:
+        raise InputError(f"{config.input}: holds no text; write one text a line")
+    total = 0 if config.input == "-" else Path(config.input).stat().st_size
+    blank = 0
     with _open_output(output) as file, ProgressBar(total, "byte", scale=True) as progress:
         write = _writer(file, output is not None and output.suffix == ".jsonl", model.classes)
-        while block := list(itertools.islice(texts, _BLOCK)):
-            probabilities = model.predict_proba(block)
-            for text, row in zip(block, probabilities.tolist(), strict=True):
+        while block:
+            blank += sum(not text.strip() for text in block)
+            for text, row in zip(block, model.predict_proba(block).tolist(), strict=True):
                 write(text, row)
             progress.add(sum(len(text.encode()) + 1 for text in block))
+            block = list(itertools.islice(texts, _BLOCK))
+    if blank:
+        warnings.warn(f"{config.input}: {blank:,} texts are blank; their classes mean nothing", stacklevel=2)
     if output is not None:
         cli.say(f"written to {output}")
+
+
+def _is_csv(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith(".csv")
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"--output {path}: must end in .csv or .jsonl")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: no such folder as {path.parent}; make it first")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} already exists; give another file or --overwrite")
 
 
 @contextmanager
@@ -71,51 +99,71 @@ def _open_output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    part = path.with_name(path.name + ".part")
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             yield file
-        part.replace(path)
+        Path(part).replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def _read_texts(config: PredictConfig) -> Iterator[str]:
     """Yield the texts of the input."""
-    from elmo_jax.data.text import raw_lines
+    from elmo_jax.data.text import decode, raw_lines
 
     if config.input == "-":
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
-    elif not config.input.endswith(".csv"):
-        yield from (line.rstrip("\r\n") for line in raw_lines(Path(config.input)))
+        lines = (decode(line, Path("-"), i) for i, line in enumerate(sys.stdin.buffer, 1))
     else:
-        yield from _read_csv(Path(config.input), config.text_columns)
+        lines = raw_lines(Path(config.input))
+    if _is_csv(config.input):
+        yield from _read_csv(lines, config)
+    else:
+        yield from (line.rstrip("\r\n") for line in lines)
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[str]:
-    from elmo_jax.data.text import raw_lines
+def _read_csv(lines: Iterator[str], config: PredictConfig) -> Iterator[str]:
+    """Yield the joined text columns of each row that is not blank."""
+    from elmo_jax.data.csv_dataset import check_delimiter, find_delimiter
 
+    path = config.input
+    sample = list(itertools.islice(lines, _SAMPLE))
+    delimiter = check_delimiter(config.delimiter) if config.delimiter else find_delimiter("".join(sample))
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(raw_lines(path), strict=True)
+    reader = csv.reader(itertools.chain(sample, lines), delimiter=delimiter, strict=True)
     try:
-        first = next(reader, None)
-        if first is None:
-            raise InputError(f"{path}: holds no rows; write one text a row")
-        if not columns and len(first) > 1:
-            names = ", ".join(first)
-            raise InputError(f"{path}: has the columns {names}; choose with --text-column")
-        missing = [name for name in columns if name not in first]
-        if missing:
-            raise InputError(f"{path}:1: has no column {missing[0]!r}; its columns are {', '.join(first)}")
-        indices = [first.index(name) for name in columns] or [0]
-        rows = reader if columns else itertools.chain([first], reader)
-        for row in rows:
+        rows = (row for row in reader if row)
+        first = next(rows, [])
+        indices, has_header = _find_columns(first, config)
+        for row in rows if has_header else itertools.chain([first], rows):
             if len(row) != len(first):
                 problem = f"{len(row)} columns, expected {len(first)}; check quoting and commas"
                 raise InputError(f"{path}:{reader.line_num}: {problem}")
             yield " ".join(row[i] for i in indices)
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not a row of CSV ({error}); check its quotes") from None
+        problem = f"not a row of CSV ({error}); check its quotes"
+        raise InputError(f"{path}:{reader.line_num}: {problem}") from None
+
+
+def _find_columns(first: list[str], config: PredictConfig) -> tuple[list[int], bool]:
+    """Return the indices of the text columns, and whether the first row is a header."""
+    path, names = config.input, config.text_columns
+    if not first:
+        raise InputError(f"{path}: holds no rows; write one text a row")
+    if not names:
+        if len(first) > 1:
+            raise InputError(f"{path}: has the columns {', '.join(first)}; choose with --text-column")
+        return [0], False
+    if all(name.isdecimal() for name in names) and not set(names) <= set(first):
+        indices = [int(name) - 1 for name in names]
+        if not all(0 <= i < len(first) for i in indices):
+            raise InputError(f"{path}:1: has {len(first)} columns; give numbers from 1 to {len(first)}")
+        return indices, False
+    for name in names:
+        if first.count(name) != 1:
+            problem = "more than one" if name in first else "no"
+            raise InputError(f"{path}:1: has {problem} column {name!r}; its columns are {', '.join(first)}")
+    return [first.index(name) for name in names], True
 
 
 def _writer(file: TextIO, as_json: bool, classes: tuple[str, ...]) -> Any:

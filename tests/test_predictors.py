@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from tiny import SMALL, TINY, call
 
+from elmo_jax.baselines.bag_of_words import BagOfWords
+from elmo_jax.data.batching import Documents
+from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.predictors import TextClassifier
+from elmo_jax.predictors import TextClassifier, TextClassifierConfig
 from experiments import downstream, pretrain, vectors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -75,6 +79,21 @@ def test_predictions_are_the_same_bits_in_another_process_with_more_devices(run,
     np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), model.predict_proba(texts))
 
 
+def test_words_with_spaces_survive_saving(tmp_path):
+    words = ["new york", "r ", "\u2028z"]
+    vocabulary = Vocabulary.from_counts(dict.fromkeys(words, 1))
+    documents = Documents.of([[word] for word in words], vocabulary, labels=[0, 1, 1])
+    config = TextClassifierConfig(("a", "b"), "tfidf", weights=(0.0, 1.0, 0.0))
+    model = TextClassifier(config, {}, vocabulary, BagOfWords.fit(documents, vocabulary, 2))
+    model.save_pretrained(tmp_path / "model")
+    tokens = [[word] for word in words]
+    again = TextClassifier.from_pretrained(tmp_path / "model").predict_proba(tokens)
+    np.testing.assert_array_equal(again, model.predict_proba(tokens))
+    broken = Vocabulary.from_counts({"a\nb": 1})
+    with pytest.raises(InputError, match="holds a line break"):
+        TextClassifier(config, {}, broken, None).save_pretrained(tmp_path / "other")
+
+
 def test_prediction_of_a_text_does_not_depend_on_the_others(run, texts):
     model = TextClassifier.from_pretrained(run)
     together = model.predict_proba(texts)
@@ -132,6 +151,22 @@ def test_folders_and_labels_that_do_not_fit_are_refused_in_one_line(run, pretrai
         model.evaluate(texts[:1], ["nonsense"])
     with pytest.raises(InputError, match="pass a list of strings"):
         model.predict("a single text")
+    for odd in ([[1, 2]], [{"goal": 1}], [[["goal"]]], [b"goal"]):
+        with pytest.raises(InputError, match="pass a string or a list of tokens"):
+            model.predict(odd)
+    for arguments, message in (
+        (([], []), "no texts"),
+        ((texts, "s"), "labels are 's'"),
+        ((texts, None), "are None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.evaluate(*arguments)
+    for weights in ([1], [0, float("nan"), 0], [-1, 0, 0]):
+        with pytest.raises(InputError, match="three finite numbers"):
+            model.with_weights(weights)
+    shutil.copytree(run, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(InputError, match="holds no text classifier"):
+        TextClassifier.from_pretrained(tmp_path / "unfinished")
     model.save_pretrained(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")

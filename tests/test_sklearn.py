@@ -121,6 +121,9 @@ def test_classifier_refuses_what_it_cannot_learn_from(elmo):
     for texts, labels in ((["a", "b"], [1, 1]), (["a", "b", "c"], [1, 1, 2])):
         with pytest.raises(InputError, match="needs two classes with two texts each"):
             ElmoClassifier(elmo).fit(texts, labels)
+    for settings in ({"epochs": -1}, {"epochs": "3"}, {"pretrain_epochs": 0}, {"validation": 2.0}):
+        with pytest.raises(InputError, match=f"^{next(iter(settings))} is "):
+            ElmoClassifier(elmo, **settings).fit(["a", "b"], [1, 2])
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         ElmoClassifier(elmo).fit(["a", "b"], [1])
     with pytest.raises(NotFittedError):

@@ -10,7 +10,7 @@ from elmo_jax.data.text import SPECIAL, Vocabulary
 
 _INVERSE_REGULARIZATION = 3.0  # of the logistic regression
 _SMOOTHING = 0.3  # added to the weight of every word in every class, for naive Bayes
-_UNSEEN_CLASS = -100.0  # logit of a class without training documents
+_UNSEEN_CLASS = -100.0  # bias of a class without training documents
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class BagOfWords:
             weights[0][:, present] = np.pad(linear.coef_, (pad, (0, 0))).T
             bias[0, present] = np.pad(linear.intercept_, pad)
         bayes = MultinomialNB(alpha=_SMOOTHING).fit(x, documents.labels)
+        # A class without documents must stay below the others for texts of any length.
+        weights[1] = bayes.feature_log_prob_.min(0)[:, None]
         weights[1][:, present], bias[1, present] = bayes.feature_log_prob_.T, bayes.class_log_prior_
         return cls(vocabulary, idf, weights, bias)
 

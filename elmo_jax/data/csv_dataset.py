@@ -294,7 +294,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[str, ...] | None) -> Examples:
     text = decode(data, path)
-    delimiter = _find_delimiter(text) if config.delimiter is None else _check_delimiter(config.delimiter)
+    delimiter = find_delimiter(text) if config.delimiter is None else check_delimiter(config.delimiter)
     rows = _parse_csv(text, path, delimiter)
     first = tuple(cell.strip() for cell in rows[0][1])
     names = _column_names(config)
@@ -319,14 +319,15 @@ def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[s
     return replace(tokenized, header=first if is_header else (), delimiter=delimiter)
 
 
-def _check_delimiter(name: str) -> str:
+def check_delimiter(name: str) -> str:
+    """Return the character of a delimiter, which may be given as "tab"; raise InputError if it is none."""
     delimiter = {"tab": "\t", "\\t": "\t"}.get(name, name)
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise InputError(f"`delimiter` is {reprlib.repr(name)}; give one character, or tab")
     return delimiter
 
 
-def _find_delimiter(text: str) -> str:
+def find_delimiter(text: str) -> str:
     """Return the delimiter that gives the first rows equal widths and the fewest, then shortest, labels."""
 
     def measure_labels(delimiter: str) -> tuple[float, int]:

@@ -41,7 +41,9 @@ def test_log_probabilities_equal_those_of_scikit_learn(rng, classes):
 
 
 def test_class_without_training_documents_gets_almost_no_probability(rng):
-    train = sample_documents(rng, 2)
+    labels = np.arange(20) % 2
+    long = [[f"w{i}" for i in rng.integers(15 * label, 15 * label + 15, 300)] for label in labels]
+    train = Documents.of(long, VOCABULARY, labels)
     probabilities = np.exp(BagOfWords.fit(train, VOCABULARY, 3).log_probabilities(train))
     np.testing.assert_allclose(probabilities.sum(-1), 1)
     assert probabilities[:, :, 2].max() < 1e-6

@@ -22,6 +22,7 @@ def run(trained, tmp_path_factory):
     return out
 
 
+@pytest.mark.filterwarnings("default:.*texts are blank")
 def test_text_csv_and_standard_input_give_the_same_predictions(run, tmp_path, monkeypatch, capsys):
     texts = ["first text, with a comma", "", 'a "quoted" text']
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
@@ -29,10 +30,16 @@ def test_text_csv_and_standard_input_give_the_same_predictions(run, tmp_path, mo
         csv.writer(file).writerows([["id", "body"], *enumerate(texts)])
     capsys.readouterr()
     assert call(predict.main, monkeypatch, run, tmp_path / "in.txt") == 0
-    from_text = capsys.readouterr().out
+    from_text, err = capsys.readouterr()
+    assert "1 texts are blank; their classes mean nothing" in err
     assert call(predict.main, monkeypatch, run, tmp_path / "in.csv", "--text-column", "body") == 0
     assert capsys.readouterr().out == from_text
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
+    with (tmp_path / "in2.csv").open("w", newline="") as file:  # no header, a blank row, semicolons
+        csv.writer(file, delimiter=";").writerows([[0, texts[0]], [], *enumerate(texts[1:], 1)])
+    assert call(predict.main, monkeypatch, run, tmp_path / "in2.csv", "--text-column", "2") == 0
+    assert capsys.readouterr().out == from_text
+    stream = io.BytesIO(("\n".join(texts) + "\n").encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
     assert call(predict.main, monkeypatch, run, "-") == 0
     assert capsys.readouterr().out == from_text
     header, *rows = csv.reader(io.StringIO(from_text))
@@ -58,7 +65,13 @@ def test_text_csv_and_standard_input_give_the_same_predictions(run, tmp_path, mo
         ({"in.txt": "x\n"}, ["in.txt", "--text-column", "b"], "has no effect"),
         ({"in.txt": "x\n"}, ["in.txt", "--output", "o.xml"], "must end in .csv or .jsonl"),
         ({"in.txt": "x\n", "o.csv": "mine"}, ["in.txt", "--output", "o.csv"], "already exists"),
-        ({}, ["missing.txt"], "No such file"),
+        ({}, ["missing.txt"], "no such file"),
+        ({}, ["."], "no such file"),
+        ({"in.txt": ""}, ["in.txt"], "holds no text"),
+        ({"in.txt": "x\n"}, ["in.txt", "--output", "none/o.csv"], "no such folder as none"),
+        ({"in.csv": "a,a\n1,2\n"}, ["in.csv", "--text-column", "a"], "more than one column 'a'"),
+        ({"in.csv": "a,b\n1,2\n"}, ["in.csv", "--text-column", "3"], "give numbers from 1 to 2"),
+        ({"IN.CSV": "a;b\n1;2\n"}, ["IN.CSV"], "has the columns a, b"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_in_one_line(
@@ -69,6 +82,11 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(
         (tmp_path / name).write_text(content)
     refused(predict.main, [run, *flags], message)
     assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_standard_input_that_is_not_utf_8_is_refused(run, monkeypatch, refused):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\nbad \xff\n")))
+    refused(predict.main, [run, "-"], "-:2: byte 0xff is not UTF-8")
 
 
 def test_unfinished_run_is_no_classifier(pretrained, text, refused):
