@@ -95,8 +95,9 @@ def test_pandas_columns_and_index_are_kept(elmo):
         vectorizer.transform(pandas.DataFrame({"a": TEXTS, "b": TEXTS}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-def test_classifier_trains_clones_pickles_and_is_searched(elmo):
+def test_classifier_trains_clones_and_pickles(elmo):
     texts, labels = ["the bank rose", "a river fell"] * 10, [3, 1] * 10
     classifier = ElmoClassifier(elmo, epochs=1, validation=0.25).fit(texts, labels)
     assert classifier.classes_.tolist() == [1, 3]
