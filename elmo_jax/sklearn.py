@@ -34,7 +34,24 @@ from elmo_jax.training.step import TrainState
 _BLOCK_TEXTS = 1024  # bounds the memory for layers
 
 
-class ElmoVectorizer(TransformerMixin, BaseEstimator):
+class _TextEstimator(BaseEstimator):
+    """Estimator whose input is texts."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags: Any = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array = True, False
+        return tags
+
+    def _check_counts(self, *names: str, optional: bool = False) -> None:
+        """Raise InputError for an argument that is no positive integer, nor None if it is optional."""
+        for name in names:
+            value = getattr(self, name)
+            if not (optional and value is None) and (not _is_integer(value) or value < 1):
+                remedy = "use an integer of at least 1" + ", or None" * optional
+                raise InputError(f"{name} is {value!r}; {remedy}")
+
+
+class ElmoVectorizer(TransformerMixin, _TextEstimator):
     """Transformer from texts to vectors: layers of a biLM, pooled over the tokens of each text.
 
     Args:
@@ -98,10 +115,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         Raises:
             InputError: An argument is invalid, or there is no token to train on.
         """
-        for name in ("embedding", "cells", "epochs", "batch_size", "negatives", "min_count"):
-            value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
-                raise InputError(f"{name} is {value!r}; use an integer of at least 1")
+        self._check_counts("embedding", "cells", "epochs", "batch_size", "negatives", "min_count")
         if self.pooling not in ("mean", "max", "mean+max"):
             raise InputError(f"pooling is {self.pooling!r}; use mean, max or mean+max")
         self.elmo_ = load_elmo(self.pretrained) or train_language_model(
@@ -139,11 +153,6 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return np.array([f"elmo{i}" for i in range(self.n_features_out_)], object)
 
-    def __sklearn_tags__(self) -> Any:
-        tags: Any = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.two_d_array = True, False
-        return tags
-
     def _pool_tokens(self, layers: np.ndarray) -> np.ndarray:
         """Return the vector of one text from its layers ``[L, T, F]``."""
         index: Any = self.layers if _is_integer(self.layers) else -1
@@ -160,7 +169,7 @@ class ElmoVectorizer(TransformerMixin, BaseEstimator):
         return np.concatenate([x.mean(0) if name == "mean" else x.max(0) for name in self.pooling.split("+")])
 
 
-class ElmoClassifier(ClassifierMixin, BaseEstimator):
+class ElmoClassifier(ClassifierMixin, _TextEstimator):
     """Text classifier: a language model, a BiLSTM on its layers, and linear models on word counts.
 
     It holds out a part of the texts, on which it chooses the best epoch and the weights of its models.
@@ -215,10 +224,7 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: An argument is invalid, or there are too few texts or classes.
         """
-        for name in ("pretrain_epochs", "epochs"):
-            value = getattr(self, name)
-            if value is not None and (not _is_integer(value) or value < 1):
-                raise InputError(f"{name} is {value!r}; use an integer of at least 1, or None")
+        self._check_counts("pretrain_epochs", "epochs", optional=True)
         if not 0 < self.validation < 1:
             raise InputError(f"validation is {self.validation!r}; use a fraction between 0 and 1")
         sentences, y = tokenize_texts(X), column_or_1d(y, warn=True)
@@ -241,18 +247,11 @@ class ElmoClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return self.model_.predict_proba(X)
 
-    def __sklearn_tags__(self) -> Any:
-        tags: Any = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.two_d_array = True, False
-        return tags
-
     def _train_classifier(
         self, elmo: Elmo, sentences: list[list[str]], labels: np.ndarray, seed: int
     ) -> TextClassifier:
-        held_out = max(len(self.classes_), round(self.validation * len(labels)))  # one text a class, or more
-        parts = train_test_split(
-            np.arange(len(labels)), test_size=held_out, stratify=labels, random_state=seed
-        )
+        size = max(len(self.classes_), round(self.validation * len(labels)))  # one text a class, or more
+        parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
         settings = TextClassifierConfig(
             tuple(map(str, self.classes_)), "elmo", elmo.model.config, CombinerConfig(combiner=self.combiner)
         )

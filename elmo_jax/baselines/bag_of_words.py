@@ -59,7 +59,7 @@ class BagOfWords:
         bias = np.full((2, classes), _UNSEEN_CLASS)
         if len(present) > 1:
             linear = LogisticRegression(C=_INVERSE_REGULARIZATION, max_iter=500).fit(x, documents.labels)
-            # Of two classes scikit-learn stores the logit of the second one alone.
+            # With two classes, scikit-learn stores the logit of the second one alone.
             pad = (1, 0) if len(linear.coef_) == 1 else (0, 0)
             weights[0][:, present] = np.pad(linear.coef_, (pad, (0, 0))).T
             bias[0, present] = np.pad(linear.intercept_, pad)

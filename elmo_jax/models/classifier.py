@@ -106,15 +106,12 @@ def classify(
 
 
 def standardize(statistics: Any, layers: Array) -> Array:
-    """Return (h - mean) · scale for layers h ``[L, ..., F]``, with "mean" and "scale" ``[L, F]``.
+    """Return (h - mean) · scale for layers h ``[L, B, T, F]``, with "mean" and "scale" ``[L, F]``.
 
     The vectors of a layer share a large common part, beside which tokens hardly differ; an LSTM learns
     slowly from such an input.
     """
-    n, features = statistics["mean"].shape
-    mean, scale = (
-        statistics[name].reshape(n, *[1] * (layers.ndim - 2), features) for name in ("mean", "scale")
-    )
+    mean, scale = (statistics[name][:, None, None] for name in ("mean", "scale"))
     return ((layers - mean) * scale).astype(layers.dtype)
 
 
