@@ -13,6 +13,7 @@ Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 Dtype = Literal["float32", "bfloat16"]
 TextColumns = Literal["title+description", "description"]
 Layers = Literal["all", "top", "average", "mix"]
+Tokens = Literal["words", "whitespace"]
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, le=2**16)]
@@ -22,6 +23,22 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
 CHARACTERS = 50  # character ids of a word, its begin and end symbols included
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Conversion of raw text into the tokens of a model; it is stored with the model."""
+
+    tokens: Literal["words", "whitespace", "custom"] = "words"
+    """words and punctuation characters; tokens separated by whitespace; or those of a custom function."""
+    lowercase: bool = True
+    """Convert the text to lower case."""
+    clean: bool = False
+    """Remove news-feed markup (tags, HTML entities, backslashes)."""
+
+
+CASED = TextConfig(lowercase=False)  # official models
+PRETOKENIZED = TextConfig("whitespace", lowercase=False)
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,11 @@ class DataConfig:
     """Without text_columns: all columns but the label joined, or the last of them only."""
     delimiter: str | None = None
     """Character between columns, or tab; found among comma, semicolon and tab if not given."""
+    tokens: Tokens | None = None
+    """Split texts into words and punctuation characters, or only at whitespace, for languages written
+    without spaces; if not given, words for a data set and whitespace for a corpus."""
+    lowercase: bool | None = None
+    """Convert texts to lower case; if not given, done with --tokens words."""
     clean: bool = False
     """Remove news-feed markup (tags, HTML entities, backslashes); always done for ag_news."""
     skip_blank: bool = False
@@ -55,10 +77,11 @@ class DataConfig:
     split_seed: Seed = 0
     """Random seed of the split into training and validation."""
 
-    @property
-    def removes_markup(self) -> bool:
-        """True if news-feed markup is removed from the texts."""
-        return self.clean or self.dataset == "ag_news"
+    def text_config(self, default: Tokens = "words") -> TextConfig:
+        """Return how the texts become tokens, with `default` if `tokens` is None."""
+        tokens = self.tokens or default
+        lowercase = tokens == "words" if self.lowercase is None else self.lowercase
+        return TextConfig(tokens, lowercase, self.clean or self.dataset == "ag_news")
 
 
 @dataclass(frozen=True)
@@ -196,7 +219,7 @@ class DumpConfig:
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the file."""
     tokenize: bool = False
-    """Tokenize raw text as the training commands do; without it, tokens are separated by spaces."""
+    """Tokenize raw text as the model's training text was; without it, tokens are separated by spaces."""
     long: Literal["split", "refuse"] = "split"
     """For lines longer than --max-length: process them in pieces (same result), or stop with an error."""
     max_length: Count = 100_000

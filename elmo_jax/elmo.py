@@ -6,10 +6,10 @@ representations, Peters et al. 2018, https://arxiv.org/abs/1802.05365.
 """
 
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from elmo_jax.config import Dtype, Kernel
+from elmo_jax.config import Dtype, Kernel, TextConfig
 from elmo_jax.data.batching import DIRECTIONS
 from elmo_jax.data.characters import character_ids
-from elmo_jax.data.text import BOS, EOS, SPECIAL, Vocabulary
+from elmo_jax.data.text import BOS, EOS, SPECIAL, UNK, Tokenizer, Vocabulary, make_tokenizer, tokenize_texts
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, lstm_layer, zero_state
 from elmo_jax.ops.lstm import State
 from elmo_jax.pretrained.bilm_format import read_bilm, read_softmax, write_bilm, write_softmax
 from elmo_jax.pretrained.folder import load_folder, save_folder
+from elmo_jax.training.classifier import feature_standardizer
 
 # Window widths and batch sizes are rounded up to these, so that few shapes are compiled.
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
@@ -33,6 +34,9 @@ _ROWS = (1, 4, 16, 64)
 _BATCH_TOKENS = 2048
 _CNN_WORDS = 256  # words in one call of the character CNN
 _MAX_WORDS = 1 << 15  # cached word vectors
+_BLOCK_TEXTS = 1024  # bounds the memory for layers
+
+Pooling = Literal["mean", "max", "mean+max"]
 
 
 class Elmo:
@@ -42,6 +46,8 @@ class Elmo:
         model: Language model.
         params: Parameters of the model.
         vocabulary: Token ids; None for a model that reads characters and has no softmax.
+        text: How raw text becomes tokens.
+        tokenizer: Function from a text to its tokens, used instead of `text`; it is not saved.
 
     Examples:
         >>> from elmo_jax.config import BiLMConfig
@@ -54,10 +60,21 @@ class Elmo:
         [(3, 2, 8), (3, 1, 8)]
         >>> [nll.shape for nll in elmo.surprisal([["the", "bank"]])]
         [(2, 3)]
+        >>> elmo.tokenize("The bank!"), elmo.encode(["The bank!", "banks"]).shape
+        (['the', 'bank', '!'], (2, 8))
     """
 
-    def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
+    def __init__(
+        self,
+        model: BiLM,
+        params: Any,
+        vocabulary: Vocabulary | None,
+        text: TextConfig = TextConfig(),
+        tokenizer: Tokenizer | None = None,
+    ):
         self.model, self.params, self.vocabulary = model, params, vocabulary
+        self.text = text if tokenizer is None else TextConfig("custom", lowercase=False)
+        self._tokenizer, self._split = tokenizer, make_tokenizer(text, tokenizer)
         self._words = _WordTable(model, params, vocabulary)
         self._window = _WINDOWS[-1]
         self._state: tuple[State, ...] | None = None  # after the last stateful call
@@ -77,43 +94,57 @@ class Elmo:
 
     def __reduce__(self):
         """Pickle the model without its compiled functions, as scikit-learn pipelines need."""
-        return type(self), (self.model, jax.tree.map(np.asarray, self.params), self.vocabulary)
+        params = jax.tree.map(np.asarray, self.params)
+        return type(self), (self.model, params, self.vocabulary, self.text, self._tokenizer)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto") -> "Elmo":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: Dtype | None = None,
+        kernel: Kernel = "auto",
+        tokenizer: Tokenizer | None = None,
+    ) -> "Elmo":
         """Load the best epoch of a pre-training run, or a folder that `save_pretrained` wrote.
 
         Args:
             path: Folder.
             dtype: Matmul dtype, "float32" or "bfloat16"; None keeps the dtype of the training.
             kernel: LSTM kernel, see `LSTM.choose`.
+            tokenizer: See `Elmo`; None prepares raw text as the training text was.
 
         Raises:
             InputError: The folder holds no language model, or its files are damaged or inconsistent.
         """
-        model, params, vocabulary = load_folder(Path(path), kernel)
-        return cls(_with_dtype(model, dtype), params, vocabulary)
+        model, params, vocabulary, text = load_folder(Path(path), kernel)
+        return cls(_with_dtype(model, dtype), params, vocabulary, text, tokenizer)
 
     @classmethod
     def from_bilm(
-        cls, options: str | Path, weights: str | Path, dtype: Dtype | None = None, kernel: Kernel = "auto"
+        cls,
+        options: str | Path,
+        weights: str | Path,
+        dtype: Dtype | None = None,
+        kernel: Kernel = "auto",
+        tokenizer: Tokenizer | None = None,
     ) -> "Elmo":
         """Load a model in the official format of bilm-tf and AllenNLP.
 
         The format has no softmax and no vocabulary; both are loaded if `save_bilm` wrote them beside the
-        weights.
+        weights. Official models are cased, so raw text is not converted to lower case.
 
         Args:
             options: JSON file, may end in ``.gz``.
             weights: HDF5 file, may end in ``.gz``.
             dtype: Matmul dtype, "float32" (default) or "bfloat16".
             kernel: LSTM kernel, see `LSTM.choose`.
+            tokenizer: See `Elmo`.
 
         Raises:
             InputError: A file is missing or damaged, the two are of different models, or the kernel does
                 not support the layers.
         """
-        config, flat = read_bilm(options, weights)
+        config, flat, text = read_bilm(options, weights)
         vocabulary = None
         softmax_path = _softmax_path(weights)
         if softmax_path.exists():
@@ -121,7 +152,7 @@ class Elmo:
             flat |= softmax
         model = _with_dtype(BiLM(config, len(vocabulary or ()), kernel), dtype)
         lstm_layer(model.config, kernel).choose()
-        return cls(model, unflatten_dict(flat, sep="/"), vocabulary)
+        return cls(model, unflatten_dict(flat, sep="/"), vocabulary, text, tokenizer)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:
         """Write the official format, such as ``options.json`` and ``weights.hdf5``.
@@ -133,7 +164,7 @@ class Elmo:
             InputError: The model reads words, which the format cannot hold, or a file cannot be written.
         """
         flat = flatten_dict(self.params, sep="/")
-        write_bilm(self.model.config, flat, options, weights)
+        write_bilm(self.model.config, flat, options, weights, self.text)
         if self.vocabulary is not None:
             write_softmax(_softmax_path(weights), self.vocabulary, flat)
         else:  # an older model's softmax must not be loaded with these weights
@@ -145,7 +176,7 @@ class Elmo:
         Raises:
             InputError: The folder holds a run, or cannot be written.
         """
-        save_folder(Path(path), self.model, self.params, self.vocabulary)
+        save_folder(Path(path), self.model, self.params, self.vocabulary, self.text)
 
     def __repr__(self) -> str:
         c, words = self.model.config, len(self.vocabulary or ())
@@ -191,6 +222,71 @@ class Elmo:
         for group in self._group_by_length(sentences, batch_tokens):
             self._embed_batch([sentences[i] for i in group], [out[i] for i in group], batch_tokens)
         return out
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a raw text, prepared as the training text was.
+
+        Raises:
+            InputError: The model was trained with a custom tokenizer, which is not given.
+        """
+        return self._split(text)
+
+    def encode(
+        self,
+        texts: Iterable[str] | Iterable[Sequence[str]],
+        layers: Literal["top", "average", "all"] | int = "average",
+        pooling: Pooling = "mean",
+        standardizer: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Return one vector per text.
+
+        Args:
+            texts: N texts, or N lists of tokens.
+            layers: "top", "average", "all" (concatenated), or the index of a layer.
+            pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
+            standardizer: Result of `layer_statistics`, with which each feature is standardized first.
+
+        Returns:
+            float32 ``[N, F]``; F is multiplied by the number of layers with "all", and doubled by "mean+max".
+
+        Raises:
+            InputError: An argument is invalid.
+        """
+        sentences = tokenize_texts(texts, self.tokenize)
+        width = len(pool_tokens(np.zeros(self.shape(1), np.float32), layers, pooling))
+        out = np.zeros((len(sentences), width), np.float32)
+        for start in range(0, len(sentences), _BLOCK_TEXTS):
+            for i, x in enumerate(self.embed(sentences[start : start + _BLOCK_TEXTS]), start):
+                if standardizer is not None:
+                    x = (x - standardizer["mean"][:, None]) * standardizer["scale"][:, None]
+                if x.shape[1]:
+                    out[i] = pool_tokens(x, layers, pooling)
+        return out
+
+    def layer_statistics(self, sentences: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+        """Return "mean" and "scale", the inverse standard deviation, of every feature over all tokens.
+
+        Args:
+            sentences: Tokens of each sentence.
+
+        Returns:
+            float32 ``[L, F]`` each.
+        """
+        layers, _, features = self.shape(0)
+        words, (total, squares) = 0, np.zeros((2, layers, features))
+        for start in range(0, len(sentences), _BLOCK_TEXTS):
+            for x in self.embed(sentences[start : start + _BLOCK_TEXTS]):
+                words += x.shape[1]
+                total += x.sum(1, dtype=np.float64)
+                squares += np.square(x, dtype=np.float64).sum(1)
+        return feature_standardizer(words, total, squares)
+
+    def count_unknown(self, sentences: Iterable[Sequence[str]]) -> int:
+        """Return how many tokens are unknown to a model that reads words; 0 for one that reads characters."""
+        if self.model.config.input == "characters":
+            return 0
+        assert self.vocabulary is not None
+        return sum(int((self.vocabulary.ids(sentence) == UNK).sum()) for sentence in sentences)
 
     def embed_into(self, sentence: Sequence[str], out: Any) -> None:
         """Embed one long sentence window by window into an array that need not fit in memory.
@@ -407,7 +503,7 @@ def _with_dtype(model: BiLM, dtype: Dtype | None) -> BiLM:
 
 def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
     if isinstance(sentences, str) or not isinstance(sentences, Sequence | np.ndarray):
-        raise InputError("sentences must be a list of lists of tokens; use tokenize for raw text")
+        raise InputError("sentences must be a list of lists of tokens; use encode or tokenize for raw text")
     for i, sentence in enumerate(sentences):
         if isinstance(sentence, str):
             raise InputError(f"sentence {i} is a string; give a list of its tokens, as tokenize returns")
@@ -415,6 +511,31 @@ def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
             raise InputError(f"sentence {i} is a {type(sentence).__name__}; give a list of its tokens")
         for token in (token for token in sentence if not isinstance(token, str)):
             raise InputError(f"sentence {i} holds {reprlib.repr(token)}, which is not a string; give tokens")
+
+
+def pool_tokens(
+    layers: np.ndarray, choice: Literal["top", "average", "all"] | int, pooling: Pooling
+) -> np.ndarray:
+    """Return the vector ``[F]`` of one text from its layers ``[L, T, F]``; see `Elmo.encode`.
+
+    Raises:
+        InputError: `choice` or `pooling` is invalid.
+    """
+    if pooling not in ("mean", "max", "mean+max"):
+        raise InputError(f"pooling is {pooling!r}; use mean, max or mean+max")
+    is_index = isinstance(choice, int | np.integer) and not isinstance(choice, bool)
+    index: Any = choice if is_index else -1
+    if 0 <= index < len(layers):
+        x = layers[index]
+    elif choice == "all":
+        x = np.concatenate(list(layers), -1)  # [T, L F]
+    elif choice == "average":
+        x = layers.mean(0)
+    elif choice == "top":
+        x = layers[-1]
+    else:
+        raise InputError(f"layers is {choice!r}; use top, average, all or 0 to {len(layers) - 1}")
+    return np.concatenate([x.mean(0) if name == "mean" else x.max(0) for name in pooling.split("+")])
 
 
 def _softmax_path(weights: str | Path) -> Path:

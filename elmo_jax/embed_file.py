@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from elmo_jax.config import DumpConfig
-from elmo_jax.data.text import blocks, raw_lines, read_lines, tokenize
+from elmo_jax.data.text import blocks, raw_lines, read_lines
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.combiners import Mix
@@ -58,15 +58,16 @@ class Dump:
         self.mix = fixed.get(config.layers, mix)
         if target.name == ".." or (target.exists() and not target.is_file()):
             raise InputError(f"{target}: is not a regular file; give the HDF5 file to write")
-        self._split = tokenize if config.tokenize else str.split
+        self._split = elmo.tokenize if config.tokenize else str.split
         self.parts = target.with_name(target.name + ".parts")
         self._lock = writer_lock(self.parts / _LOCK)
-        self.lines = self.tokens = 0
+        self.lines = self.tokens = self.unknown = 0
         for i, line in read_lines(self.source, self._split):
             if config.long == "refuse" and len(line) > config.max_length:
                 excess = f"has {len(line):,} tokens, more than max_length={config.max_length}"
                 raise InputError(f"{source}:{i + 1}: {excess}; cut it, or use long='split'")
             self.lines, self.tokens = i + 1, self.tokens + len(line)
+            self.unknown += elmo.count_unknown([line])
 
     @property
     def size(self) -> int:
@@ -136,6 +137,7 @@ class Dump:
         mix = None if self.mix is None else asdict(self.mix)
         settings = {"config": asdict(self.config), "dtype": self.elmo.model.config.dtype, "mix": mix}
         settings |= {"text": digest(self.source), "model": tree_digest(self.elmo.params)}
+        settings |= {"preparation": asdict(self.elmo.text) if self.config.tokenize else None}
         path, existing = self.parts / "settings.json", self._existing_files()
         before: dict[str, Any] = {}
         if resume:

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +15,9 @@ from jax import Array
 from msgspec import Meta
 
 from elmo_jax.baselines.bag_of_words import BagOfWords, log_softmax
-from elmo_jax.config import BiLMConfig, ClassifierConfig, CombinerConfig, Count, Kernel
+from elmo_jax.config import BiLMConfig, ClassifierConfig, CombinerConfig, Count, Kernel, TextConfig
 from elmo_jax.data.batching import Batch, Documents
-from elmo_jax.data.text import Vocabulary, tokenize
+from elmo_jax.data.text import Tokenizer, Vocabulary, make_tokenizer, tokenize_texts
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
@@ -51,8 +51,8 @@ class TextClassifierConfig:
     """Classifier network."""
     max_length: Count = 400
     """The network reads this number of tokens of a longer text."""
-    clean: bool = False
-    """Remove news-feed markup from texts, as was done for training."""
+    text: TextConfig = TextConfig()
+    """Conversion of raw text into tokens."""
     weights: Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)] = (1.0, 0.0, 0.0)
     """Weights of the log-probabilities of the network, logistic regression and naive Bayes."""
 
@@ -66,6 +66,7 @@ class TextClassifier:
         vocabulary: Token ids of the network; None for a language model that reads characters.
         bag: Models on word counts; None without.
         kernel: LSTM kernel, see `LSTM.choose`.
+        tokenizer: Function from a text to its tokens, used instead of `config.text`; it is not saved.
 
     Examples:
         >>> vocabulary = Vocabulary.from_counts({"bank": 2, "goal": 1})
@@ -83,10 +84,14 @@ class TextClassifier:
         vocabulary: Vocabulary | None,
         bag: BagOfWords | None,
         kernel: Kernel = "auto",
+        tokenizer: Tokenizer | None = None,
     ):
+        if tokenizer is not None:
+            config = replace(config, text=TextConfig("custom", lowercase=False))
         self.config, self.params, self.vocabulary, self.bag = config, params, vocabulary, bag
         self.classes = config.classes
         self._kernel: Kernel = kernel
+        self._tokenizer, self._split = tokenizer, make_tokenizer(config.text, tokenizer)
         model = BiLSTMClassifier(config.classifier, len(config.classes), kernel)
         bilm = self._language_model()
         features = static_features if bilm is None else bilm_features(bilm)
@@ -101,7 +106,14 @@ class TextClassifier:
     def __reduce__(self):
         """Pickle the classifier without its compiled functions."""
         params = jax.tree.map(np.asarray, self.params)
-        return type(self), (self.config, params, self.vocabulary, self.bag, self._kernel)
+        return type(self), (
+            self.config,
+            params,
+            self.vocabulary,
+            self.bag,
+            self._kernel,
+            self._tokenizer,
+        )
 
     def __repr__(self) -> str:
         return f"TextClassifier({self.config.features}, classes={reprlib.repr(list(self.classes))})"
@@ -120,15 +132,18 @@ class TextClassifier:
         model = self._language_model()
         if model is None:
             raise InputError(f"a classifier on {self.config.features} features has no language model")
-        return Elmo(model, self.params["bilm"], self.vocabulary)
+        return Elmo(model, self.params["bilm"], self.vocabulary, self.config.text, self._tokenizer)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, kernel: Kernel = "auto") -> "TextClassifier":
+    def from_pretrained(
+        cls, path: str | Path, kernel: Kernel = "auto", tokenizer: Tokenizer | None = None
+    ) -> "TextClassifier":
         """Load a finished run of the downstream command, or a folder that `save_pretrained` wrote.
 
         Args:
             path: Folder.
             kernel: LSTM kernel, see `LSTM.choose`.
+            tokenizer: See `TextClassifier`; None prepares raw text as the training text was.
 
         Raises:
             InputError: The folder holds no classifier, or its files are damaged or inconsistent.
@@ -152,7 +167,7 @@ class TextClassifier:
             bag = BagOfWords(words, bag["idf"], bag["weights"], bag["bias"])
         if "classifier" in tree:  # a combiner without parameters leaves no trace among the arrays
             tree = {"combiner": {}} | tree
-        return cls(config, tree, names[VOCABULARY], bag, kernel)
+        return cls(config, tree, names[VOCABULARY], bag, kernel, tokenizer)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the classifier with its language model and vocabularies into a folder.
@@ -190,7 +205,7 @@ class TextClassifier:
         Raises:
             InputError: The texts are not a list of strings or of lists of tokens.
         """
-        sentences = tokenize_texts(texts, self.config.clean)
+        sentences = tokenize_texts(texts, self._split)
         parts = []
         if self.params:
             parts.append(self.network_log_probabilities(self._documents(sentences)))
@@ -230,7 +245,7 @@ class TextClassifier:
         if len(weights) != 3 or not all(0 <= weight < np.inf for weight in weights):
             raise InputError(f"the weights are {weights}; pass three finite numbers of at least 0")
         config = replace(self.config, weights=tuple(float(weight) for weight in weights))
-        return TextClassifier(config, self.params, self.vocabulary, self.bag, self._kernel)
+        return TextClassifier(config, self.params, self.vocabulary, self.bag, self._kernel, self._tokenizer)
 
     def mix(self, log_probabilities: np.ndarray) -> np.ndarray:
         """Return log_softmax(Σ_m w_m log p_m) of the models that the classifier has.
@@ -280,28 +295,3 @@ def _batches(documents: Documents) -> Iterator[tuple[np.ndarray, Batch]]:
             padded = np.pad(indices, (0, _ROWS - len(indices)), constant_values=-1)
             batch = documents.batch(padded, int(bounds[i]), group_scale=1)
             yield indices, jax.tree.map(jnp.asarray, batch)
-
-
-def tokenize_texts(texts: Iterable[str] | Iterable[Sequence[str]], clean: bool = False) -> list[list[str]]:
-    """Return the tokens of texts; lists of tokens stay as they are, and a table of one column is N texts.
-
-    Raises:
-        InputError: The texts are not a list of strings or of lists of tokens.
-    """
-    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
-        raise InputError(f"the texts are {reprlib.repr(texts)}; pass a list of strings")
-    shape = getattr(texts, "shape", (0,))
-    if len(shape) == 2 and shape[1] == 1:
-        texts = np.asarray(texts)[:, 0]
-    elif len(shape) != 1:
-        raise InputError(f"the texts are a table of shape {shape}; pass the column of texts")
-    return [_tokenize_text(text, i, clean) for i, text in enumerate(texts)]
-
-
-def _tokenize_text(text: Any, i: int, clean: bool) -> list[str]:
-    if isinstance(text, str):
-        return tokenize(text, clean)
-    tokens = None if isinstance(text, bytes | Mapping | Set) or not isinstance(text, Iterable) else list(text)
-    if tokens is None or not all(isinstance(token, str) for token in tokens):
-        raise InputError(f"text {i} is {reprlib.repr(text)}; pass a string or a list of tokens")
-    return tokens

@@ -17,21 +17,19 @@ from sklearn.utils.validation import check_is_fitted
 from elmo_jax.baselines.bag_of_words import BagOfWords, fit_mixture_weights
 from elmo_jax.config import BiLMConfig, CombinerConfig, OptimizerConfig
 from elmo_jax.data.batching import BatchStream, Documents
-from elmo_jax.data.text import Vocabulary
-from elmo_jax.elmo import Elmo
+from elmo_jax.data.text import Tokenizer, Vocabulary, tokenize, tokenize_texts
+from elmo_jax.elmo import Elmo, Pooling, pool_tokens
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
 from elmo_jax.models.classifier import BiLSTMClassifier
 from elmo_jax.models.combiners import make_combiner
 from elmo_jax.parallel import Plan
-from elmo_jax.predictors import TextClassifier, TextClassifierConfig, tokenize_texts
+from elmo_jax.predictors import TextClassifier, TextClassifierConfig
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.classifier import ClassifierTraining, FeatureSource
 from elmo_jax.training.loop import CLASSIFIER_EPOCHS, PRETRAIN_EPOCHS, fit
 from elmo_jax.training.objectives import bilm_features, bilm_training, init_params
 from elmo_jax.training.step import TrainState
-
-_BLOCK_TEXTS = 1024  # bounds the memory for layers
 
 
 class _TextEstimator(BaseEstimator):
@@ -59,6 +57,8 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
             in the official format. None trains a new model on the texts of `fit`.
         layers: "top", "average", "all" (concatenated), or the index of a layer.
         pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
+        standardize: Standardize each feature of each layer over the tokens of the texts of `fit`.
+        tokenizer: Function from a text to its tokens; None prepares texts as the model's training text was.
         embedding: Width of the token vectors of a new model.
         cells: LSTM cells per layer and direction of a new model.
         epochs: Passes over the texts in training.
@@ -69,6 +69,7 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
 
     Attributes:
         elmo_: The model.
+        standardizer_: "mean" and "scale" of every feature, see `Elmo.layer_statistics`; None without.
         n_features_out_: Width of the vectors.
 
     Examples:
@@ -85,7 +86,9 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
         pretrained: Elmo | str | Path | tuple[str, str] | None = None,
         *,
         layers: Literal["top", "average", "all"] | int = "average",
-        pooling: Literal["mean", "max", "mean+max"] = "mean",
+        pooling: Pooling = "mean",
+        standardize: bool = True,
+        tokenizer: Tokenizer | None = None,
         embedding: int = 150,
         cells: int = 150,
         epochs: int = 5,
@@ -95,8 +98,10 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
         random_state: int | np.random.RandomState | None = 0,
     ):
         self.pretrained = pretrained
-        self.layers = layers
-        self.pooling = pooling
+        self.layers: Literal["top", "average", "all"] | int = layers
+        self.pooling: Pooling = pooling
+        self.standardize = standardize
+        self.tokenizer = tokenizer
         self.embedding = embedding
         self.cells = cells
         self.epochs = epochs
@@ -116,57 +121,41 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
             InputError: An argument is invalid, or there is no token to train on.
         """
         self._check_counts("embedding", "cells", "epochs", "batch_size", "negatives", "min_count")
-        if self.pooling not in ("mean", "max", "mean+max"):
-            raise InputError(f"pooling is {self.pooling!r}; use mean, max or mean+max")
-        self.elmo_ = load_elmo(self.pretrained) or train_language_model(
-            tokenize_texts(X),
+        elmo = load_elmo(self.pretrained, self.tokenizer)
+        layers = 1 + (elmo.model.config if elmo else BiLMConfig()).layers
+        pool_tokens(np.zeros((layers, 1, 1)), self.layers, self.pooling)  # fails before a model is trained
+        sentences = tokenize_texts(X, _tokenizer(elmo, self.tokenizer))
+        self.elmo_ = elmo or train_language_model(
+            sentences,
             int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max)),
             int(self.epochs),
             config=BiLMConfig(embedding=int(self.embedding), cells=int(self.cells)),
             batch_size=int(self.batch_size),
             negatives=int(self.negatives),
             min_count=self.min_count,
+            tokenizer=self.tokenizer,
         )
-        self.n_features_out_ = self._pool_tokens(np.zeros(self.elmo_.shape(1), np.float32)).shape[0]
+        self.standardizer_ = self.elmo_.layer_statistics(sentences) if self.standardize else None
+        self.n_features_out_ = self._encode([]).shape[1]
         return self
 
     def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call `fit` and `transform` with the same texts, which may be an iterator."""
-        sentences = tokenize_texts(X)
-        return self.fit(sentences, y)._compute_vectors(sentences)
+        texts = list(X) if isinstance(X, Iterator) else X
+        return self.fit(texts, y)._encode(texts)
 
     def transform(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
         """Return the vectors of N texts, or of N lists of tokens, float32 ``[N, n_features_out_]``."""
         check_is_fitted(self)
-        return self._compute_vectors(tokenize_texts(X))
+        return self._encode(X)
 
-    def _compute_vectors(self, sentences: list[list[str]]) -> np.ndarray:
-        out = np.zeros((len(sentences), self.n_features_out_), np.float32)
-        for start in range(0, len(sentences), _BLOCK_TEXTS):
-            for i, layers in enumerate(self.elmo_.embed(sentences[start : start + _BLOCK_TEXTS]), start):
-                if layers.shape[1]:
-                    out[i] = self._pool_tokens(layers)
-        return out
+    def _encode(self, X: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
+        return self.elmo_.encode(X, self.layers, self.pooling, self.standardizer_)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names ``elmo0``, ``elmo1`` and so on."""
         check_is_fitted(self)
         return np.array([f"elmo{i}" for i in range(self.n_features_out_)], object)
-
-    def _pool_tokens(self, layers: np.ndarray) -> np.ndarray:
-        """Return the vector of one text from its layers ``[L, T, F]``."""
-        index: Any = self.layers if _is_integer(self.layers) else -1
-        if 0 <= index < len(layers):
-            x = layers[index]
-        elif self.layers == "all":
-            x = np.concatenate(list(layers), -1)  # [T, L F]
-        elif self.layers == "average":
-            x = layers.mean(0)
-        elif self.layers == "top":
-            x = layers[-1]
-        else:
-            raise InputError(f"layers is {self.layers!r}; use top, average, all or 0 to {len(layers) - 1}")
-        return np.concatenate([x.mean(0) if name == "mean" else x.max(0) for name in self.pooling.split("+")])
 
 
 class ElmoClassifier(ClassifierMixin, _TextEstimator):
@@ -180,6 +169,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         pretrain_epochs: Passes over the texts in training a language model; None chooses by their number.
         epochs: Passes over the texts in training the classifier; None chooses by their number.
         finetune: Train the language model together with the classifier.
+        tokenizer: Function from a text to its tokens; None prepares texts as the model's training text was.
         validation: Fraction of the texts that is held out, stratified by class.
         random_state: Random seed, a `numpy.random.RandomState`, or None for a new seed each time.
 
@@ -203,6 +193,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         pretrain_epochs: int | None = None,
         epochs: int | None = None,
         finetune: bool = False,
+        tokenizer: Tokenizer | None = None,
         validation: float = 0.2,
         random_state: int | np.random.RandomState | None = 0,
     ):
@@ -211,6 +202,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         self.pretrain_epochs = pretrain_epochs
         self.epochs = epochs
         self.finetune = finetune
+        self.tokenizer = tokenizer
         self.validation = validation
         self.random_state = random_state
 
@@ -227,13 +219,15 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         self._check_counts("pretrain_epochs", "epochs", optional=True)
         if not 0 < self.validation < 1:
             raise InputError(f"validation is {self.validation!r}; use a fraction between 0 and 1")
-        sentences, y = tokenize_texts(X), column_or_1d(y, warn=True)
+        elmo = load_elmo(self.pretrained, self.tokenizer)
+        sentences = tokenize_texts(X, _tokenizer(elmo, self.tokenizer))
+        y = column_or_1d(y, warn=True)
         check_consistent_length(sentences, y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2 or np.bincount(labels).min() < 2:
             raise InputError("a classifier needs two classes with two texts each, or more; give more texts")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        elmo = load_elmo(self.pretrained) or train_language_model(sentences, seed, self.pretrain_epochs)
+        elmo = elmo or train_language_model(sentences, seed, self.pretrain_epochs, tokenizer=self.tokenizer)
         self.model_ = self._train_classifier(elmo, sentences, labels, seed)
         return self
 
@@ -253,7 +247,11 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         size = max(len(self.classes_), round(self.validation * len(labels)))  # one text a class, or more
         parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
         settings = TextClassifierConfig(
-            tuple(map(str, self.classes_)), "elmo", elmo.model.config, CombinerConfig(combiner=self.combiner)
+            tuple(map(str, self.classes_)),
+            "elmo",
+            elmo.model.config,
+            CombinerConfig(combiner=self.combiner),
+            text=elmo.text,
         )
         words = Vocabulary.from_counts(Counter(token for i in parts[0] for token in sentences[i]))
 
@@ -280,7 +278,8 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         with _temporary_run("val_loss") as run:
             _, params = training.run(stream, held_out, run)
         bag = BagOfWords.fit(documents(parts[0], words), words, len(self.classes_))
-        model = TextClassifier(settings, jax.tree.map(np.asarray, params), elmo.vocabulary, bag)
+        params = jax.tree.map(np.asarray, params)
+        model = TextClassifier(settings, params, elmo.vocabulary, bag, tokenizer=self.tokenizer)
         network = model.network_log_probabilities(held_out)
         each = np.stack([network, *bag.log_probabilities(documents(parts[1], words))])
         return model.with_weights(fit_mixture_weights(each, labels[parts[1]]).tolist())
@@ -295,8 +294,19 @@ def train_language_model(
     batch_size: int = 32,
     negatives: int = 2048,
     min_count: int = 2,
+    tokenizer: Tokenizer | None = None,
 ) -> Elmo:
     """Train a language model of words on tokenized texts.
+
+    Args:
+        sentences: Tokens of each text.
+        seed: Random seed of initialization, data order and dropout.
+        epochs: Passes over the texts; None chooses by their number.
+        config: Sizes of the model.
+        batch_size: Texts per batch.
+        negatives: Negative samples of the sampled softmax.
+        min_count: Rarer tokens become unknown.
+        tokenizer: Custom function that made the tokens, if any.
 
     Raises:
         InputError: There is no token to train on.
@@ -314,7 +324,7 @@ def train_language_model(
         state, _ = fit(
             plan, loss_fn, optimizer, stream, run, epochs=epochs, seed=seed, on_epoch=lambda *_: {}
         )
-    return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary)
+    return Elmo(model, jax.tree.map(np.asarray, state.params), vocabulary, tokenizer=tokenizer)
 
 
 @contextlib.contextmanager
@@ -324,13 +334,21 @@ def _temporary_run(monitor: str) -> Iterator[Run]:
             yield run
 
 
-def load_elmo(pretrained: Elmo | str | Path | tuple[str, str] | None) -> Elmo | None:
-    """Return the model of the argument `pretrained` of an estimator."""
-    if pretrained is None or isinstance(pretrained, Elmo):
-        return pretrained
+def load_elmo(
+    pretrained: Elmo | str | Path | tuple[str, str] | None, tokenizer: Tokenizer | None = None
+) -> Elmo | None:
+    """Return the model of the arguments `pretrained` and `tokenizer` of an estimator."""
     if isinstance(pretrained, tuple | list):
-        return Elmo.from_bilm(*pretrained)
-    return Elmo.from_pretrained(pretrained)
+        return Elmo.from_bilm(*pretrained, tokenizer=tokenizer)
+    if isinstance(pretrained, str | Path):
+        return Elmo.from_pretrained(pretrained, tokenizer=tokenizer)
+    if pretrained is None or tokenizer is None:
+        return pretrained
+    return Elmo(pretrained.model, pretrained.params, pretrained.vocabulary, tokenizer=tokenizer)
+
+
+def _tokenizer(elmo: Elmo | None, custom: Tokenizer | None) -> Tokenizer:
+    return custom or (tokenize if elmo is None else elmo.tokenize)
 
 
 def _is_integer(value: Any) -> bool:

@@ -205,7 +205,7 @@ def _make_classifier(
         combiner=config.combiner,
         classifier=config.classifier,
         max_length=source.settings.max_length,
-        clean=source.settings.removes_markup,
+        text=source.settings.text_config(),
     )
     params = jax.tree.map(to_host, params)  # one device suffices to predict, and gives the same results
     model = TextClassifier(settings, params, source.vocabulary, bag, config.kernel)

@@ -54,6 +54,7 @@ def embed(config: EmbedConfig) -> None:
         elmo, mix = load_mix(elmo, Path(config.mix_from))
     dump = Dump(elmo, Path(config.input), Path(config.out), config.dump, mix)
     cli.say(f"{dump.lines:,} lines, {dump.tokens:,} tokens; the file will take {dump.size / 1e6:,.1f} MB")
+    cli.warn_unknown(dump.unknown, dump.tokens, config.dump.tokenize)
     dump.prepare(config.resume, config.overwrite)
     cli.mark_output_created()
     with ProgressBar(dump.tokens, "token", scale=True) as progress:
@@ -88,7 +89,7 @@ def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]
     if weights is None or not (path / RESULTS).is_file():
         raise InputError(f"--mix-from {path}: has no lambdas; give a finished run that has some")
     if source.finetune:
-        elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary)
+        elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary, elmo.text)
     weights = np.asarray(weights, np.float64).tolist()
     statistics = params.get("standardizer")
     if statistics is not None:  # as lists, because the file records them as JSON

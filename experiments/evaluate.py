@@ -32,7 +32,7 @@ class EvaluateConfig:
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format, instead of a run."""
     tokenize: bool = False
-    """Tokenize raw text as the training commands do. Without it, spaces separate the tokens of a line."""
+    """Tokenize raw text as the model's training text was. Without it, tokens are separated by spaces."""
     precision: Dtype | None = None
     """Matmul dtype; the model's own if not given."""
     top: Count = 20
@@ -100,7 +100,7 @@ class _Scores:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run the command."""
-    from elmo_jax.data.text import UNK, blocks, read_lines, tokenize
+    from elmo_jax.data.text import UNK, blocks, read_lines
 
     if config.selfcheck:
         selfcheck(config)
@@ -113,7 +113,7 @@ def evaluate(config: EvaluateConfig) -> None:
     scores = _Scores(config.top)
     with _open_scores(config, scores) if config.output else open(os.devnull, "w", encoding="utf-8") as file:
         for text in texts:
-            lines = read_lines(Path(text), tokenize if config.tokenize else str.split)
+            lines = read_lines(Path(text), elmo.tokenize if config.tokenize else str.split)
             for block in blocks((i, tokens) for i, tokens in lines if tokens):
                 surprisals = elmo.surprisal([tokens for _, tokens in block])  # refuses a missing vocabulary
                 for (i, tokens), surprisal in zip(block, surprisals, strict=True):
@@ -122,6 +122,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if not scores.sentences:
             raise InputError(f"{', '.join(texts)}: no sentences; give a text that has some")
     scores.show()
+    cli.warn_unknown(scores.unknown, scores.tokens, config.tokenize)
     if config.output is not None:
         cli.say(f"\nwritten to {config.output}")
 

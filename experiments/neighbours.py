@@ -3,10 +3,10 @@
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -14,6 +14,9 @@ from tyro.conf import Positional, arg
 from elmo_jax.config import Count, Dtype
 from elmo_jax.errors import InputError
 from experiments.common import cli
+
+if TYPE_CHECKING:
+    from elmo_jax.elmo import Elmo
 
 _CONTEXT = 4  # words printed on either side
 
@@ -25,8 +28,8 @@ class NeighboursConfig:
     word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"
     """Word to look up, written as in the training texts of the model."""
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT ...")] = ()
-    """Text files, one sentence per line. If none is given, the test part of the sample corpus, in which
-    ambiguous words are labelled with their sense."""
+    """Text files, one sentence per line. If none is given, the training texts of the run; of the sample
+    corpus, the test part, in which ambiguous words are labelled with their sense."""
     pretrained: str | None = None
     """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
@@ -34,7 +37,7 @@ class NeighboursConfig:
     precision: Dtype | None = None
     """Matmul dtype; the model's own if not given."""
     tokenize: bool = False
-    """Tokenize raw text as the training commands do. Without it, spaces separate the tokens of a line."""
+    """Tokenize raw text as the model's training text was. Without it, tokens are separated by spaces."""
     nearest: Count = 3
     """Number of neighbours to print."""
     most: Count = 500
@@ -43,6 +46,9 @@ class NeighboursConfig:
     """PNG file for a plot of the occurrences, one panel per layer."""
     overwrite: bool = False
     """Replace that PNG file."""
+
+
+_Line = tuple[list[str], str, Mapping[int, str] | None]  # tokens, source, and senses by position
 
 
 class Occurrence(NamedTuple):
@@ -68,10 +74,12 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     if config.picture is not None:
         _check_picture(Path(config.picture), config.overwrite)
     elmo = cli.load_elmo(config.pretrained, config.bilm, config.precision)
-    found = list(itertools.islice(_find_occurrences(config), config.most))
+    found = list(itertools.islice(_find_occurrences(config, elmo), config.most))
     if len(found) < 2:
         raise InputError(f"{config.word!r} occurs {len(found)} times in the texts; give a more frequent word")
-    layers = elmo.embed([occurrence.sentence for occurrence in found])
+    sentences = [occurrence.sentence for occurrence in found]
+    cli.warn_unknown(elmo.count_unknown(sentences), sum(map(len, sentences)), config.tokenize)
+    layers = elmo.embed(sentences)
     vectors = np.stack([x[:, o.position] for x, o in zip(layers, found, strict=True)], axis=1)  # [L, N, F]
     cosines = [cosine_similarity(layer) for layer in vectors]
     titles = ["token vectors", *(f"LSTM layer {i}" for i in range(1, len(cosines)))]
@@ -111,23 +119,51 @@ def _check_picture(picture: Path, overwrite: bool) -> None:
         raise InputError(f"--picture {picture}: already exists; replace it with --overwrite")
 
 
-def _find_occurrences(config: NeighboursConfig) -> Iterator[Occurrence]:
-    from elmo_jax.data.sample_corpus import sample_corpus
-    from elmo_jax.data.text import read_lines, tokenize
+def _find_occurrences(config: NeighboursConfig, elmo: "Elmo") -> Iterator[Occurrence]:
+    from elmo_jax.data.text import read_lines
 
-    lines: Iterable[tuple[list[str], str, dict[int, str] | None]]
+    lines: Iterable[_Line]
     if config.texts:
-        split = tokenize if config.tokenize else str.split
+        split = elmo.tokenize if config.tokenize else str.split
         texts = ((name, read_lines(Path(name), split)) for name in config.texts)
         lines = ((words, f"{name}:{n + 1}", None) for name, text in texts for n, words in text)
     else:
-        test = enumerate(sample_corpus().test, 1)
-        lines = ((text.text.split(), f"sample:{n}", dict(text.senses)) for n, text in test)
+        lines = _training_lines(config.pretrained, elmo)
     for words, source, senses in lines:
         for i, word in enumerate(words):
             if word == config.word:
                 sense = None if senses is None else senses.get(i, word).rpartition("/")[2]
                 yield Occurrence(words, i, source, sense)
+
+
+def _training_lines(run: str | None, elmo: "Elmo") -> Iterator[_Line]:
+    """Yield the sentences that the model of a run was trained on; of the sample corpus, the labelled ones.
+
+    Raises:
+        InputError: The model is not a run, or its texts cannot be read.
+    """
+    from elmo_jax.data.corpus import find_shards
+    from elmo_jax.data.csv_dataset import read_training_texts
+    from elmo_jax.data.sample_corpus import sample_corpus
+    from elmo_jax.data.text import read_lines
+    from elmo_jax.storage.files import read_config
+    from experiments.common.inputs import data_of
+
+    data = None if run is None else data_of(Path(run))
+    corpus = None if run is None else (read_config(Path(run)).get("corpus") or {}).get("corpus")
+    if data is not None and data.dataset == "sample":
+        for n, text in enumerate(sample_corpus().test, 1):
+            yield text.text.split(), f"sample:{n}", dict(text.senses)
+    elif data is not None:
+        texts = read_training_texts(data)
+        for line, start, end in zip(texts.lines, texts.offsets[:-1], texts.offsets[1:], strict=True):
+            yield [texts.tokens[code] for code in texts.codes[start:end]], f"{texts.path}:{line}", None
+    elif corpus is not None:
+        for shard in find_shards(corpus):
+            for n, words in read_lines(shard, elmo.tokenize):
+                yield words, f"{shard}:{n + 1}", None
+    else:
+        raise InputError("the model does not name its training texts; give a TEXT to search")
 
 
 def cosine_similarity(x: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,7 +165,9 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
         estimate(init_state(), loss_fn, optimizer, train, steps, config.seed)
         return []
     files = {VOCABULARY: texts.vocabulary.text}
-    more = {"texts": texts.digest} | ({} if config.corpus.corpus is None else {"data": None})
+    text = config.data.text_config("words" if config.corpus.corpus is None else "whitespace")
+    more: dict[str, Any] = {"texts": texts.digest, "text": asdict(text)}
+    more |= {} if config.corpus.corpus is None else {"data": None}
     run = cli.create_run(config, config.output, monitor="perplexity", files=files, **more)
     metrics_fn = jax.jit(elmo_jax.bilm_sums(model))
 

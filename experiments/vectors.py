@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -67,7 +67,8 @@ def vectors(config: VectorsConfig) -> dict[str, Any]:
 
     data = load_dataset(config.data)
     output, files = config.output or f"runs/{config.method}", {VOCABULARY: data.vocabulary.text}
-    run = cli.create_run(config, output, monitor="loss", files=files, texts=data.digest)
+    more = {"texts": data.digest, "text": asdict(config.data.text_config())}
+    run = cli.create_run(config, output, monitor="loss", files=files, **more)
     cli.say(f"training text: {len(data.train.ids):,} tokens, vocabulary {len(data.vocabulary):,}")
     cli.describe_unknown((data.train, data.validation, data.test))
     try:

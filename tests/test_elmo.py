@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from official import make
 from reference import bilm
 
+from elmo_jax.config import TextConfig
 from elmo_jax.data.batching import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
@@ -140,3 +142,36 @@ def test_folder_with_wrong_settings_is_refused(elmo, tmp_path, model, message):
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         Elmo.from_pretrained(tmp_path / "none")
+
+
+def test_preparation_is_saved_and_a_custom_tokenizer_is_not(elmo, tmp_path):
+    cased = Elmo(elmo.model, elmo.params, elmo.vocabulary, TextConfig("whitespace", lowercase=False))
+    cased.save_pretrained(tmp_path / "cased")
+    assert Elmo.from_pretrained(tmp_path / "cased").tokenize("The bank.") == ["The", "bank."]
+    custom = Elmo(elmo.model, elmo.params, elmo.vocabulary, tokenizer=lambda text: text.split("-"))
+    expected = custom.encode([["the", "bank"]])
+    np.testing.assert_array_equal(custom.encode(["the-bank"]), expected)
+    custom.save_pretrained(tmp_path / "custom")
+    again = Elmo.from_pretrained(tmp_path / "custom")
+    np.testing.assert_array_equal(again.encode([["the", "bank"]]), expected)
+    with pytest.raises(InputError, match="needs the `tokenizer` of the training; pass it"):
+        again.encode(["the-bank"])
+    given = Elmo.from_pretrained(tmp_path / "custom", tokenizer=lambda text: text.split("-"))
+    np.testing.assert_array_equal(given.encode(["the-bank"]), expected)
+
+
+def test_statistics_standardize_every_feature(elmo):
+    sentences = [["the", "bank", "."], [], ["river"], ["the", "river"]]
+    statistics = elmo.layer_statistics(sentences)
+    tokens = np.concatenate(elmo.embed(sentences), 1).astype(np.float64)  # [L, tokens, F]
+    np.testing.assert_allclose(statistics["mean"], tokens.mean(1), rtol=1e-5, atol=1e-7)
+    expected = 1 / np.sqrt(tokens.var(1) + 1e-6 * tokens.mean(1) ** 2 + 1e-8)
+    np.testing.assert_allclose(statistics["scale"], expected, rtol=1e-4)
+    got = elmo.encode(sentences[:1], "top", "mean", statistics)[0]
+    want = (tokens[-1, :3] - tokens[-1].mean(0)) / tokens[-1].std(0)
+    np.testing.assert_allclose(got, want.mean(0), rtol=1e-2, atol=1e-3)
+
+
+def test_unknown_tokens_are_counted_for_models_of_words(elmo, tmp_path):
+    assert elmo.count_unknown([["the", "goal"], ["Bank"], []]) == 2
+    assert make(tmp_path).count_unknown([["the", "goal"]]) == 0

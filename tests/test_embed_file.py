@@ -25,6 +25,9 @@ from elmo_jax.training.objectives import init_params
 from experiments import embed
 from experiments.common.config import SourceConfig
 
+# The models of these tests know few words.
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the vocabulary:UserWarning")
+
 
 def write(elmo, text, mix=None, **settings):
     dump = Dump(elmo, text, text.with_name("out.h5"), DumpConfig(**settings), mix)

@@ -1,5 +1,6 @@
 """ElmoVectorizer: its vectors, and the scikit-learn estimator interface."""
 
+import operator
 import pickle
 
 import numpy as np
@@ -21,7 +22,7 @@ TEXTS = ["The bank rose.", "", "A river bank", "bank"]
 @pytest.mark.parametrize("layers", ["top", "average", "all", 1, np.int64(1)])
 @pytest.mark.parametrize("pooling", ["mean", "max", "mean+max"])
 def test_vectors_are_the_pooled_layers(elmo, layers, pooling):
-    vectorizer = ElmoVectorizer(elmo, layers=layers, pooling=pooling)
+    vectorizer = ElmoVectorizer(elmo, layers=layers, pooling=pooling, standardize=False)
     vectors = vectorizer.fit_transform(TEXTS)
     assert vectors.shape == (4, len(vectorizer.get_feature_names_out()))
     a = elmo.embed([["the", "bank", "rose", "."]])[0]
@@ -31,6 +32,25 @@ def test_vectors_are_the_pooled_layers(elmo, layers, pooling):
     assert not vectors[1].any()
     tokens = vectorizer.transform([["the", "bank", "rose", "."]])
     np.testing.assert_allclose(tokens[0], vectors[0], atol=1e-6)
+
+
+def test_features_are_standardized_over_the_tokens_of_fit(elmo):
+    vectorizer = ElmoVectorizer(elmo, layers="top").fit(TEXTS)
+    sentences = [elmo.tokenize(text) for text in TEXTS]
+    np.testing.assert_array_equal(vectorizer.standardizer_["mean"], elmo.layer_statistics(sentences)["mean"])
+    lengths = np.array([len(sentence) for sentence in sentences])
+    total = (vectorizer.transform(TEXTS) * lengths[:, None]).sum(0)
+    np.testing.assert_allclose(total / lengths.sum(), 0, atol=1e-5)
+
+
+def test_custom_tokenizer_is_used_by_a_given_and_by_a_new_model(elmo, tmp_path):
+    split = operator.methodcaller("split", "-")
+    given = ElmoVectorizer(elmo, tokenizer=split).fit(["the-bank", "river"])
+    np.testing.assert_array_equal(given.transform(["the-bank"]), given.transform([["the", "bank"]]))
+    assert pickle.loads(pickle.dumps(given)).transform(["the-bank"]).shape == (1, 8)
+    elmo.save_pretrained(tmp_path / "model")
+    loaded = ElmoVectorizer(tmp_path / "model", tokenizer=split).fit(["the-bank", "river"])
+    np.testing.assert_array_equal(loaded.transform(["the-bank"]), given.transform(["the-bank"]))
 
 
 def test_pipeline_trains_clones_and_pickles(standard_promotion):

@@ -20,17 +20,17 @@ import numpy as np
 import pooch
 
 from elmo_jax._moved import renamed_arguments
-from elmo_jax.config import DataConfig
+from elmo_jax.config import DataConfig, TextConfig
 from elmo_jax.data.batching import Documents
 from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
-from elmo_jax.data.text import UNK, Vocabulary, decode, read_text, tokenize
+from elmo_jax.data.text import UNK, Vocabulary, decode, make_tokenizer, read_text
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays
 
 _CACHED_ARRAYS = ("codes", "offsets", "lines", "blank")
 _CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # NUL-separated
-_CACHE_VERSION = 4  # to be raised when reading, cleaning or tokenizing changes
+_CACHE_VERSION = 5  # to be raised when reading, cleaning or tokenizing changes
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
@@ -129,7 +129,7 @@ def _read_parts(config: DataConfig, keep: bool) -> tuple[Examples, Examples, tup
         raise InputError("`data_dir` needs `dataset` ag_news; add that, or give the folder as `dataset`")
     if config.dataset == "sample":
         parts = ([(i, CLASSES[t.label], t.text) for i, t in enumerate(part, 1)] for part in sample_corpus())
-        train, test = (_tokenize_examples(part, "sample") for part in parts)
+        train, test = (_tokenize_examples(part, "sample", config.text_config()) for part in parts)
         return train, test, CLASSES
     if config.dataset == "ag_news":
         folder = _download_ag_news() if config.data_dir is None else Path(config.data_dir)
@@ -142,6 +142,15 @@ def _read_parts(config: DataConfig, keep: bool) -> tuple[Examples, Examples, tup
     train = read_csv(train_path, config, keep=keep)
     config = replace(config, delimiter=train.delimiter)
     return train, read_csv(test_path, config, train.header, keep), names
+
+
+def read_training_texts(config: DataConfig) -> Examples:
+    """Return the tokenized training texts of a data set.
+
+    Raises:
+        InputError: A file is missing or wrong; the message names its line.
+    """
+    return _read_parts(config, keep=True)[0]
 
 
 def _read_class_names(path: Path) -> tuple[str, ...]:
@@ -261,9 +270,8 @@ def read_csv(
         InputError: The file or a row is wrong; the message names the line.
     """
     data = _read_bytes(path)
-    config = replace(config, clean=config.removes_markup)
     columns = config.label_column, config.text_columns, config.text, config.delimiter
-    key = f"{_CACHE_VERSION} {columns} {config.clean} {header} ".encode() + data
+    key = f"{_CACHE_VERSION} {columns} {config.text_config()} {header} ".encode() + data
     cache = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
     texts = _load_cache(cache, path)
     if texts is None:
@@ -315,7 +323,7 @@ def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[s
     examples = (
         (line, cells[label].strip(), " ".join(cells[i] for i in texts)) for line, cells in rows[is_header:]
     )
-    tokenized = _tokenize_examples(examples, str(path), config.clean)
+    tokenized = _tokenize_examples(examples, str(path), config.text_config())
     return replace(tokenized, header=first if is_header else (), delimiter=delimiter)
 
 
@@ -395,13 +403,14 @@ def _find_columns(cells: Sequence[str], config: DataConfig, path: Path) -> tuple
     return label, texts
 
 
-def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, clean: bool = False) -> Examples:
+def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, text: TextConfig) -> Examples:
     """Tokenize texts, given with their line and label; `path` is for messages."""
+    tokenizer = make_tokenizer(text)
     code_of: dict[str, int] = {}
     codes: list[np.ndarray] = []
     labels, lines, blank, unlabelled = [], [], [], []
-    for line, label, text in examples:
-        tokens = tokenize(text, clean)
+    for line, label, example in examples:
+        tokens = tokenizer(example)
         if not tokens:
             blank.append(line)
             continue

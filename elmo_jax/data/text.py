@@ -5,16 +5,18 @@ import html
 import re
 import reprlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import regex
 
+from elmo_jax.config import TextConfig
 from elmo_jax.errors import InputError
 
 OnBytes = Callable[[int], object]  # progress callback: bytes read since the last call
+Tokenizer = Callable[[str], list[str]]
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
@@ -70,6 +72,62 @@ def tokenize(text: str, clean: bool = False, lowercase: bool = True) -> list[str
     return (_ASCII_TOKEN if text.isascii() else _TOKEN).findall(text)
 
 
+def make_tokenizer(config: TextConfig, custom: Tokenizer | None = None) -> Tokenizer:
+    """Return the function that converts a text into tokens.
+
+    Args:
+        config: Stored text preparation of a model.
+        custom: The user's function, which replaces the stored preparation.
+
+    Examples:
+        >>> make_tokenizer(TextConfig("whitespace"))("The  U.S. bank")
+        ['the', 'u.s.', 'bank']
+    """
+    if custom is not None:
+        return custom
+
+    def split(text: str) -> list[str]:
+        if config.tokens == "words":
+            return tokenize(text, config.clean, config.lowercase)
+        text = clean(text) if config.clean else text
+        return (text.lower() if config.lowercase else text).split()
+
+    def refuse(text: str) -> list[str]:
+        remedy = "pass it, or pass lists of tokens"
+        raise InputError(f"text {reprlib.repr(text)} needs the `tokenizer` of the training; {remedy}")
+
+    return refuse if config.tokens == "custom" else split
+
+
+def tokenize_texts(
+    texts: Iterable[str] | Iterable[Sequence[str]], tokenizer: Tokenizer = tokenize
+) -> list[list[str]]:
+    """Return the tokens of texts; lists of tokens stay as they are, and a table of one column is N texts.
+
+    Raises:
+        InputError: The texts are not a list of strings or of lists of tokens.
+    """
+    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
+        raise InputError(f"the texts are {reprlib.repr(texts)}; pass a list of strings")
+    shape = getattr(texts, "shape", (0,))
+    if len(shape) == 2 and shape[1] == 1:
+        texts = np.asarray(texts)[:, 0]
+    elif len(shape) != 1:
+        raise InputError(f"the texts are a table of shape {shape}; pass the column of texts")
+    return [_tokenize_text(text, i, tokenizer) for i, text in enumerate(texts)]
+
+
+def _tokenize_text(text: Any, i: int, tokenizer: Tokenizer) -> list[str]:
+    given = tokenizer(text) if isinstance(text, str) else text
+    is_list = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping | Set)
+    tokens: Any = list(given) if is_list else None
+    if tokens is None or not all(isinstance(token, str) for token in tokens):
+        if isinstance(text, str):
+            raise InputError(f"`tokenizer` returned {reprlib.repr(given)}; it must return a list of strings")
+        raise InputError(f"text {i} is {reprlib.repr(text)}; pass a string or a list of tokens")
+    return tokens
+
+
 class Vocabulary:
     """Token-to-id mapping, most frequent tokens first, after padding, ``<S>``, ``</S>`` and ``<UNK>``.
 
@@ -85,8 +143,8 @@ class Vocabulary:
 
     Examples:
         >>> v = Vocabulary.from_counts({"bank": 3, "the": 9, "rare": 1}, min_count=2)
-        >>> len(v), v.ids(["the", "bank", "rare"]).tolist()
-        (6, [4, 5, 3])
+        >>> len(v), v.ids(["the", "bank", "rare"]).tolist(), "bank" in v
+        (6, [4, 5, 3], True)
     """
 
     def __init__(self, tokens: Sequence[str], source: str = "vocabulary"):
@@ -101,6 +159,12 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._ids
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self):,} tokens: {reprlib.repr(list(self.tokens[len(SPECIAL) :]))})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.tokens == other.tokens

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from elmo_jax.config import CHARACTERS, BiLMConfig, CharCNNConfig
+from elmo_jax.config import CASED, CHARACTERS, BiLMConfig, CharCNNConfig, TextConfig
 from elmo_jax.data.batching import DIRECTIONS
 from elmo_jax.data.characters import IDS
 from elmo_jax.data.text import Vocabulary
@@ -49,6 +49,7 @@ class _CharCNNOptions(Struct, kw_only=True):
 class _Options(Struct):
     lstm: _LSTMOptions
     char_cnn: _CharCNNOptions
+    text: TextConfig = CASED  # our addition, which other readers ignore
 
 
 class Slot(NamedTuple):
@@ -112,7 +113,7 @@ def _lstm_slots(config: BiLMConfig) -> Iterator[Slot]:
                 yield Slot(cell + "W_P_0", (h, p), slice(None), param + "projection_kernel", shape, d)
 
 
-def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dict[str, Any]]:
+def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dict[str, Any], TextConfig]:
     """Read a model in the official format.
 
     Args:
@@ -120,13 +121,14 @@ def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dic
         weights: HDF5 file, may end in ``.gz``.
 
     Returns:
-        The configuration, and the float32 parameters without a softmax, named with "/" between levels.
+        The configuration; the float32 parameters without a softmax, named with "/" between levels; and the
+        text preparation.
 
     Raises:
         InputError: A file is missing or damaged, or the two are of different models.
     """
     options, weights = Path(options), Path(weights)
-    config = _read_options(options)
+    config, text = _read_options(options)
     with open_datasets(weights) as datasets:
         config = _find_projections(config, datasets)
         table = slots(config)
@@ -136,11 +138,15 @@ def read_bilm(options: str | Path, weights: str | Path) -> tuple[BiLMConfig, dic
         param = params.setdefault(slot.param, np.empty(slot.param_shape, np.float32))
         part = param if slot.direction is None else param[slot.direction]
         part[...] = arrays[slot.dataset][slot.rows].reshape(part.shape)
-    return config, params
+    return config, params, text
 
 
 def write_bilm(
-    config: BiLMConfig, params: Mapping[str, Any], options: str | Path, weights: str | Path
+    config: BiLMConfig,
+    params: Mapping[str, Any],
+    options: str | Path,
+    weights: str | Path,
+    text: TextConfig = CASED,
 ) -> None:
     """Write a model in the official format; `read_bilm` returns the same parameters.
 
@@ -149,6 +155,7 @@ def write_bilm(
         params: Parameters named with "/" between levels; a softmax is left out.
         options: JSON file to write.
         weights: HDF5 file to write.
+        text: Text preparation.
 
     Raises:
         InputError: The model reads words, which the format cannot hold, or a file cannot be written.
@@ -168,7 +175,7 @@ def write_bilm(
         part[...] = (param if slot.direction is None else param[slot.direction]).reshape(part.shape)
     write_arrays(Path(weights), arrays)
     try:
-        write_atomically(Path(options), json.dumps(_make_options(config)) + "\n")
+        write_atomically(Path(options), json.dumps(_make_options(config, text)) + "\n")
     except OSError as error:
         raise InputError(f"{options}: cannot be written ({error.strerror}); give another path") from None
 
@@ -180,7 +187,7 @@ def _find_projections(config: BiLMConfig, names: Container[str]) -> BiLMConfig:
     return replace(config, characters=characters, project_cells=cell)
 
 
-def _read_options(path: Path) -> BiLMConfig:
+def _read_options(path: Path) -> tuple[BiLMConfig, TextConfig]:
     try:
         data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")  # byte-order mark
         options = msgspec.json.decode(data, type=_Options)
@@ -188,7 +195,7 @@ def _read_options(path: Path) -> BiLMConfig:
         advice = "give the options file of a model that reads characters"
         raise InputError(f"{path}: {str(error)[:200]}; {advice}") from None
     lstm, cnn = options.lstm, options.char_cnn
-    return BiLMConfig(
+    config = BiLMConfig(
         input="characters",
         characters=CharCNNConfig(
             filters=tuple(cnn.filters),
@@ -204,9 +211,10 @@ def _read_options(path: Path) -> BiLMConfig:
         projection_clip=lstm.proj_clip or None,
         tie=False,
     )
+    return config, options.text
 
 
-def _make_options(config: BiLMConfig) -> dict[str, Any]:
+def _make_options(config: BiLMConfig, text: TextConfig) -> dict[str, Any]:
     c = config.characters
     lstm = {
         "cell_clip": config.cell_clip,
@@ -224,7 +232,7 @@ def _make_options(config: BiLMConfig) -> dict[str, Any]:
         "max_characters_per_token": CHARACTERS,
         "activation": c.activation,
     }
-    return {"lstm": lstm, "char_cnn": char_cnn}
+    return {"lstm": lstm, "char_cnn": char_cnn} | ({} if text == CASED else {"text": asdict(text)})
 
 
 def write_softmax(path: Path, vocabulary: Vocabulary, params: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from elmo_jax.config import BiLMConfig, Kernel
+from elmo_jax.config import BiLMConfig, Kernel, TextConfig
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM
@@ -32,7 +32,9 @@ MODEL = "model"  # folder of the trained classifier in its run
 CLASSIFIER = "text_classifier"  # entry of a classifier's config.json
 
 
-def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, Any], Vocabulary | None]:
+def load_folder(
+    path: Path, kernel: Kernel = "auto"
+) -> tuple[BiLM, dict[str, Any], Vocabulary | None, TextConfig]:
     """Load the language model of a folder.
 
     Args:
@@ -41,8 +43,8 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
         kernel: LSTM kernel, see `LSTM.choose`.
 
     Returns:
-        The model, its parameters and its vocabulary, which is None for a model that reads characters and
-        has no softmax.
+        The model, its parameters, its vocabulary, which is None for a model that reads characters and has no
+        softmax, and its text preparation.
 
     Raises:
         InputError: The folder holds no language model, or its files are damaged or inconsistent.
@@ -63,7 +65,21 @@ def load_folder(path: Path, kernel: Kernel = "auto") -> tuple[BiLM, dict[str, An
     model = BiLM(sizes, len(vocabulary or ()), kernel)
     expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_shapes(arrays, expected, str(path))
-    return model, unflatten_dict(arrays, sep="/"), vocabulary
+    return model, unflatten_dict(arrays, sep="/"), vocabulary, read_text_config(path)
+
+
+def read_text_config(path: Path) -> TextConfig:
+    """Return the text preparation of the model in a folder.
+
+    Raises:
+        InputError: ``config.json`` is missing or invalid.
+    """
+    config = read_config(path)
+    saved = config.get(CLASSIFIER, config).get("text")
+    if saved is None:  # older runs did not store it, and cleaned texts by default
+        data = config.get("data")
+        return TextConfig(clean=isinstance(data, dict) and data.get("clean", True) is True)
+    return structure(TextConfig, saved, f"{path}: text")
 
 
 def model_folder(path: Path) -> Path:
@@ -98,14 +114,17 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, arrays
 
 
-def save_folder(path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | None) -> None:
+def save_folder(
+    path: Path, model: BiLM, params: Any, vocabulary: Vocabulary | None, text: TextConfig
+) -> None:
     """Write ``config.json``, ``model.safetensors`` and, if there is a vocabulary, ``vocab.txt``.
 
     Raises:
         InputError: The folder holds a run, or cannot be written.
     """
     texts = {} if vocabulary is None else {VOCABULARY: vocabulary.text}
-    write_folder(path, {"model": asdict(model.config)}, flatten_dict(params, sep="/"), texts)
+    config = {"model": asdict(model.config), "text": asdict(text)}
+    write_folder(path, config, flatten_dict(params, sep="/"), texts)
 
 
 def write_folder(

@@ -151,8 +151,20 @@ def feature_statistics(source: FeatureSource, stream: BatchStream) -> dict[str, 
         return {"words": mask.sum(), "sum": x.sum((1, 2)), "squares": jnp.square(x).sum((1, 2))}
 
     sums = evaluate(compute_sums, source.params, stream.like(documents))
-    mean = sums["sum"] / sums["words"]
-    variance = np.maximum(sums["squares"] / sums["words"] - mean**2, 0)
+    statistics = feature_standardizer(int(sums["words"]), sums["sum"], sums["squares"])
+    return {name: jnp.asarray(value) for name, value in statistics.items()}
+
+
+def feature_standardizer(count: int, total: np.ndarray, squares: np.ndarray) -> dict[str, np.ndarray]:
+    """Return "mean" and "scale", the inverse standard deviation, of features, as float32.
+
+    Args:
+        count: Number of vectors.
+        total: Sum of the vectors.
+        squares: Sum of their squares.
+    """
+    mean = total / max(count, 1)
+    variance = np.maximum(squares / max(count, 1) - mean**2, 0)
     # A feature that is constant up to rounding must not be blown up to variance 1.
     scale = 1 / np.sqrt(variance + 1e-6 * mean**2 + 1e-8)
-    return {"mean": jnp.asarray(mean, jnp.float32), "scale": jnp.asarray(scale, jnp.float32)}
+    return {"mean": np.asarray(mean, np.float32), "scale": np.asarray(scale, np.float32)}

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -197,6 +198,7 @@ def parse(
     import tyro
 
     args = [_replace_old_flag(arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = _write_out_switches(args, config)
     chosen = re.findall(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(args))
     preset = (presets or {}).get(chosen[-1]) if chosen else None
     default: dict[str, Any] = {} if preset is None else {"default": preset}
@@ -225,6 +227,23 @@ def _replace_old_flag(arg: str) -> str:
     new = "--steps-per-call"
     print(f"warning: {flag} is now {new}; the old name ends with the next release", file=sys.stderr)
     return f"{new}{equals}{value}"
+
+
+def _write_out_switches(args: Sequence[str], config: type) -> list[str]:
+    """Give a value to ``--name`` and ``--no-name`` where the field may also be None."""
+    switches = {flag_of(name) for name, hint in _find_fields(config) if hint == (bool | None)}
+    values = dict.fromkeys(switches, "True") | {f"--no-{flag[2:]}": "False" for flag in switches}
+    out: list[str] = []
+    for arg, following in itertools.pairwise([*args, ""]):
+        value = values.get(arg) if following not in ("True", "False", "None") else None
+        out += [arg] if value is None else [arg.replace("--no-", "--"), value]
+    return out
+
+
+def _find_fields(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the type of every field of a dataclass and of the dataclasses in it."""
+    for name, hint in typing.get_type_hints(config).items():
+        yield from _find_fields(hint) if dataclasses.is_dataclass(hint) else [(name, hint)]
 
 
 def _first_paragraph(message: str) -> str:
@@ -316,11 +335,7 @@ def _arguments_to_flags(message: str, config: type) -> str:
     stands in backticks, has an underscore or begins the message; elsewhere it may be plain English.
     """
 
-    def find_names(kind: Any) -> Iterator[str]:
-        for name, hint in typing.get_type_hints(kind).items():
-            yield from find_names(hint) if dataclasses.is_dataclass(hint) else [name]
-
-    names = "|".join(find_names(config))
+    names = "|".join(name for name, _ in _find_fields(config))
 
     def replace(match: re.Match) -> str:
         quoted, name, value = match.groups()
@@ -450,12 +465,18 @@ def describe_unknown(parts: Sequence["elmo_jax.Documents"]) -> None:
     """Print the fraction of unknown tokens of each part, and warn if one is large."""
     unknown = [part.unknown_fraction for part in parts]
     say(f"unknown tokens: {' / '.join(f'{fraction:.1%}' for fraction in unknown)}")
-    if max(unknown) > MAX_UNKNOWN:
-        warnings.warn(
-            f"{max(unknown):.1%} of the tokens are unknown to the vocabulary; give more texts, a lower "
-            "--min-count, or a model of such texts",
-            stacklevel=3,
-        )
+    _warn_unknown(max(unknown), "give more texts, a lower --min-count, or a model of such texts")
+
+
+def warn_unknown(unknown: int, tokens: int, tokenize: bool) -> None:
+    """Warn if many tokens of a text are unknown to the model; `tokenize` is the flag ``--tokenize``."""
+    remedy = "give a model of such texts" + ("" if tokenize else ", or --tokenize for raw text")
+    _warn_unknown(unknown / max(tokens, 1), remedy)
+
+
+def _warn_unknown(fraction: float, remedy: str) -> None:
+    if fraction > MAX_UNKNOWN:
+        warnings.warn(f"{fraction:.1%} of the tokens are unknown to the vocabulary; {remedy}", stacklevel=4)
 
 
 def speed(records: Sequence[Mapping[str, Any]], stream: Any) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from elmo_jax.config import Count, Seed, TextColumns
+from elmo_jax.config import Count, Seed, TextColumns, Tokens
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,13 @@ class SourceConfig:
     """With another --dataset: columns with the text, by name or number; all others if not given."""
     delimiter: str | None = None
     """With another --dataset: character between columns, or tab; found if not given."""
+    tokens: Tokens | None = None
+    """With another --dataset: split texts into words and punctuation characters, or only at whitespace; as
+    for the features if not given."""
+    lowercase: bool | None = None
+    """With another --dataset: convert texts to lower case; as for the features if not given."""
     clean: bool | None = None
-    """With another --dataset: remove news-feed markup."""
+    """With another --dataset: remove news-feed markup; as for the features if not given."""
     skip_blank: bool | None = None
     """With another --dataset: leave out texts without tokens."""
     text: TextColumns | None = None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elmo_jax.baselines.word_vectors import WordVectors
-from elmo_jax.config import BiLMConfig, CombinerConfig, DataConfig, Kernel
+from elmo_jax.config import BiLMConfig, CombinerConfig, DataConfig, Kernel, TextConfig
 from elmo_jax.data.batching import BatchStream, ContiguousStream, Documents
 from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_beginning
 from elmo_jax.data.csv_dataset import Dataset, load_dataset
@@ -21,6 +21,7 @@ from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
 from elmo_jax.models.classifier import Features, static_features
 from elmo_jax.models.combiners import OneLayer, make_combiner
+from elmo_jax.pretrained.folder import read_text_config
 from elmo_jax.storage.files import CONFIG, check_files, read_config, structure
 from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
 from elmo_jax.training.loop import ProgressBar
@@ -174,7 +175,7 @@ def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kerne
 def _open_word_counts(config: SourceConfig, seed: int) -> Source:
     run = Path(config.pretrained)
     known = data_of(run) if (run / CONFIG).is_file() else None
-    settings = _data_settings(config, run if known else None, known or DataConfig())
+    settings = _data_settings(config, run if known else None, known or DataConfig(), TextConfig())
     words = load_words(config, settings, seed)
     return Source(words, static_features, OneLayer(), {}, (0, 0), settings, words.vocabulary)
 
@@ -190,7 +191,8 @@ def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel
     else:
         elmo, run = Elmo.from_pretrained(config.pretrained, kernel=kernel), Path(config.pretrained)
     sizes = elmo.model.config
-    data, settings = _load_labelled(config, run, elmo.vocabulary, sizes.input == "characters", seed)
+    with_characters = sizes.input == "characters"
+    data, settings = _load_labelled(config, run, elmo.vocabulary, elmo.text, with_characters, seed)
     params = init_params(elmo.model, jax.random.key(seed)) if config.untrained else elmo.params
     features = bilm_features(elmo.model, config.finetune)
     options = {} if run else official_options(sizes)  # a run has its own config.json
@@ -215,13 +217,18 @@ def _open_vectors(config: SourceConfig, seed: int) -> Source:
         raise InputError(f"{path}: holds {method} vectors; give a run of --method {config.features}")
     vocabulary = Vocabulary.load(path / VOCABULARY)
     table = WordVectors.load(path / VECTORS).table(vocabulary)
-    data, settings = _load_labelled(config, path, vocabulary, False, seed)
+    data, settings = _load_labelled(config, path, vocabulary, read_text_config(path), False, seed)
     params, shape = {"vectors": jnp.asarray(table)}, (1, table.shape[1])
     return Source(data, static_features, OneLayer(), params, shape, settings, vocabulary)
 
 
 def _load_labelled(
-    config: SourceConfig, run: Path | None, vocabulary: Vocabulary | None, with_characters: bool, seed: int
+    config: SourceConfig,
+    run: Path | None,
+    vocabulary: Vocabulary | None,
+    text: TextConfig,
+    with_characters: bool,
+    seed: int,
 ) -> tuple[Dataset, DataConfig]:
     """Load the data set of the flags, or else the one that the features' run was trained on.
 
@@ -233,7 +240,7 @@ def _load_labelled(
         reason = f"{run}: was not trained on a labelled data set" if run else "--bilm names no data set"
         raise InputError(f"{reason}; give one with --dataset")
     own = known if known is not None and config.dataset in (None, known.dataset) else None
-    settings = _data_settings(config, run, own)
+    settings = _data_settings(config, run, own, text)
     data = load_dataset(settings, vocabulary, with_characters)
     if own and run and data.digest != read_config(run).get("texts"):
         raise InputError(
@@ -242,13 +249,21 @@ def _load_labelled(
     return keep_labels(data, config.labels, seed), settings
 
 
-def _data_settings(config: SourceConfig, run: Path | None, own: DataConfig | None) -> DataConfig:
-    """Return the settings of the data set: the flags, and those that a run on the same data set had."""
+def _data_settings(
+    config: SourceConfig, run: Path | None, own: DataConfig | None, text: TextConfig
+) -> DataConfig:
+    """Return the settings of the data set: the flags, and those that a run on the same data set had.
+
+    Another data set has the text preparation of the features, where no flag says otherwise.
+    """
     columns = ("label_column", "text_columns", "text", "delimiter")
-    fixed = (*columns, "clean", "skip_blank", "max_length", "validation")
+    fixed = (*columns, "tokens", "lowercase", "clean", "skip_blank", "max_length", "validation")
     names = ("dataset", "data_dir", *fixed)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    settings = replace(own or DataConfig(), **given)
+    settings = replace(own or DataConfig(), **(asdict(text) if own is None else {}) | given)
+    if settings.text_config().tokens == "custom":
+        problem = "the model was trained with a custom tokenizer"
+        raise InputError(f"{problem}; separate the tokens by spaces and give --tokens whitespace")
     if changed := [name for name in fixed if own and getattr(settings, name) != getattr(own, name)]:
         raise InputError(
             f"{flag_of(changed[0])} differs from the run's data set in {run}; leave it out, or give another "
@@ -270,7 +285,7 @@ def data_of(run: Path) -> DataConfig | None:
         saved = {"clean": True, **saved}  # before `clean` was a setting, every text was cleaned
     settings = structure(DataConfig, saved, f"{run}: data")
     check(settings)
-    return settings
+    return replace(settings, **asdict(settings.text_config()))
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:

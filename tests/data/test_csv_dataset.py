@@ -388,3 +388,20 @@ def test_labels_of_equal_value_have_one_order():
     for labels in (["01", "1", "2", "001"], ["1", "001", "01", "2"]):
         numbers = csv_dataset._number_classes(labels, None)
         assert list(numbers) == ["001", "01", "1", "2"]
+
+
+def test_tokens_of_a_language_without_spaces_are_kept(tmp_path):
+    rows = "".join(f"{i % 2},銀行 が 金利 を 上げ-た {i % 3}\n" for i in range(20))
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text(rows, encoding="utf-8")
+    config = DataConfig(str(tmp_path), tokens="whitespace", min_count=1)
+    assert "上げ-た" in load_dataset(config).vocabulary
+    assert "上げ-た" not in load_dataset(replace(config, tokens="words")).vocabulary
+
+
+def test_case_is_kept_on_demand(tmp_path):
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("1,The IBM\n2,an Apple\n" * 10)
+    config = DataConfig(str(tmp_path), min_count=1)
+    assert "ibm" in load_dataset(config).vocabulary
+    assert "IBM" in load_dataset(replace(config, lowercase=False)).vocabulary

@@ -4,8 +4,17 @@ import unicodedata
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from elmo_jax.config import TextConfig
 from elmo_jax.data import text
-from elmo_jax.data.text import SPECIAL, UNK, Vocabulary, clean, tokenize
+from elmo_jax.data.text import (
+    SPECIAL,
+    UNK,
+    Vocabulary,
+    clean,
+    make_tokenizer,
+    tokenize,
+    tokenize_texts,
+)
 from elmo_jax.errors import InputError
 
 
@@ -52,6 +61,32 @@ def test_tokens(raw, expected):
 def test_markup_is_removed_and_case_kept_on_demand():
     assert tokenize(r"The <b>bank</b>\&amp;", clean=True) == ["the", "bank", "&"]
     assert tokenize("The IBM", lowercase=False) == ["The", "IBM"]
+
+
+def test_tokenizer_follows_the_stored_preparation():
+    text = "The <b>U.S.</b> bank"
+    assert make_tokenizer(TextConfig())(text) == tokenize(text)
+    assert make_tokenizer(TextConfig(lowercase=False, clean=True))(text) == tokenize(text, True, False)
+    assert make_tokenizer(TextConfig("whitespace", lowercase=False))(text) == text.split()
+    assert make_tokenizer(TextConfig("whitespace", clean=True))(text) == ["the", "u.s.", "bank"]
+    custom = TextConfig("custom", lowercase=False)
+    assert make_tokenizer(custom, list)("银行") == ["银", "行"]
+    with pytest.raises(InputError, match="text '银行' needs the `tokenizer` of the training; pass it"):
+        make_tokenizer(custom)("银行")
+
+
+def test_texts_and_lists_of_tokens_are_mixed_freely():
+    assert tokenize_texts(["A bank", ["A", "bank"]]) == [["a", "bank"], ["A", "bank"]]
+    with pytest.raises(InputError, match="`tokenizer` returned 'A bank'; it must return a list of strings"):
+        tokenize_texts(["A bank"], lambda text: text)
+    with pytest.raises(InputError, match="text 1 is 5; pass a string or a list of tokens"):
+        tokenize_texts(["A bank", 5])
+
+
+def test_vocabulary_is_a_container():
+    vocabulary = Vocabulary.from_counts({"bank": 2, "the": 3})
+    assert "bank" in vocabulary and "goal" not in vocabulary and "<pad>" not in vocabulary
+    assert repr(vocabulary) == "Vocabulary(6 tokens: ['the', 'bank'])"
 
 
 def test_marks_stay_with_the_letters_of_every_script():

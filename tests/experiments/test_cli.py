@@ -54,6 +54,17 @@ def run_python(code, *args, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
+def test_switches_that_follow_the_model_are_written_without_a_value():
+    for args, expected in (
+        ([], (None, None)),
+        (["--lowercase", "--no-clean"], (True, False)),
+        (["--no-lowercase", "--clean", "--combiner", "frozen"], (False, True)),
+        (["--lowercase", "False"], (False, None)),
+    ):
+        source = cli.parse(downstream.DownstreamConfig, "downstream", args=args).source
+        assert (source.lowercase, source.clean) == expected
+
+
 # Signals
 
 

@@ -14,6 +14,9 @@ from lines import LINES
 from elmo_jax.errors import InputError
 from experiments import evaluate
 
+# The models of these tests know few words.
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the vocabulary:UserWarning")
+
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 FILES = ["config.json", "metrics.jsonl", "scores.jsonl"]

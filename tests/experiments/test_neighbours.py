@@ -1,14 +1,21 @@
 """The nearest occurrences of a word, by layer."""
 
 import os
+from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from elmo_jax.config import DataConfig
+from elmo_jax.data.text import Vocabulary
+from elmo_jax.storage.files import read_config, write_config
 from experiments import neighbours
 from experiments.neighbours import NeighboursConfig, cosine_similarity, principal_components, sense_agreement
+
+# The model of these tests knows four words.
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the vocabulary:UserWarning")
 
 
 def test_context_makes_neighbours_share_the_sense(rng):
@@ -101,8 +108,10 @@ def test_read_only_folder_is_refused_first(tmp_path, monkeypatch, refused):
 def test_picture_is_written_completely_or_not_at_all(elmo, picture, tmp_path):
     elmo.save_pretrained(tmp_path / "model")
     (tmp_path / picture).write_bytes(b"old")
+    (tmp_path / "in.txt").write_text("the bank rose\nthe river bank\n")
+    text, folder = str(tmp_path / "in.txt"), str(tmp_path / "model")
     config = NeighboursConfig(
-        "bank", pretrained=str(tmp_path / "model"), picture=str(tmp_path / picture), overwrite=True
+        "bank", (text,), pretrained=folder, picture=str(tmp_path / picture), overwrite=True
     )
 
     def stop(figure, file):
@@ -116,11 +125,33 @@ def test_picture_is_written_completely_or_not_at_all(elmo, picture, tmp_path):
     assert (tmp_path / picture).read_bytes() == b"old"
     neighbours.neighbours(config)
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["model", picture])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.txt", "model", picture])
+
+
+def test_training_texts_of_the_run_are_searched(pretrained, capsys, refused, elmo, tmp_path):
+    elmo.save_pretrained(tmp_path / "model")
+    refused(neighbours.main, ["bank", "--pretrained", tmp_path / "model"], "give a TEXT to search")
+    word = Vocabulary.load(pretrained / "vocab.txt").tokens[4]
+    neighbours.neighbours(NeighboursConfig(word, pretrained=str(pretrained)))
+    assert "train.csv:" in capsys.readouterr().out
+
+
+def test_many_unknown_words_give_a_warning(elmo, tmp_path):
+    elmo.save_pretrained(tmp_path / "model")
+    (tmp_path / "in.txt").write_text("The BANK Rose\nThe BANK Fell\n")
+    options = {"texts": (str(tmp_path / "in.txt"),), "pretrained": str(tmp_path / "model")}
+    unknown = elmo.count_unknown([["The", "BANK", "Rose"], ["The", "BANK", "Fell"]])
+    assert unknown == (6 if elmo.model.config.input == "words" else 0)
+    if unknown:
+        with pytest.warns(UserWarning, match=r"100\.0% of the tokens are unknown.*--tokenize for raw text"):
+            neighbours.neighbours(NeighboursConfig("BANK", **options))
+    neighbours.neighbours(NeighboursConfig("bank", tokenize=True, **options))
 
 
 def test_sample_corpus_names_senses(elmo, tmp_path):
     elmo.save_pretrained(tmp_path / "model")
+    saved = read_config(tmp_path / "model")
+    write_config(tmp_path / "model", saved | {"data": asdict(DataConfig())}, saved.pop("files"))
     config = NeighboursConfig("bank", pretrained=str(tmp_path / "model"), picture=str(tmp_path / "a.png"))
     shares = neighbours.neighbours(config)
     assert len(shares) == 3 and shares[0] < 0.6

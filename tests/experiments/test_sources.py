@@ -11,8 +11,9 @@ from exported import MODEL, PARAMS, WORDS
 from official import make
 from tiny import SMALL, TINY, call
 
-from elmo_jax.config import CombinerConfig
+from elmo_jax.config import CASED, CombinerConfig, TextConfig
 from elmo_jax.elmo import Elmo
+from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_config, tree_digest, write_config
 from elmo_jax.training.checkpoint import Run
 from experiments import downstream, embed, pretrain
@@ -103,6 +104,24 @@ def test_missing_and_contradicting_flags_are_refused(official, corpus, refused):
     refused(downstream.main, [*given, "--features", "svd"], "--bilm has no effect with --features svd")
     alone = [*official, "--data-dir", corpus, *SMALL]
     refused(downstream.main, alone, "--bilm names no data set; give one with --dataset")
+
+
+def test_data_set_is_prepared_as_the_texts_of_the_model(elmo, corpus, tmp_path):
+    folder, data = tmp_path / "model", str(corpus)
+    Elmo(elmo.model, elmo.params, elmo.vocabulary, CASED).save_pretrained(folder)
+    given = {"pretrained": str(folder), "dataset": data}
+    for settings, expected in (
+        ({}, CASED),
+        ({"lowercase": True}, TextConfig()),
+        ({"tokens": "whitespace"}, TextConfig("whitespace", lowercase=False)),
+    ):
+        assert open_with(**given, **settings).settings.text_config() == expected
+    elmo.save_pretrained(folder)
+    assert open_with(**given).settings.text_config() == TextConfig()
+    Elmo(elmo.model, elmo.params, elmo.vocabulary, tokenizer=str.split).save_pretrained(folder)
+    with pytest.raises(InputError, match="trained with a custom tokenizer; separate the tokens by spaces"):
+        open_with(**given)
+    assert open_with(**given, tokens="whitespace").settings.tokens == "whitespace"
 
 
 def test_data_set_of_an_older_run_was_cleaned(trained, tmp_path):

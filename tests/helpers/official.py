@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from elmo_jax.config import CASED
 from elmo_jax.data.batching import Batch
 from elmo_jax.elmo import Elmo
 from elmo_jax.models.bilm import BiLM, BiLMConfig
@@ -27,6 +28,6 @@ def make(folder: Path, seed=0, vocabulary=None, **changes) -> Elmo:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes)
-    elmo = Elmo(model, params, vocabulary)
+    elmo = Elmo(model, params, vocabulary, CASED)
     elmo.save_bilm(folder / "options.json", folder / "weights.hdf5")
     return elmo

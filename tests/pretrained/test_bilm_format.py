@@ -13,6 +13,7 @@ import pytest
 from official import make
 from reference import official
 
+from elmo_jax.config import CASED, TextConfig
 from elmo_jax.data.batching import Batch
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
@@ -121,6 +122,23 @@ def test_character_model_is_saved_in_a_folder_too(tmp_path):
     back = Elmo.from_pretrained(tmp_path / "out")
     assert back.model.config == elmo.model.config and back.vocabulary is None
     np.testing.assert_array_equal(back.embed(SENTENCES)[0], elmo.embed(SENTENCES)[0])
+
+
+def test_official_models_are_cased_and_others_keep_their_preparation(tmp_path):
+    make(tmp_path)
+    official = Elmo.from_bilm(tmp_path / "options.json", tmp_path / "weights.hdf5")
+    assert official.text == CASED
+    texts = ["Apple sued IBM", "apple sued ibm"]
+    a, b = official.encode(texts)
+    assert np.abs(a - b).max() > 1e-3
+    official.save_bilm(tmp_path / "o.json", tmp_path / "w.hdf5")
+    assert "text" not in json.loads((tmp_path / "o.json").read_text())
+    lower = Elmo(official.model, official.params, official.vocabulary)
+    lower.save_bilm(tmp_path / "o.json", tmp_path / "w.hdf5")
+    again = Elmo.from_bilm(tmp_path / "o.json", tmp_path / "w.hdf5")
+    assert again.text == TextConfig()
+    a, b = again.encode(texts)
+    np.testing.assert_array_equal(a, b)
 
 
 def test_gzipped_files_and_261_characters_load(tmp_path):
