@@ -379,10 +379,13 @@ def create_run(
     settings = settings_of(config) | {"output": output, **more}
     check_same_on_all_processes(json.dumps([settings, dict(files or {}), config.resume, config.overwrite]))
     started = (config.resume, config.overwrite, config.allow_config_change)
-    is_missing = config.resume and not (Path(output) / CONFIG).exists()
+
+    def check_run_exists() -> None:
+        if config.resume and not (Path(output) / CONFIG).exists():
+            raise InputError(f"{output}: holds no run to continue; check --output, or leave out --resume")
+
+    run_on_first(check_run_exists)
     run = elmo_jax.Run.create(Path(output), settings, monitor, *started, files=files, input_paths=INPUT_PATHS)
-    if is_missing:
-        say(f"{output}: no run to continue; starting a new one")
     mark_output_created()
 
     def remove_products() -> None:

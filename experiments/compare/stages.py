@@ -58,10 +58,14 @@ class Stage:
         return Path(self.settings.output)
 
     @property
+    def has_run(self) -> bool:
+        """True if the folder holds a run."""
+        return (self.path / CONFIG).is_file()
+
+    @property
     def is_finished(self) -> bool:
         """True if a run with these settings and the current inputs reached its end."""
-        has_ended = (self.path / RESULTS).is_file() and (self.path / CONFIG).is_file()
-        return has_ended and self.stale_reason is None
+        return self.has_run and (self.path / RESULTS).is_file() and self.stale_reason is None
 
     @property
     def stale_reason(self) -> str | None:
@@ -69,7 +73,7 @@ class Stage:
 
         A different number of epochs is a reason too, because learning rate schedules span all epochs.
         """
-        if not (self.path / CONFIG).is_file():
+        if not self.has_run:
             return None
         saved, now = read_config(self.path), cli.settings_of(self.settings)
         changed = changes({name: value for name, value in saved.items() if name in now}, now)
@@ -108,7 +112,8 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
         log = output / "logs" / f"{stage.name.replace(' ', '-')}.txt"
         try:
             with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-                stage.command(replace(stage.settings, resume=not reason, overwrite=bool(reason)))
+                resume = stage.has_run and not reason
+                stage.command(replace(stage.settings, resume=resume, overwrite=bool(reason)))
         finally:  # a stopped stage keeps its time and continues later
             seconds[stage.name] = round(earlier + time.perf_counter() - start, 1)
             lines = (json.dumps({"event": "stage", "stage": n, "seconds": s}) for n, s in seconds.items())

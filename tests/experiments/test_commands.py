@@ -97,6 +97,7 @@ PRETRAIN = {
     "output is a file": (["--output", "/dev/null"], "/dev/null: is a file"),
     "no output": (["--output", ""], "--output is empty"),
     "output is not UTF-8": (["--output", "x\udcff"], "--output is not UTF-8"),
+    "nothing to resume": (["--resume", "--output", "typo"], "typo: holds no run to continue; check --output"),
     "both": (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
 }
 

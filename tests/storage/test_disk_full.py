@@ -30,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 sys.exit(embed.main())
 """
 
-SHORT, LONG = "the bank rose . " * 500, "the river bank . " * (module._LONG // 4 + 1)
+SHORT, LONG = "the river bank . " * 500, "the river bank . " * (module._LONG // 4 + 1)
 FULL = {  # the text, the most bytes a file may have, and the parts that are written
     "a part": (["the bank " * PART, *[SHORT] * 3], 120_000, 1),
     "a line of any length": (["the bank " * PART, LONG], 120_000, 1),
@@ -122,10 +122,11 @@ from experiments import pretrain
 
 data, disk = map(Path, sys.argv[1:])
 path, filler, look = disk / "run", disk / "filler", StepStore._free_bytes
-flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --resume --softmax full".split()
+flags = "--embedding 64 --cells 64 --layers 1 --batch-size 8 --min-count 1 --softmax full".split()
 
 def call(epochs):
     sys.argv = ["x", "--dataset", str(data), "--output", str(path), "--epochs", str(epochs), *flags]
+    sys.argv += ["--resume"] * path.exists()
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = pretrain.main()
