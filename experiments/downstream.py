@@ -121,12 +121,12 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     data, classes = source.data, source.data.classes
     name = config.combiner.combiner if config.source.features == "elmo" else config.source.features
     output = config.output or f"runs/downstream-{name}"
-    more = {"texts": data.digest, "model": tree_digest(source.params), **source.options}
+    more = {"texts": data.digest, "model": tree_digest(source.features.params), **source.options}
     train = BatchStream(data.train, config.batch_size, config.seed, steps_per_call=config.steps_per_call)
     config = replace(config, epochs=config.epochs or CLASSIFIER_EPOCHS.epochs(train.steps_per_epoch))
     run = cli.create_run(config, output, monitor="val_loss", **more)
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
-    records, params = _train(config, source, train, run, mesh) if source.params else ([], {})
+    records, params = _train(config, source, train, run, mesh) if source.features.params else ([], {})
     model, log_probabilities = _make_classifier(config, source, params)
     results, predictions = _score_parts(model, data, log_probabilities)
     if records:
@@ -153,11 +153,11 @@ def _train(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train the classifier; return the record of every epoch and all parameters of the best one."""
     from elmo_jax.models.classifier import BiLSTMClassifier
-    from elmo_jax.training.classifier import ClassifierTraining, FeatureSource
+    from elmo_jax.training.classifier import ClassifierTraining
 
     assert config.epochs is not None
     training = ClassifierTraining(
-        FeatureSource(source.features, source.params, source.shape),
+        source.features,
         source.combiner,
         BiLSTMClassifier(config.classifier, len(source.data.classes), config.kernel),
         config.optimizer,
@@ -166,7 +166,10 @@ def _train(
         config.source.finetune,
         config.standardize,
     )
-    trained, frozen = cli.count_parameters(training.init_network()), cli.count_parameters(source.params)
+    trained, frozen = (
+        cli.count_parameters(training.init_network()),
+        cli.count_parameters(source.features.params),
+    )
     if config.source.finetune:
         trained, frozen = trained + frozen, 0
     cli.say(f"model: {trained:,} trained parameters, {frozen:,} frozen; {training.epochs} epochs")

@@ -147,6 +147,8 @@ def _read_csv(lines: Iterator[str], config: PredictConfig) -> Iterator[str]:
 
 def _find_columns(first: list[str], config: PredictConfig) -> tuple[list[int], bool]:
     """Return the indices of the text columns, and whether the first row is a header."""
+    from elmo_jax.data.csv_dataset import find_column
+
     path, names = config.input, config.text_columns
     if not first:
         raise InputError(f"{path}: holds no rows; write one text a row")
@@ -154,16 +156,7 @@ def _find_columns(first: list[str], config: PredictConfig) -> tuple[list[int], b
         if len(first) > 1:
             raise InputError(f"{path}: has the columns {', '.join(first)}; choose with --text-column")
         return [0], False
-    if all(name.isdecimal() for name in names) and not set(names) <= set(first):
-        indices = [int(name) - 1 for name in names]
-        if not all(0 <= i < len(first) for i in indices):
-            raise InputError(f"{path}:1: has {len(first)} columns; give numbers from 1 to {len(first)}")
-        return indices, False
-    for name in names:
-        if first.count(name) != 1:
-            problem = "more than one" if name in first else "no"
-            raise InputError(f"{path}:1: has {problem} column {name!r}; its columns are {', '.join(first)}")
-    return [first.index(name) for name in names], True
+    return [find_column(name, first, path) for name in names], not all(map(str.isdecimal, names))
 
 
 def _writer(file: TextIO, as_json: bool, classes: tuple[str, ...]) -> Any:

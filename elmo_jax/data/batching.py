@@ -128,19 +128,30 @@ class Documents:
             with_characters: Add the character ids of every word; unknown words keep their characters.
             max_length: See the attribute.
         """
+        code_of: dict[str, int] = {}
+        codes = [code_of.setdefault(token, len(code_of)) for sentence in sentences for token in sentence]
         offsets = np.cumsum([0, *map(len, sentences)])
         classes = np.zeros(len(sentences), np.int32) if labels is None else np.asarray(labels, np.int32)
-        tokens = [token for sentence in sentences for token in sentence]
+        documents = cls(np.array(codes, np.int32), offsets, classes, max_length=max_length)
+        return documents.with_vocabulary(list(code_of), vocabulary, with_characters)
+
+    def with_vocabulary(
+        self, tokens: Sequence[str], vocabulary: Vocabulary, with_characters: bool = False
+    ) -> "Documents":
+        """Return the documents with the ids of a vocabulary.
+
+        Args:
+            tokens: Token of each present id.
+            vocabulary: Token ids.
+            with_characters: Add the character ids of every word; unknown words keep their characters.
+        """
         ids = vocabulary.ids(tokens)
         if not with_characters:
-            return cls(ids, offsets, classes, max_length=max_length)
-        positions = np.flatnonzero(ids == UNK)
-        unknown: dict[str, int] = {}
-        ids[positions] = [
-            len(vocabulary) + unknown.setdefault(tokens[i], len(unknown)) for i in positions.tolist()
-        ]
-        table = character_id_table([*vocabulary.tokens, *unknown])
-        return cls(ids, offsets, classes, table, len(vocabulary), max_length)
+            return replace(self, ids=ids[self.ids])
+        unknown = np.flatnonzero(ids == UNK)
+        ids[unknown] = len(vocabulary) + np.arange(len(unknown), dtype=ids.dtype)
+        table = character_id_table([*vocabulary.tokens, *(tokens[i] for i in unknown.tolist())])
+        return replace(self, ids=ids[self.ids], character_ids=table, vocabulary_size=len(vocabulary))
 
     def __len__(self) -> int:
         return len(self.labels)

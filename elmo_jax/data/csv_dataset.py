@@ -22,9 +22,8 @@ import pooch
 from elmo_jax._moved import renamed_arguments
 from elmo_jax.config import DataConfig, TextConfig
 from elmo_jax.data.batching import Documents
-from elmo_jax.data.characters import character_id_table
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
-from elmo_jax.data.text import UNK, Vocabulary, decode, make_tokenizer, read_text
+from elmo_jax.data.text import Vocabulary, decode, make_tokenizer, read_text
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays
 
@@ -100,8 +99,8 @@ def load_dataset(
         counts = np.bincount(train.take(train_indices).ids, minlength=len(train_texts.tokens)).tolist()
         by_token = dict(zip(train_texts.tokens, counts, strict=True))
         vocabulary = Vocabulary.from_counts(by_token, config.min_count, config.max_vocab)
-    train = _map_ids(train, train_texts.tokens, vocabulary, with_characters)
-    test = _map_ids(test, test_texts.tokens, vocabulary, with_characters)
+    train = train.with_vocabulary(train_texts.tokens, vocabulary, with_characters)
+    test = test.with_vocabulary(test_texts.tokens, vocabulary, with_characters)
     parts = train.take(train_indices), train.take(validation_indices), test.take(np.arange(len(test)))
     if is_given and not with_characters and parts[0].unknown_fraction == 1:
         raise InputError(f"{train_texts.path}: no token is in the vocabulary; check its language and case")
@@ -243,17 +242,6 @@ def _split(train: Examples, labels: np.ndarray, config: DataConfig) -> tuple[np.
     return np.sort(training), np.sort(validation)
 
 
-def _map_ids(part: Documents, tokens: list[str], vocabulary: Vocabulary, with_characters: bool) -> Documents:
-    """Replace codes by token ids; with characters, words outside the vocabulary get ids beyond it."""
-    ids = vocabulary.ids(tokens)
-    if not with_characters:
-        return replace(part, ids=ids[part.ids])
-    unknown = np.flatnonzero(ids == UNK)
-    ids[unknown] = len(vocabulary) + np.arange(len(unknown), dtype=ids.dtype)
-    table = character_id_table([*vocabulary.tokens, *(tokens[i] for i in unknown)])
-    return replace(part, ids=ids[part.ids], character_ids=table, vocabulary_size=len(vocabulary))
-
-
 def read_csv(
     path: Path, config: DataConfig, header: tuple[str, ...] | None = None, keep: bool = True
 ) -> Examples:
@@ -382,22 +370,34 @@ def _column_names(config: DataConfig) -> set[str]:
     return {name for name in given if name is not None and not name.isdecimal()}
 
 
+def find_column(name: str, cells: Sequence[str], path: str | Path) -> int:
+    """Return the index of a column.
+
+    Args:
+        name: Name in the header, or number from 1.
+        cells: Header, or any row if `name` is a number.
+        path: File for the message.
+
+    Raises:
+        InputError: There is no such column, or more than one.
+    """
+    numbers = [str(i + 1) for i in range(len(cells))]
+    if name in numbers:
+        return numbers.index(name)
+    if cells.count(name) != 1:
+        problem, known = "more than one" if name in cells else "no", ", ".join(map(reprlib.repr, cells))
+        problem = f"{problem} column {reprlib.repr(name)} in {known}"
+        raise InputError(f"{path}:1: {problem}; give a name, or a number from 1 to {len(cells)}")
+    return cells.index(name)
+
+
 def _find_columns(cells: Sequence[str], config: DataConfig, path: Path) -> tuple[int, list[int]]:
     """Return the indices of the label and of the text columns, given the header or any row."""
-    numbers = [str(i + 1) for i in range(len(cells))]
-
-    def find(name: str) -> int:
-        if name not in numbers and name not in cells:
-            known = ", ".join(map(reprlib.repr, cells))
-            raise InputError(
-                f"{path}:1: no column {reprlib.repr(name)} in {known}; give a name or a number from 1"
-            )
-        return numbers.index(name) if name in numbers else cells.index(name)
-
-    label = find(config.label_column or "1")
+    label = find_column(config.label_column or "1", cells, path)
     others = [i for i in range(len(cells)) if i != label]
     texts = others if config.text == "title+description" else others[-1:]
-    texts = texts if config.text_columns is None else [find(name) for name in config.text_columns]
+    if config.text_columns is not None:
+        texts = [find_column(name, cells, path) for name in config.text_columns]
     if label in texts or not texts:
         raise InputError(f"{path}: column {label + 1} is the label; give other columns as `text_columns`")
     return label, texts

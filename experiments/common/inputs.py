@@ -19,11 +19,12 @@ from elmo_jax.data.csv_dataset import Dataset, load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
 from elmo_jax.errors import InputError
-from elmo_jax.models.classifier import Features, static_features
+from elmo_jax.models.classifier import static_features
 from elmo_jax.models.combiners import OneLayer, make_combiner
 from elmo_jax.pretrained.folder import read_text_config
 from elmo_jax.storage.files import CONFIG, check_files, read_config, structure
 from elmo_jax.training.checkpoint import RESULTS, VOCABULARY
+from elmo_jax.training.classifier import FeatureSource
 from elmo_jax.training.loop import ProgressBar
 from elmo_jax.training.objectives import bilm_features, init_params
 from experiments.common.cli import check, flag_of, prog
@@ -137,10 +138,8 @@ class Source(NamedTuple):
 
     Attributes:
         data: the labelled data set, with the token ids that the features use.
-        features: ``(params, batch, key) -> [L, B, T, F]``.
+        features: token features; without parameters for word counts.
         combiner: module that combines the layers.
-        params: parameters of the features; empty for word counts.
-        shape: (L, F).
         settings: settings that the data set was loaded with.
         vocabulary: token ids of the features; None for an official model.
         bilm: sizes of the language model, if there is one.
@@ -148,10 +147,8 @@ class Source(NamedTuple):
     """
 
     data: Dataset
-    features: Features
+    features: FeatureSource
     combiner: Any
-    params: dict[str, Any]
-    shape: tuple[int, int]
     settings: DataConfig
     vocabulary: Vocabulary | None
     bilm: BiLMConfig | None = None
@@ -177,7 +174,8 @@ def _open_word_counts(config: SourceConfig, seed: int) -> Source:
     known = data_of(run) if (run / CONFIG).is_file() else None
     settings = _data_settings(config, run if known else None, known or DataConfig(), TextConfig())
     words = load_words(config, settings, seed)
-    return Source(words, static_features, OneLayer(), {}, (0, 0), settings, words.vocabulary)
+    features = FeatureSource(static_features, {}, (0, 0))
+    return Source(words, features, OneLayer(), settings, words.vocabulary)
 
 
 def load_words(config: SourceConfig, settings: DataConfig, seed: int) -> Dataset:
@@ -194,11 +192,10 @@ def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel
     with_characters = sizes.input == "characters"
     data, settings = _load_labelled(config, run, elmo.vocabulary, elmo.text, with_characters, seed)
     params = init_params(elmo.model, jax.random.key(seed)) if config.untrained else elmo.params
-    features = bilm_features(elmo.model, config.finetune)
-    options = {} if run else official_options(sizes)  # a run has its own config.json
     shape = sizes.layers + 1, 2 * sizes.embedding
-    combine = make_combiner(combiner)
-    return Source(data, features, combine, {"bilm": params}, shape, settings, elmo.vocabulary, sizes, options)
+    features = FeatureSource(bilm_features(elmo.model, config.finetune), {"bilm": params}, shape)
+    options = {} if run else official_options(sizes)  # a run has its own config.json
+    return Source(data, features, make_combiner(combiner), settings, elmo.vocabulary, sizes, options)
 
 
 def official_options(config: BiLMConfig) -> dict[str, Any]:
@@ -218,8 +215,8 @@ def _open_vectors(config: SourceConfig, seed: int) -> Source:
     vocabulary = Vocabulary.load(path / VOCABULARY)
     table = WordVectors.load(path / VECTORS).table(vocabulary)
     data, settings = _load_labelled(config, path, vocabulary, read_text_config(path), False, seed)
-    params, shape = {"vectors": jnp.asarray(table)}, (1, table.shape[1])
-    return Source(data, static_features, OneLayer(), params, shape, settings, vocabulary)
+    features = FeatureSource(static_features, {"vectors": jnp.asarray(table)}, (1, table.shape[1]))
+    return Source(data, features, OneLayer(), settings, vocabulary)
 
 
 def _load_labelled(

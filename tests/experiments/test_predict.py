@@ -58,7 +58,7 @@ def test_text_csv_and_standard_input_give_the_same_predictions(run, tmp_path, mo
         (
             {"in.csv": "a,b\n1,2\n"},
             ["in.csv", "--text-column", "c"],
-            "has no column 'c'; its columns are a, b",
+            "no column 'c' in 'a', 'b'; give a name, or a number from 1 to 2",
         ),
         ({"in.csv": "a,b\n1\n"}, ["in.csv", "--text-column", "b"], "in.csv:2: 1 columns, expected 2"),
         ({"in.csv": ""}, ["in.csv"], "holds no rows"),
@@ -70,7 +70,7 @@ def test_text_csv_and_standard_input_give_the_same_predictions(run, tmp_path, mo
         ({"in.txt": ""}, ["in.txt"], "holds no text"),
         ({"in.txt": "x\n"}, ["in.txt", "--output", "none/o.csv"], "no such folder as none"),
         ({"in.csv": "a,a\n1,2\n"}, ["in.csv", "--text-column", "a"], "more than one column 'a'"),
-        ({"in.csv": "a,b\n1,2\n"}, ["in.csv", "--text-column", "3"], "give numbers from 1 to 2"),
+        ({"in.csv": "a,b\n1,2\n"}, ["in.csv", "--text-column", "3"], "no column '3' in 'a', 'b'; give"),
         ({"IN.CSV": "a;b\n1;2\n"}, ["IN.CSV"], "has the columns a, b"),
     ],
 )
