@@ -73,7 +73,8 @@ class DataConfig:
     max_length: Count = 400
     """Maximum number of tokens of a text; longer texts are cut."""
     validation: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    """Fraction of the training rows held out for validation, stratified by class."""
+    """Fraction of the training rows held out for validation, stratified by class; of a corpus without
+    held-out text, the fraction of its lines, at most 20,000."""
     split_seed: Seed = 0
     """Random seed of the split into training and validation."""
 

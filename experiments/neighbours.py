@@ -142,7 +142,7 @@ def _training_lines(run: str | None, elmo: "Elmo") -> Iterator[_Line]:
     Raises:
         InputError: The model is not a run, or its texts cannot be read.
     """
-    from elmo_jax.data.corpus import find_shards
+    from elmo_jax.data.corpus import Corpus
     from elmo_jax.data.csv_dataset import read_training_texts
     from elmo_jax.data.sample_corpus import sample_corpus
     from elmo_jax.data.text import read_lines
@@ -159,7 +159,7 @@ def _training_lines(run: str | None, elmo: "Elmo") -> Iterator[_Line]:
         for line, start, end in zip(texts.lines, texts.offsets[:-1], texts.offsets[1:], strict=True):
             yield [texts.tokens[code] for code in texts.codes[start:end]], f"{texts.path}:{line}", None
     elif corpus is not None:
-        for shard in find_shards(corpus):
+        for shard in Corpus.open(corpus).shards:
             for n, words in read_lines(shard, elmo.tokenize):
                 yield words, f"{shard}:{n + 1}", None
     else:

@@ -74,8 +74,8 @@ def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
     model, corpus = config.model, config.corpus
     projected = f"{model.cells}, as wide as --embedding"
     cnn = [field.name for field in fields(CharCNNConfig)]
-    columns = ["label_column", "text_columns", "text", "delimiter", "clean", "skip_blank"]
-    data, counts = [*columns, "validation", "split_seed"], ["min_count", "max_vocab"]
+    columns = ["label_column", "text_columns", "text", "delimiter", "skip_blank"]
+    split, counts = ["validation", "split_seed"], ["min_count", "max_vocab"]
     reads_words = model.input == "words"
     rules: list[
         tuple[Any, ...]
@@ -85,7 +85,14 @@ def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
         (model.tie and not reads_words, ["tie"], "--input", "characters", "--input words"),
         (not model.projected, ["projection_clip"], "--cells", projected, "--project-cells"),
         (corpus.batching == "sentences", ["unroll"], "--batching", "sentences", "--batching contiguous"),
-        (corpus.corpus is not None, data, "--corpus", str(corpus.corpus), "--dataset"),
+        (corpus.corpus is not None, columns, "--corpus", str(corpus.corpus), "--dataset"),
+        (
+            corpus.valid_corpus is not None,
+            split,
+            "--valid-corpus",
+            str(corpus.valid_corpus),
+            "no --valid-corpus",
+        ),
         (corpus.vocab is not None, counts, "--vocab", str(corpus.vocab), "no --vocab"),
     ]
     found = [without_effect(names, *texts) for applies, names, *texts in rules if applies]

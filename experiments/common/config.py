@@ -58,9 +58,10 @@ class CorpusConfig:
     """A text corpus used instead of a labelled data set, and how text is split into batches."""
 
     corpus: str | None = None
-    """Glob of training texts (plain or .gz), one tokenized sentence per line; ids are cached on disk."""
+    """Folder or quoted glob of training texts (plain or .gz), one sentence per line; tokens are separated by
+    spaces, or made from raw text with --tokens words."""
     valid_corpus: str | None = None
-    """Glob of held-out texts for measuring perplexity."""
+    """Folder or quoted glob of held-out texts for measuring perplexity; if not given, lines of the corpus."""
     vocab: str | None = None
     """Vocabulary file, one token per line as in bilm-tf; built from the corpus if not given."""
     batching: Literal["sentences", "contiguous"] = "sentences"

@@ -14,7 +14,7 @@ import numpy as np
 from elmo_jax.baselines.word_vectors import WordVectors
 from elmo_jax.config import BiLMConfig, CombinerConfig, DataConfig, Kernel, TextConfig
 from elmo_jax.data.batching import BatchStream, ContiguousStream, Documents
-from elmo_jax.data.corpus import corpus_bytes, count_words, find_shards, load_corpus, read_beginning
+from elmo_jax.data.corpus import Corpus
 from elmo_jax.data.csv_dataset import Dataset, load_dataset
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.elmo import Elmo
@@ -79,44 +79,40 @@ def load_texts(
         return Texts(dataset.train, dataset.validation, dataset.vocabulary, dataset.digest)
     if data.dataset != DataConfig.dataset or data.data_dir is not None:
         raise InputError("--corpus replaces --dataset and --data-dir; give one or the other")
-    if config.valid_corpus is None:
-        raise InputError("--corpus needs --valid-corpus to measure perplexity; give it")
-    find_shards(config.valid_corpus)  # fail before the training corpus is read
-    vocabulary = _corpus_vocabulary(data, config, keep)
+    corpus = Corpus.open(config.corpus, data.text_config("whitespace"))
     if max_tokens is not None:
-        train, fraction = read_beginning(config.corpus, vocabulary, with_characters, max_tokens)
+        vocabulary = _corpus_vocabulary(corpus, data, config, keep)
+        train, fraction = corpus.read_beginning(vocabulary, with_characters, max_tokens)
         train = _cut_sentences(train, data, config)
         return Texts(train, train, vocabulary, "", fraction)
-    train, held_out = (
-        _load_corpus(pattern, vocabulary, with_characters) for pattern in (config.corpus, config.valid_corpus)
-    )
+    if config.valid_corpus is None:
+        corpus, held_out_corpus = corpus.hold_out(data.validation, data.split_seed)
+    else:
+        held_out_corpus = Corpus.open(config.valid_corpus, corpus.text)
+        corpus.check_disjoint(held_out_corpus)
+    vocabulary = _corpus_vocabulary(corpus, data, config, keep)
+    train, held_out = (_load_corpus(part, vocabulary, with_characters) for part in (corpus, held_out_corpus))
     longest = int(np.max(held_out.lengths))
     if longest > data.max_length:
         raise InputError(
-            f"{config.valid_corpus}: a sentence has {longest:,} tokens, more than --max-length "
+            f"{held_out_corpus.pattern}: a sentence has {longest:,} tokens, more than --max-length "
             f"{data.max_length}; cut it or raise --max-length"
         )
-    digest = " ".join(_cache_name(part) for part in (train, held_out))
+    digest = f"{corpus.digest} {held_out_corpus.digest}"
     return Texts(_cut_sentences(train, data, config), held_out, vocabulary, digest)
 
 
-def _corpus_vocabulary(data: DataConfig, config: CorpusConfig, keep: bool) -> Vocabulary:
+def _corpus_vocabulary(corpus: Corpus, data: DataConfig, config: CorpusConfig, keep: bool) -> Vocabulary:
     if config.vocab is not None:
         return Vocabulary.load(Path(config.vocab))
-    pattern = config.corpus or ""
-    with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as bar:
-        counts = count_words(pattern, bar.add, keep=keep)
+    with ProgressBar(corpus.size, "byte", scale=True) as bar:
+        counts = corpus.count_words(bar.add, keep=keep)
     return Vocabulary.from_counts(counts, data.min_count, data.max_vocab)
 
 
-def _load_corpus(pattern: str, vocabulary: Vocabulary, with_characters: bool) -> Documents:
-    with ProgressBar(corpus_bytes(pattern), "byte", scale=True) as bar:
-        return load_corpus(pattern, vocabulary, with_characters, bar.add)
-
-
-def _cache_name(part: Documents) -> str:
-    """Return the name of a corpus's cache folder, which is a digest of its texts and vocabulary."""
-    return Path(str(getattr(part.ids, "filename", ""))).parent.name
+def _load_corpus(corpus: Corpus, vocabulary: Vocabulary, with_characters: bool) -> Documents:
+    with ProgressBar(corpus.size, "byte", scale=True) as bar:
+        return corpus.load(vocabulary, with_characters, bar.add)
 
 
 def _cut_sentences(train: Documents, data: DataConfig, config: CorpusConfig) -> Documents:

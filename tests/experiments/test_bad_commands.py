@@ -219,18 +219,22 @@ def test_compare(name, model, text, tmp_path, monkeypatch, refused):
 
 
 CORPORA = {
-    "no partner": (["--corpus", "in.txt"], "--corpus needs --valid-corpus"),
+    "a single line": (["--corpus", "held.txt"], "held.txt: holds 1 line, too few to hold some out"),
+    "held-out training text": (
+        ["--corpus", "*.txt", "--valid-corpus", "in.txt", "--min-count", "1"],
+        "in.txt: is a part of the training corpus; hold out other text",
+    ),
     "a pattern of nothing": (["--corpus", "*.none", "--valid-corpus", "in.txt"], "matches no file"),
     "a blank text": (
         ["--corpus", "in.txt", "--valid-corpus", "blank.txt", "--min-count", "1"],
         "holds no sentence",
     ),
     "only rare words": (
-        ["--corpus", "in.txt", "--valid-corpus", "in.txt"],
+        ["--corpus", "in.txt", "--valid-corpus", "held.txt"],
         "no word reaches --min-count 3; lower it or give more texts",
     ),
     "a vocabulary of other words": (
-        ["--corpus", "in.txt", "--valid-corpus", "in.txt", "--vocab", "other.bin"],
+        ["--corpus", "in.txt", "--valid-corpus", "held.txt", "--vocab", "other.bin"],
         "in.txt: no word is in the vocabulary",
     ),
     "binary": (
@@ -240,7 +244,7 @@ CORPORA = {
     "NUL": (["--corpus", "nul.bin", "--valid-corpus", "in.txt"], "nul.bin:1: byte 0x00"),
     "no gzip": (["--corpus", "in.gz", "--valid-corpus", "in.txt"], "in.gz: cannot be read"),
     "no vocabulary": (
-        ["--corpus", "in.txt", "--valid-corpus", "in.txt", "--vocab", "blank.txt"],
+        ["--corpus", "in.txt", "--valid-corpus", "held.txt", "--vocab", "blank.txt"],
         "blank.txt:1: the line is empty",
     ),
     "a million tokens": (
@@ -253,6 +257,7 @@ CORPORA = {
 @pytest.mark.parametrize("name", CORPORA)
 def test_corpora(name, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "held.txt").write_text("the river bank\n")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "binary.bin").write_bytes(b"the \xff\n")
     (tmp_path / "nul.bin").write_bytes(b"the\0bank\n")

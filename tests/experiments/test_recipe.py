@@ -114,10 +114,18 @@ def test_unknown_words_are_a_class_of_a_word_model(corpus, tmp_path, capsys):
     assert np.isfinite(record["perplexity"]) and record["skipped"] == 0
 
 
-def test_flags_that_need_each_other(corpus, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "--corpus", "a.txt"])
-    assert pretrain.main() == 2
-    assert "--corpus needs --valid-corpus" in capsys.readouterr().err
+def test_lines_of_the_corpus_are_held_out(corpus):
+    texts, same, other = (
+        load_texts(
+            DataConfig(min_count=1, split_seed=seed, tokens="words"), CorpusConfig(corpus="[ab].txt"), False
+        )
+        for seed in (0, 0, 1)
+    )
+    assert (len(texts.train), len(texts.held_out)) == (56, 14)
+    assert texts.digest == same.digest != other.digest
+
+
+def test_a_window_that_is_too_long_is_refused(corpus, capsys):
     assert corpus("--unroll", "5000") == 2
     assert "lower --batch-size or --unroll" in capsys.readouterr().err
 
