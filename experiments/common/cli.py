@@ -355,7 +355,7 @@ def _arguments_to_flags(message: str, config: type) -> str:
 # Run folders
 
 # Settings that may change when a run is resumed, because digests tell whether the inputs are the same.
-INPUT_PATHS = {"data.dataset", "data.data_dir"} | {
+INPUT_PATHS = {"data.dataset", "data.data_dir", "corpus.corpus", "corpus.valid_corpus", "corpus.vocab"} | {
     f"source.{name}" for name in ("pretrained", "bilm", "vectors", "dataset", "data_dir")
 }
 
