@@ -1,7 +1,7 @@
-"""Tokens with word vectors, and their files in NumPy's or in word2vec's format.
+"""Tokens with word vectors, and their files in the formats of NumPy, word2vec and GloVe.
 
 In word2vec's text format the first line holds the number of tokens V and of features F. Each further line
-holds a token and its F numbers.
+holds a token and its F numbers. GloVe's format has no first line.
 """
 
 import io
@@ -14,8 +14,9 @@ import numpy as np
 
 from elmo_jax.data.text import UNK, Vocabulary, read_text
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import read_arrays, write_atomically
+from elmo_jax.storage.files import read_arrays, read_bytes, write_atomically
 
+_PADDING = " \t\r\v\f"  # at the end of a line
 # Characters that a token must not contain, in .npz and in text files; surrogates are not valid UTF-8.
 _FORBIDDEN, _FORBIDDEN_IN_TEXT = re.compile("[\n\ud800-\udfff]"), re.compile("[\n \0\ud800-\udfff]")
 
@@ -97,14 +98,20 @@ class WordVectors:
 
     @classmethod
     def load(cls, path: str | Path) -> "WordVectors":
-        """Load a file written by `save`, word2vec or gensim.
+        """Load a file written by `save`, word2vec, gensim or GloVe.
+
+        Args:
+            path: ``.npz``, word2vec's binary format as ``.bin``, or text with or without word2vec's header.
+                The latter two may be compressed as ``.gz``.
 
         Raises:
             InputError: The file is missing or malformed.
         """
         path = Path(path)
         with np.errstate(over="ignore"):  # _check reports numbers too large for float32
-            vectors = _load_npz(path) if path.suffix == ".npz" else _load_text(path)
+            is_binary = path.name.removesuffix(".gz").endswith(".bin")
+            load = _load_binary if is_binary else _load_npz if path.suffix == ".npz" else _load_text
+            vectors = load(path)
         vectors._check(path)
         return vectors
 
@@ -113,8 +120,9 @@ class WordVectors:
         if not np.isfinite(self.matrix).all():
             token = self.tokens[int(np.flatnonzero(~np.isfinite(self.matrix).all(1))[0])]
             raise InputError(f"{path}: the vector of {token!r} is not finite; make the vectors again")
-        if len(set(self.tokens)) < len(self.tokens):
-            raise InputError(f"{path}: a token occurs twice; make the vectors again")
+        for i, token in enumerate(self.tokens):
+            if self._rows[token] != i:
+                raise InputError(f"{path}: the token {reprlib.repr(token)} occurs twice; remove one")
         if not self.matrix.shape[1]:
             raise InputError(f"{path}: the vectors have 0 features; make the vectors again")
         forbidden = _FORBIDDEN if path.suffix == ".npz" else _FORBIDDEN_IN_TEXT
@@ -134,24 +142,53 @@ def _load_npz(path: Path) -> WordVectors:
 
 
 def _load_text(path: Path) -> WordVectors:
-    header, *lines = read_text(path).removesuffix("\n").split("\n")
+    lines = read_text(path).removesuffix("\n").split("\n")
     try:
-        count, width = map(int, header.split())
-    except ValueError:
-        raise InputError(
-            f"{path}:1: {header[:40]!r} is not two numbers, tokens and features; add that line"
-        ) from None
-    if count != len(lines) or not 0 < width <= (len(lines[0]) if lines else 2**31):
-        raise InputError(f"{path}:1: {header!r} does not fit the {len(lines)} lines below; correct the line")
-    tokens, matrix = [], np.empty((count, width), np.float32)
-    for i, line in enumerate(lines):
+        count, width = map(int, lines[0].split())
+    except ValueError:  # GloVe's files have no header
+        count, width, first = len(lines), len(lines[0].rstrip(_PADDING).split(" ")) - 1, 0
+    else:
+        first = 1
+        if count != len(lines) - 1 or not 0 < width <= (len(lines[1]) if count else 2**31):
+            problem = f"does not fit the {len(lines) - 1} lines below"
+            raise InputError(f"{path}:1: {lines[0]!r} {problem}; correct the line")
+    line_of: dict[str, int] = {}
+    matrix = np.empty((count, width), np.float32)
+    for i, line in enumerate(lines[first:]):
+        number = i + first + 1
         # As in gensim, an ASCII space separates fields; other Unicode spaces belong to the token.
-        token, *numbers = line.rstrip(" \t\r\v\f").split(" ", width + 1)
-        if not token or len(numbers) != width:
-            raise InputError(f"{path}:{i + 2}: not a token and {width} numbers; correct or remove the line")
+        token, *numbers = line.rstrip(_PADDING).split(" ", width + 1)
+        if not token or not width or len(numbers) != width:
+            wanted = f"{width} numbers" if width else "numbers"
+            raise InputError(f"{path}:{number}: not a token and {wanted}; correct or remove the line")
         try:
             matrix[i] = numbers
         except ValueError as error:
-            raise InputError(f"{path}:{i + 2}: {error}; correct or remove the line") from None
-        tokens.append(token)
+            raise InputError(f"{path}:{number}: {error}; correct or remove the line") from None
+        if line_of.setdefault(token, number) != number:
+            problem = f"the token {reprlib.repr(token)} occurs in line {line_of[token]} already"
+            raise InputError(f"{path}:{number}: {problem}; remove one")
+    return WordVectors(list(line_of), matrix)
+
+
+def _load_binary(path: Path) -> WordVectors:
+    data = read_bytes(path)
+    end = data.find(b"\n")
+    try:
+        count, width = map(int, data[: max(end, 0)].split())
+    except ValueError:
+        count, width = -1, 0
+    if count < 0 or width < 1 or 4 * count * width > len(data):
+        raise InputError(f"{path}: is not in word2vec's binary format; give such a file, or name it .txt")
+    tokens, matrix, position = [], np.empty((count, width), np.float32), end + 1
+    for i in range(count):
+        end = data.find(b" ", position)
+        if end < 0 or end + 1 + 4 * width > len(data):
+            raise InputError(f"{path}: ends after {i} of {count} vectors; get the file again")
+        try:
+            tokens.append(data[position:end].lstrip(b"\n").decode())
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: token {i + 1} is not UTF-8; convert the file") from None
+        matrix[i] = np.frombuffer(data, "<f4", width, end + 1)
+        position = end + 1 + 4 * width
     return WordVectors(tokens, matrix)

@@ -1,7 +1,6 @@
 """Labelled texts from CSV files, AG News or the sample corpus, as token ids split into three parts."""
 
 import csv
-import gzip
 import hashlib
 import io
 import itertools
@@ -10,7 +9,6 @@ import reprlib
 import sys
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from elmo_jax.data.batching import Documents
 from elmo_jax.data.sample_corpus import CLASSES, sample_corpus
 from elmo_jax.data.text import Vocabulary, decode, make_tokenizer, read_text
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import read_arrays
+from elmo_jax.storage.files import read_arrays, read_bytes
 
 _CACHED_ARRAYS = ("codes", "offsets", "lines", "blank")
 _CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # NUL-separated
@@ -257,7 +255,7 @@ def read_csv(
     Raises:
         InputError: The file or a row is wrong; the message names the line.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     columns = config.label_column, config.text_columns, config.text, config.delimiter
     key = f"{_CACHE_VERSION} {columns} {config.text_config()} {header} ".encode() + data
     cache = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
@@ -273,19 +271,6 @@ def read_csv(
             problem = f"taken as the header, since no other row has the label {reprlib.repr(label)}"
             warnings.warn(f"{path}:1: {problem}; if it is a text, add a header above it", stacklevel=4)
     return texts
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            limit = max(2**24, 100 * len(data))  # gzip makes text five times smaller; a bomb, thousands
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-            if len(data) > limit:
-                raise InputError(f"{path}: unpacks to over a hundred times its size; check the file")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); check the file") from None
-    return data
 
 
 def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[str, ...] | None) -> Examples:

@@ -14,6 +14,7 @@ import regex
 
 from elmo_jax.config import TextConfig
 from elmo_jax.errors import InputError
+from elmo_jax.storage.files import check_regular, read_bytes
 
 OnBytes = Callable[[int], object]  # progress callback: bytes read since the last call
 Tokenizer = Callable[[str], list[str]]
@@ -221,23 +222,13 @@ class Vocabulary:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file, without its byte-order mark.
+    """Read a UTF-8 file, which may be compressed as ``.gz``, without its byte-order mark.
 
     Raises:
         InputError: The file is missing, unreadable or not UTF-8 (with the line).
     """
     path = Path(path)
-    _check_regular(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return decode(data, path)
-
-
-def _check_regular(path: Path) -> None:
-    if path.exists() and not path.is_file():  # a pipe cannot be read twice, a device may have no end
-        raise InputError(f"{path}: is not a regular file; save it as one first")
+    return decode(read_bytes(path), path)
 
 
 def decode(data: bytes, path: Path, line: int = 1) -> str:
@@ -267,7 +258,7 @@ def raw_lines(path: Path, on_bytes: OnBytes = lambda n: None) -> Iterator[str]:
     Raises:
         InputError: The file is missing, damaged or not UTF-8 (with the line).
     """
-    _check_regular(path)
+    check_regular(path)
     reported = 0
     try:
         with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:

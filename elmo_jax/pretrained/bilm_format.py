@@ -16,8 +16,8 @@ from elmo_jax.data.batching import DIRECTIONS
 from elmo_jax.data.characters import IDS
 from elmo_jax.data.text import Vocabulary
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import write_atomically
-from elmo_jax.storage.hdf5 import open_datasets, read_bytes, read_floats, write_arrays
+from elmo_jax.storage.files import read_bytes, write_atomically
+from elmo_jax.storage.hdf5 import open_datasets, read_floats, write_arrays
 
 _Size = Annotated[int, Meta(ge=1, le=10**6)]
 _Width = Annotated[int, Meta(ge=1, le=CHARACTERS)]  # of a filter

@@ -4,11 +4,14 @@ A digest is the size and SHA-256 of a file. A manifest holds the digest of every
 ``config.json`` holds its own SHA-256 and the digests of the files beside it.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import reprlib
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -26,6 +29,33 @@ CONFIG = "config.json"
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 2**24
 _RENAMED_SETTINGS = {"steps_per_dispatch": "steps_per_call"}
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file, decompressed if its name ends in ``.gz``.
+
+    Raises:
+        InputError: The file is missing, unreadable, not a regular file, or not gzip; or it would take over a
+            hundred times its size, which only files made to fill the memory do.
+    """
+    check_regular(path)
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            limit = max(2**24, 100 * len(data))
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+            if len(data) > limit:
+                raise InputError(f"{path}: unpacks to over a hundred times its size; check the file")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path and the file") from None
+    return data
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError for folders, and for pipes and devices, which may never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be read (it is not a regular file); save it as one first")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -1,8 +1,6 @@
 """HDF5 files of named arrays: validated when read, written with checksums and replaced atomically."""
 
-import gzip
 import io
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +10,9 @@ import h5py
 import numpy as np
 
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import move
+from elmo_jax.storage.files import check_regular, move, read_bytes
 
 _MAX_EXPANSION = 1000  # of a dataset in memory over its bytes in the file; weights never compress as well
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file, decompressed if its name ends in ``.gz``.
-
-    Raises:
-        InputError: The file is missing, unreadable, not a regular file, or not gzip.
-    """
-    _check_regular(path)
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); check the path and the file") from None
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse folders, and pipes and devices, which may never end."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: cannot be read (it is not a regular file); give one")
 
 
 @contextmanager
@@ -46,7 +24,7 @@ def open_datasets(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
     Raises:
         InputError: The file is missing or damaged; raised on opening or when a dataset is read.
     """
-    _check_regular(path)
+    check_regular(path)
     source: Any = io.BytesIO(read_bytes(path)) if path.suffix == ".gz" else path
     found: dict[str, h5py.Dataset] = {}
 

@@ -1,5 +1,7 @@
 """Word-vector files: lossless, compatible with gensim, and clear about malformed content."""
 
+import gzip
+
 import archives
 import numpy as np
 import pytest
@@ -74,6 +76,51 @@ def test_gensim_and_word_vectors_read_the_same_tokens(tmp_path):
     np.testing.assert_array_equal(again.vectors, ours.matrix)
 
 
+def test_glove_files_and_compressed_files_are_read(vectors, tmp_path):
+    vectors.save(tmp_path / "v.txt")
+    text = (tmp_path / "v.txt").read_text(encoding="utf-8")
+    (tmp_path / "glove.txt").write_text(text.partition("\n")[2], encoding="utf-8")
+    for name in ("v.txt", "glove.txt"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            again = WordVectors.load(path)
+            assert again.tokens == vectors.tokens
+            np.testing.assert_array_equal(again.matrix, vectors.matrix)
+
+
+@pytest.mark.parametrize("separator", [b"", b"\n"])
+def test_binary_files_of_word2vec_are_read(vectors, tmp_path, separator):
+    rows = zip(vectors.tokens, vectors.matrix, strict=True)
+    data = b"4 5\n" + separator.join(token.encode() + b" " + row.tobytes() for token, row in rows)
+    (tmp_path / "v.bin").write_bytes(data)
+    (tmp_path / "v.bin.gz").write_bytes(gzip.compress(data))
+    for name in ("v.bin", "v.bin.gz"):
+        again = WordVectors.load(tmp_path / name)
+        assert again.tokens == vectors.tokens
+        np.testing.assert_array_equal(again.matrix, vectors.matrix)
+    for damaged, message in (
+        (b"", "not in word2vec's binary format"),
+        (b"4 5", "not in word2vec's binary format"),
+        (b"a b\n", "not in word2vec's binary format"),
+        (b"-1 5\n" + data, "not in word2vec's binary format"),
+        (b"99999999999 5\n" + data, "not in word2vec's binary format"),
+        (data[:-1], "ends after 3 of 4 vectors"),
+        (b"1 1\n\xff " + bytes(4), "token 1 is not UTF-8"),
+        (b"2 1\na " + bytes(4) + b"a " + bytes(4), "the token 'a' occurs twice"),
+    ):
+        (tmp_path / "v.bin").write_bytes(damaged)
+        with pytest.raises(InputError, match=message):
+            WordVectors.load(tmp_path / "v.bin")
+
+
+def test_gensim_writes_what_is_read(vectors, tmp_path):
+    models = pytest.importorskip("gensim.models")
+    vectors.save(tmp_path / "v.txt")
+    theirs = models.KeyedVectors.load_word2vec_format(str(tmp_path / "v.txt"))
+    theirs.save_word2vec_format(str(tmp_path / "v.bin"), binary=True)
+    np.testing.assert_array_equal(WordVectors.load(tmp_path / "v.bin").matrix, vectors.matrix)
+
+
 def test_trailing_spaces_and_carriage_returns_are_ignored(tmp_path):
     (tmp_path / "v.txt").write_bytes(b"2 2\r\na 1 2 \nb 3 4\r\n")
     vectors = WordVectors.load(tmp_path / "v.txt")
@@ -106,8 +153,10 @@ def test_nearest_orders_by_angle():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ":1: '' is not two numbers"),
-        ("a 1 2\n", ":1: 'a 1 2' is not"),
+        ("", ":1: not a token and numbers"),
+        ("a\n", ":1: not a token and numbers"),
+        ("a 1 2\nb 1\n", ":2: not a token and 2 numbers"),
+        ("a b\nb 1\n", ":1: could not convert string to float: 'b'"),
         ("2 2\na 1 2\n", ":1: '2 2' does not fit the 1 lines below"),
         ("2 2\na 1 2\nb 1\n", ":3: not a token and 2 numbers"),
         ("1 2\na 1 2 3\n", ":2: not a token and 2 numbers"),
@@ -121,7 +170,8 @@ def test_nearest_orders_by_angle():
         (f"0 {10**20}\n", ":1: '0 1"),
         ("1 2\na 1 1e99\n", "the vector of 'a' is not finite"),
         ("1 2\na 1 nan\n", "the vector of 'a' is not finite"),
-        ("2 1\na 1\na 2\n", "a token occurs twice"),
+        ("2 1\na 1\na 2\n", ":3: the token 'a' occurs in line 2 already; remove one"),
+        ("a 1\nb 2\na 3\n", ":3: the token 'a' occurs in line 1 already; remove one"),
     ],
 )
 def test_malformed_text_gives_a_one_line_message(tmp_path, text, message):
