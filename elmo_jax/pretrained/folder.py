@@ -50,6 +50,7 @@ def load_folder(
         InputError: The folder holds no language model, or its files are damaged or inconsistent.
     """
     path = model_folder(path)
+    _refuse_official_model(path)
     config = read_config(path)
     saved = config[CLASSIFIER].get("bilm") if CLASSIFIER in config else config.get("model")
     if not isinstance(saved, dict):  # in an unfinished classifier's run it is a digest
@@ -66,6 +67,17 @@ def load_folder(
     expected = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_shapes(arrays, expected, str(path))
     return model, unflatten_dict(arrays, sep="/"), vocabulary, read_text_config(path)
+
+
+def _refuse_official_model(path: Path) -> None:
+    """Raise InputError if a folder holds the two files of an official model, and no ``config.json``."""
+    if (path / CONFIG).exists():
+        return
+    options = sorted(path.glob("*options*.json"))
+    weights = [file for file in sorted(path.glob("*weights*.hdf5")) if ".softmax." not in file.name]
+    if options and weights:
+        remedy = f"load it with Elmo.from_bilm({options[0]}, {weights[0]})"
+        raise InputError(f"{path}: holds a model in the official format; {remedy}")
 
 
 def read_text_config(path: Path) -> TextConfig:

@@ -99,7 +99,8 @@ def _one_line_reason(error: Exception, config: type) -> str:
     """Return the message of an error that the user can fix; raise any other error again."""
     again = "continue with --resume" if hasattr(config, "resume") else "run again"
     if isinstance(error, InputError):
-        return " ".join(_arguments_to_flags(str(error), config).split())
+        message = re.sub(r"load it with Elmo\.from_bilm\((.+), (.+)\)", r"give --bilm \1 \2", str(error))
+        return " ".join(_arguments_to_flags(message, config).split())
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         return f"{error.filename or 'a file'}: {error.strerror}; fix this and {again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -198,7 +199,7 @@ def parse(
     import tyro
 
     args = [_replace_old_flag(arg) for arg in (sys.argv[1:] if args is None else args)]
-    args = _write_out_switches(args, config)
+    args = _move_bilm_last(_write_out_switches(args, config))
     chosen = re.findall(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(args))
     preset = (presets or {}).get(chosen[-1]) if chosen else None
     default: dict[str, Any] = {} if preset is None else {"default": preset}
@@ -210,7 +211,8 @@ def parse(
             return tyro.cli(config, prog=prog(name), description=config.__doc__, args=args, **default)
     except SystemExit as error:
         if error.code == 2:
-            raise InputError(f"{_first_paragraph(output.getvalue())} (see {prog(name)} --help)") from None
+            message = _explain(_first_paragraph(output.getvalue()), args)
+            raise InputError(f"{message} (see {prog(name)} --help)") from None
         raise
     finally:
         os.environ.pop("COLUMNS", None)
@@ -227,6 +229,30 @@ def _replace_old_flag(arg: str) -> str:
     new = "--steps-per-call"
     print(f"warning: {flag} is now {new}; the old name ends with the next release", file=sys.stderr)
     return f"{new}{equals}{value}"
+
+
+def _move_bilm_last(args: Sequence[str]) -> list[str]:
+    """Move ``--bilm`` and its two values to the end, since the parser gives it all values that follow."""
+    if "--bilm" not in args:
+        return list(args)
+    i = args.index("--bilm")
+    flag, *values = args[i : i + 3]
+    if len(values) < 2 or any(value.startswith("--") for value in values):
+        raise InputError(f"{flag} needs OPTIONS WEIGHTS, the two files of an official model")
+    return [*args[:i], *args[i + 3 :], flag, *values]
+
+
+def _explain(message: str, args: Sequence[str]) -> str:
+    """Reword messages of the parser that do not say what to change."""
+    value = re.match(r"Unrecognized options: ([^-,][^,]*)", message)
+    if value is not None and value[1] in args:
+        before = [arg for arg in args[: args.index(value[1])] if arg.startswith("--")]
+        if before:
+            return f"{before[-1]} takes no further value {value[1]}; quote a pattern, as in 'shards/*.txt'"
+    kinds = {"invalid literal for int.*: ": "an integer", "could not convert string to float: ": "a number"}
+    for pattern, kind in kinds.items():
+        message = re.sub(f"Error parsing (--[a-z-]+): {pattern}", rf"\1 must be {kind}, not ", message)
+    return message
 
 
 def _write_out_switches(args: Sequence[str], config: type) -> list[str]:

@@ -15,7 +15,7 @@ from tiny import call
 from elmo_jax import __main__ as console
 from elmo_jax.config import BiLMConfig, CharCNNConfig, DataConfig, SVDConfig
 from elmo_jax.errors import InputError, Interrupted
-from experiments import downstream
+from experiments import downstream, evaluate, pretrain
 from experiments.common import cli
 from experiments.pretrain import PretrainConfig
 
@@ -63,6 +63,26 @@ def test_switches_that_follow_the_model_are_written_without_a_value():
     ):
         source = cli.parse(downstream.DownstreamConfig, "downstream", args=args).source
         assert (source.lowercase, source.clean) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "message"),
+    [
+        (pretrain, ["--corpus", "a", "b", "c"], "--corpus takes no further value b; quote a pattern, as in"),
+        (downstream, ["--bilm", "x"], "--bilm needs OPTIONS WEIGHTS"),
+        (downstream, ["--bilm", "x", "--seed", "1"], "--bilm needs OPTIONS WEIGHTS"),
+        (pretrain, ["--embedding", "x"], "--embedding must be an integer, not 'x'"),
+        (pretrain, ["--learning-rate", "x"], "--learning-rate must be a number, not 'x'"),
+    ],
+)
+def test_messages_of_the_parser_say_what_to_change(command, args, message, refused):
+    refused(command.main, args, message)
+
+
+@pytest.mark.parametrize("args", [["--bilm", "o", "w", "text"], ["text", "--bilm", "o", "w"]])
+def test_official_model_may_stand_before_positional_arguments(args):
+    config = cli.parse(evaluate.EvaluateConfig, "evaluate", args=args)
+    assert config.bilm == ("o", "w") and config.paths == ("text",)
 
 
 # Signals

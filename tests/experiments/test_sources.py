@@ -124,6 +124,12 @@ def test_data_set_is_prepared_as_the_texts_of_the_model(elmo, corpus, tmp_path):
     assert open_with(**given, tokens="whitespace").settings.tokens == "whitespace"
 
 
+def test_folder_of_an_official_model_is_named(official, refused):
+    folder = official[1].parent
+    message = f"{folder}: holds a model in the official format; give --bilm {official[1]} {official[2]}"
+    refused(downstream.main, ["--pretrained", folder], message)
+
+
 def test_data_set_of_an_older_run_was_cleaned(trained, tmp_path):
     data = read_config(trained[0])["data"]
     assert data.pop("clean") is False
