@@ -95,6 +95,17 @@ def test_layers_and_loss_equal_reference(cells, tie):
     np.testing.assert_allclose(loss, (forward + backward) / (2 * metrics["tokens"]), rtol=1e-5)
 
 
+def test_forward_mode_equals_reverse_mode_with_the_plain_kernel():
+    model = BiLM(BiLMConfig(embedding=4, cells=5, dropout=0.0), 9, kernel="plain")
+    batch = Batch.of([[4, 5, 6], [7]])
+    params = init_params(model, jax.random.key(0))
+    f = lambda params: jnp.sin(model.apply({"params": params}, batch)[0]).sum()  # noqa: E731
+    direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    _, forward = jax.jit(lambda p, d: jax.jvp(f, (p,), (d,)))(params, direction)
+    products = jax.tree.map(jnp.vdot, jax.jit(jax.grad(f))(params), direction)
+    np.testing.assert_allclose(forward, sum(jax.tree.leaves(products)), rtol=1e-4)
+
+
 def test_no_direction_sees_its_target_at_any_layer():
     model, params = make()
     n = 7

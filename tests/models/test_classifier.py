@@ -146,3 +146,13 @@ def test_static_features_are_table_rows_without_gradient():
     np.testing.assert_array_equal(layers[0], table[batch.words])
     gradient = jax.grad(lambda table: static_features({"vectors": table}, batch, None).sum())(table)
     assert not np.any(gradient)
+
+
+def test_forward_mode_equals_reverse_mode_with_the_plain_kernel():
+    config = ClassifierConfig(hidden=3, classifier_dropout=0.0)
+    model = BiLSTMClassifier(config, classes=4, kernel="plain")
+    params = model.init(jax.random.key(1), X, LENGTHS)["params"]
+    f = lambda x: jnp.sin(model.apply({"params": params}, x, LENGTHS)).sum()  # noqa: E731
+    direction = jax.random.normal(jax.random.key(2), X.shape)
+    _, forward = jax.jit(lambda x, dx: jax.jvp(f, (x,), (dx,)))(X, direction)
+    np.testing.assert_allclose(forward, jnp.vdot(jax.grad(f)(X), direction), rtol=1e-4)

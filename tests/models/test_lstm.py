@@ -190,7 +190,7 @@ def test_reverse_is_slicing_and_its_own_inverse(shape):
 def test_reverse_gradient_is_the_numerical_one():
     x = jax.random.normal(jax.random.key(0), (3, 5, 2))
     f = lambda x: jnp.sum(jnp.sin(reverse_valid(x, LENGTHS) * jnp.arange(5.0)[None, :, None]))  # noqa: E731
-    jax.test_util.check_grads(f, (x,), order=1, modes=["rev"], rtol=1e-2)
+    jax.test_util.check_grads(f, (x,), order=1, modes=["rev", "fwd"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("kernel", ["fast", "plain"])
