@@ -16,13 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
+from msgspec import Meta
 
 from elmo_jax._moved import renamed_arguments
 from elmo_jax.errors import InputError, NotFiniteError
@@ -64,11 +66,18 @@ class Position:
         skipped: Number of most recent steps that were skipped in a row.
     """
 
-    step: int = 0
+    step: Annotated[int, Meta(ge=0)] = 0
     sums: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
+    skipped: Annotated[int, Meta(ge=0)] = 0
+
+
+class _Record(msgspec.Struct):
+    """Fields that every record has; others depend on what is trained."""
+
+    epoch: Annotated[int, Meta(ge=1)]
+    step: Annotated[int, Meta(ge=1)]
 
 
 class StepStore:
@@ -108,7 +117,7 @@ class StepStore:
         for step in reversed(self.saved()):
             path = self.path / str(step)
             if step not in self._is_valid:
-                damage = find_damage(path)
+                damage = find_damage(path) or self._find_wrong_position(step)
                 self._is_valid[step] = damage is None
                 if damage:
                     warnings.warn(f"{path}: {damage}; this step is not used", stacklevel=3)
@@ -205,10 +214,21 @@ class StepStore:
         return max(self.saved(), default=None)
 
     def position(self, step: int) -> Position:
-        """Return the progress saved with a valid step."""
-        position = Position(**json.loads((self.path / str(step) / _POSITION).read_text(encoding="utf-8")))
+        """Return the progress saved with a step; raise ValueError if it is not that of the step."""
+        data = (self.path / str(step) / _POSITION).read_bytes()
+        position = msgspec.json.decode(data, type=Position)
+        msgspec.convert(position.records, list[_Record])
         position.sums = {name: np.asarray(value, np.float64) for name, value in position.sums.items()}
+        if position.step != step:
+            raise ValueError(f"it is of step {position.step}")
         return position
+
+    def _find_wrong_position(self, step: int) -> str | None:
+        try:
+            self.position(step)
+        except (ValueError, TypeError, RecursionError) as error:  # msgspec's errors are ValueErrors
+            return f"{_POSITION} is wrong ({str(error)[:200]})"
+        return None
 
     def shapes(self, step: int) -> Any:
         """Return the state of a valid step as shapes and dtypes in nested dictionaries."""
@@ -473,7 +493,8 @@ class Run:
 
     def _monitored(self, position: Position) -> dict[int, float]:
         """Return the monitored figure of every finished epoch by its last step."""
-        return {r["step"]: r[self.monitor] for r in position.records if {"step", self.monitor} <= r.keys()}
+        figures = {record["step"]: record.get(self.monitor) for record in position.records}
+        return {step: figure for step, figure in figures.items() if isinstance(figure, int | float)}
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
         """Return the newest valid step, or None if none was saved.

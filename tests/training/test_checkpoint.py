@@ -90,7 +90,7 @@ def test_fewer_epochs_than_were_run_are_refused(tmp_path):
         return Run.create(tmp_path / "run", {"epochs": epochs}, monitor="loss", resume=True)
 
     run = create(3)
-    run.save(STATE, Position(6, records=[{"step": 3, "loss": 1.0}, {"step": 6, "loss": 1.0}]))
+    run.save(STATE, Position(6, records=[{"epoch": i, "step": 3 * i, "loss": 1.0} for i in (1, 2)]))
     run.close()
     with pytest.raises(InputError, match="has run 2 epochs; give at least as many epochs"):
         create(1)
@@ -118,12 +118,12 @@ def test_seed_may_change_between_epochs_if_allowed(tmp_path):
         return Run.create(tmp_path / "run", {"seed": seed, "lr": 1}, monitor="loss", resume=True, **more)
 
     run = create(0)
-    run.save(STATE, Position(3, records=[{"step": 3, "loss": 1.0}]))
+    run.save(STATE, Position(3, records=[{"epoch": 1, "step": 3, "loss": 1.0}]))
     run.close()
     with pytest.raises(InputError, match=r"\(seed 0 -> 1\); .* or pass allow_config_change=True"):
         create(1)
     run = create(1, allow_config_change=True)
-    run.save(STATE, Position(4, records=[{"step": 3, "loss": 1.0}]))
+    run.save(STATE, Position(4, records=[{"epoch": 1, "step": 3, "loss": 1.0}]))
     run.close()
     with pytest.raises(InputError, match="stopped within an epoch; keep the seed until it has ended"):
         create(2, allow_config_change=True)

@@ -1,5 +1,6 @@
 """Saved steps: damaged ones are never used, failed saves are reported, and valid steps are kept."""
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ import pytest
 import tensorstore
 
 from elmo_jax.errors import InputError
+from elmo_jax.storage.files import write_manifest
 from elmo_jax.training.checkpoint import Position, Run, StepStore
 
 
@@ -65,6 +67,43 @@ def test_damage_to_any_file_is_reported_and_the_step_before_is_used(run, tmp_pat
         shutil.rmtree(run.path / "checkpoints")
 
 
+WRONG_POSITIONS = {
+    "another step": {"step": 4},
+    "a negative step": {"step": -5},
+    "a step that is text": {"step": "5"},
+    "sums that are text": {"sums": {"loss": "much"}},
+    "sums of sums": {"sums": {"loss": {"a": 1}}},
+    "a record without its epoch": {"records": [{"step": 5, "loss": 1.0}]},
+    "a record that is text": {"records": ["5"]},
+    "seconds that are null": {"seconds": None},
+    "skipped steps that are many numbers": {"skipped": [1]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_POSITIONS)
+def test_step_with_a_wrong_position_is_not_used(run, name):
+    save(run, 3, 5)
+    folder = run.path / "checkpoints" / "5"
+    (folder / "manifest.json").unlink()
+    position = json.loads((folder / "position.json").read_text()) | WRONG_POSITIONS[name]
+    (folder / "position.json").write_text(json.dumps(position))
+    write_manifest(folder)
+    run.close()
+    with pytest.warns(UserWarning, match=r"checkpoints/5: position.json is wrong .*; this step is not used"):
+        best = Run.open(run.path).restore_best()
+    np.testing.assert_array_equal(best["params"]["w"], state(3)["params"]["w"])
+
+
+def test_copy_of_a_step_under_a_later_number_is_set_aside(run):
+    save(run, 3, 5)
+    shutil.copytree(run.path / "checkpoints" / "5", run.path / "checkpoints" / "9")
+    with pytest.warns(UserWarning, match=r"checkpoints/9: position.json is wrong \(it is of step 5\)"):
+        _, position = run.restore(state(0))
+    assert position.step == 5
+    save(run, 7)
+    assert run.steps.saved() == [5, 7]
+
+
 def test_damaged_step_is_set_aside_and_replaced(run):
     save(run, 3, 5)
     flip(run.path / "checkpoints" / "5" / "position.json")
@@ -96,7 +135,7 @@ def test_without_a_valid_step_nothing_is_used_or_removed(run):
 
 def test_best_valid_epoch_is_used_if_the_best_is_damaged(run):
     losses = [3.0, 1.0, 2.0, 5.0]
-    records = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    records = [{"epoch": i + 1, "step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
     for i in range(4):
         run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
     run.steps.wait()
@@ -186,7 +225,9 @@ def test_save_returns_before_the_step_is_written(tmp_path):
 
 
 def test_earliest_of_equal_epochs_is_the_best_and_is_kept(run):
-    records = [{"step": i + 1, "loss": loss} for i, loss in enumerate([3.0, 1.0, 1.0, 1.0, 2.0])]
+    records = [
+        {"epoch": i + 1, "step": i + 1, "loss": loss} for i, loss in enumerate([3.0, 1.0, 1.0, 1.0, 2.0])
+    ]
     for i in range(5):
         run.save(state(i + 1), Position(i + 1, records=records[: i + 1]))
     run.steps.wait()
