@@ -1,13 +1,19 @@
 """Settings of models, training and data as frozen dataclasses; importing them does not import JAX.
 
-Bounds stand on the fields and are checked by `msgspec` wherever a config is read from JSON or flags.
+Types and bounds stand on the fields, and are checked whenever a config is made.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Literal
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import msgspec
 from msgspec import Meta
+
+from elmo_jax.errors import InputError
 
 Kernel = Literal["auto", "persistent", "cudnn", "fast", "plain"]
 Dtype = Literal["float32", "bfloat16"]
@@ -16,17 +22,77 @@ Layers = Literal["all", "top", "average", "mix"]
 Tokens = Literal["words", "whitespace"]
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Epochs = Annotated[int, Meta(ge=1, le=100_000)]
 Size = Annotated[int, Meta(ge=1, le=2**16)]
 Depth = Annotated[int, Meta(ge=1, le=64)]
 NonNegative = Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0, lt=2**31)]
 
 CHARACTERS = 50  # character ids of a word, its begin and end symbols included
 
 
+_COMPARISONS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+_TYPES = {"int": "an integer", "float": "a number", "str": "text", "bool": "True or False"}
+
+
+class Config:
+    """Base of dataclasses that check types and bounds of their fields when they are made.
+
+    Raises:
+        InputError: A value is wrong; the message names its field.
+
+    Examples:
+        >>> OptimizerConfig(learning_rate=-1.0)
+        Traceback (most recent call last):
+        elmo_jax.errors.InputError: learning_rate must be above 0, not -1.0
+    """
+
+    def __post_init__(self):
+        for name, kind in _field_types(type(self)).items():
+            if not is_dataclass(value := getattr(self, name)):  # a config has checked itself
+                _check_field(name, kind, value)
+
+
+@cache
+def _field_types(config: type) -> dict[str, Any]:
+    return get_type_hints(config, include_extras=True)
+
+
+def _check_field(name: str, kind: Any, value: Any) -> None:
+    if type(value) is float and not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, not {value}")
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        message, _, index = str(error).partition(" - at `$")
+        index = index.rstrip("`")
+        wrong: Any = value
+        for i in re.findall(r"\d+", index):
+            wrong = wrong[int(i)]
+        raise InputError(f"{name}{index} must be {_explain(message, kind)}, not {wrong!r}") from None
+
+
+def _explain(message: str, kind: Any) -> str:
+    """Return what msgspec expected of a value."""
+    if bound := re.fullmatch(r"Expected `\w+` (of length )?(\S+) (\S+)", message):
+        return f"{bound[1] or ''}{_COMPARISONS[bound[2]]} {bound[3].removesuffix('.0')}"
+    if message.startswith("Invalid enum value"):
+        return f"one of {', '.join(_find_choices(kind))}"
+    names: list[str] = re.findall(r"\w+", message.partition("`")[2].partition("`")[0])
+    return " or ".join(_TYPES.get(name, name.replace("null", "None")) for name in names)
+
+
+def _find_choices(kind: Any) -> Iterator[str]:
+    for arg in get_args(kind):
+        if isinstance(arg, str):
+            yield arg
+        else:
+            yield from _find_choices(arg)
+
+
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Config):
     """Conversion of raw text into the tokens of a model; it is stored with the model."""
 
     tokens: Literal["words", "whitespace", "custom"] = "words"
@@ -42,7 +108,7 @@ PRETOKENIZED = TextConfig("whitespace", lowercase=False)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """A labelled data set and how its texts become token ids."""
 
     dataset: str = "sample"
@@ -86,16 +152,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class CharCNNConfig:
+class CharCNNConfig(Config):
     """Sizes of a character CNN; the defaults are those of the released ELMo models."""
 
     filters: Annotated[
         tuple[tuple[Annotated[int, Meta(ge=1, le=CHARACTERS)], Size], ...], Meta(min_length=1)
     ] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
     """Width in characters and number of filters, for each width."""
-    character_features: Count = 16
+    character_features: Size = 16
     """Width of the character vectors."""
-    highway: NonNegative = 2
+    highway: Annotated[int, Meta(ge=0, le=100)] = 2
     """Number of highway layers."""
     activation: Literal["relu", "tanh"] = "relu"
     """Activation after max pooling over a word's characters."""
@@ -104,7 +170,7 @@ class CharCNNConfig:
 
 
 @dataclass(frozen=True)
-class BiLMConfig:
+class BiLMConfig(Config):
     """Sizes of a bidirectional language model."""
 
     input: Literal["words", "characters"] = "words"
@@ -138,7 +204,7 @@ class BiLMConfig:
 
 
 @dataclass(frozen=True)
-class CombinerConfig:
+class CombinerConfig(Config):
     """Combiner of the layers of a language model."""
 
     combiner: str = "trainable"
@@ -152,7 +218,7 @@ class CombinerConfig:
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Config):
     """Sizes and regularization of the BiLSTM classifier."""
 
     hidden: Size = 128
@@ -172,7 +238,7 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
@@ -190,17 +256,17 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class SVDConfig:
+class SVDConfig(Config):
     """Word vectors from a truncated SVD of co-occurrence counts."""
 
     weighting: Literal["ppmi", "counts"] = "ppmi"
     """Positive pointwise mutual information, or raw counts."""
-    exponent: Annotated[float, Meta(ge=0)] = 0.5
+    exponent: Annotated[float, Meta(ge=0, le=100)] = 0.5
     """Power of the singular values that scales the dimensions; 0 leaves them unscaled."""
 
 
 @dataclass(frozen=True)
-class SGNSConfig:
+class SGNSConfig(Config):
     """Word vectors from skip-gram with negative sampling."""
 
     negatives: Count = 5
@@ -212,7 +278,7 @@ class SGNSConfig:
 
 
 @dataclass(frozen=True)
-class DumpConfig:
+class DumpConfig(Config):
     """Content of an HDF5 file of embeddings."""
 
     layers: Layers = "all"

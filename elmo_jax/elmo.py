@@ -72,6 +72,7 @@ class Elmo:
         text: TextConfig = TextConfig(),
         tokenizer: Tokenizer | None = None,
     ):
+        lstm_layer(model.config, model.kernel).choose()  # an unknown or unsupported kernel is refused here
         self.model, self.params, self.vocabulary = model, params, vocabulary
         self.text = text if tokenizer is None else TextConfig("custom", lowercase=False)
         self._tokenizer, self._split = tokenizer, make_tokenizer(text, tokenizer)
@@ -151,7 +152,6 @@ class Elmo:
             vocabulary, softmax = read_softmax(softmax_path, config.embedding)
             flat |= softmax
         model = _with_dtype(BiLM(config, len(vocabulary or ()), kernel), dtype)
-        lstm_layer(model.config, kernel).choose()
         return cls(model, unflatten_dict(flat, sep="/"), vocabulary, text, tokenizer)
 
     def save_bilm(self, options: str | Path, weights: str | Path) -> None:

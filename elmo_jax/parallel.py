@@ -7,6 +7,8 @@ not depend on the number of devices, so a run can be resumed on another number. 
 
 import contextlib
 import hashlib
+import math
+import os
 import re
 import socket
 import time
@@ -53,6 +55,25 @@ def make_mesh(batch_size: int, model_parallel: int = 1) -> Mesh | None:
     # jax.devices() lists one process after the other, so the rows of each process are adjacent.
     devices = np.array(jax.devices()).reshape(data, model_parallel)
     return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def check_memory(shapes: Any, system_bytes: int | None = None) -> None:
+    """Refuse arrays that do not fit into the memory of a CPU, where the system would kill the process.
+
+    Args:
+        shapes: Pytree of arrays, or of their shapes and dtypes.
+        system_bytes: Memory of the system; None looks it up.
+
+    Raises:
+        InputError: The arrays take more than all memory.
+    """
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return  # other devices report it themselves, and Windows does not kill the process
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    available = system_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        problem = f"the model and its optimizer take {needed / 1e9:,.0f} GB"
+        raise InputError(f"{problem}, this system has {available / 1e9:,.0f} GB; use smaller sizes")
 
 
 def find_mesh(tree: Any) -> Mesh | None:

@@ -15,7 +15,7 @@ from jax import Array
 from msgspec import Meta
 
 from elmo_jax.baselines.bag_of_words import BagOfWords, log_softmax
-from elmo_jax.config import BiLMConfig, ClassifierConfig, CombinerConfig, Count, Kernel, TextConfig
+from elmo_jax.config import BiLMConfig, ClassifierConfig, CombinerConfig, Config, Count, Kernel, TextConfig
 from elmo_jax.data.batching import Batch, Documents
 from elmo_jax.data.text import Tokenizer, Vocabulary, make_tokenizer, tokenize_texts
 from elmo_jax.elmo import Elmo
@@ -36,7 +36,7 @@ _BOUNDS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 408, 512)
 
 
 @dataclass(frozen=True)
-class TextClassifierConfig:
+class TextClassifierConfig(Config):
     """Classes and sizes of a `TextClassifier`."""
 
     classes: tuple[str, ...]

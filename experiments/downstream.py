@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import ClassifierConfig, CombinerConfig, Count, Kernel, OptimizerConfig, Seed, Size
+from elmo_jax.config import (
+    ClassifierConfig,
+    CombinerConfig,
+    Config,
+    Epochs,
+    Kernel,
+    OptimizerConfig,
+    Seed,
+    Size,
+)
 from experiments.common import cli
 from experiments.common.cli import without_effect
 from experiments.common.config import HostsConfig, SourceConfig
@@ -33,7 +42,7 @@ LINEAR_ONLY = (0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class DownstreamConfig:
+class DownstreamConfig(Config):
     """Train and evaluate a BiLSTM classifier on ELMo layers or on word vectors."""
 
     source: Annotated[SourceConfig, OmitArgPrefixes] = SourceConfig()
@@ -47,7 +56,7 @@ class DownstreamConfig:
     hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
     batch_size: Size = 32
     """Documents per step, over all devices."""
-    epochs: Count | None = None
+    epochs: Epochs | None = None
     """Passes over the training data; if not given 3, or up to 20 on small data."""
     standardize: bool = True
     """Standardize each feature of each layer over the training tokens."""

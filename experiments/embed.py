@@ -9,7 +9,7 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import elmo_jax
-from elmo_jax.config import CombinerConfig, Dtype, DumpConfig
+from elmo_jax.config import CombinerConfig, Config, Dtype, DumpConfig
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Config):
     """Write the layers of every token of a text, one sentence per line, to an HDF5 file."""
 
     input: Annotated[Positional[str], arg(metavar="TEXT")]

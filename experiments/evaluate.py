@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from tyro.conf import Positional, arg
 
-from elmo_jax.config import Count, Dtype, Positive
+from elmo_jax.config import Config, Count, Dtype, Positive
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -23,7 +23,7 @@ _FILES = ("metrics.jsonl", "scores.jsonl", "config.json")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """Print the perplexity of texts and their least likely sentences and words, or check a model."""
 
     paths: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL] TEXT ...")]

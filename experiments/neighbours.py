@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 from tyro.conf import Positional, arg
 
-from elmo_jax.config import Count, Dtype
+from elmo_jax.config import Config, Count, Dtype
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -22,7 +22,7 @@ _CONTEXT = 4  # words printed on either side
 
 
 @dataclass(frozen=True)
-class NeighboursConfig:
+class NeighboursConfig(Config):
     """Print the most similar occurrences of a word by layer."""
 
     word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO
 
 from tyro.conf import Positional, arg
 
-from elmo_jax.config import Kernel
+from elmo_jax.config import Config, Kernel
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -26,7 +26,7 @@ _SAMPLE = 200  # lines that tell the delimiter
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Config):
     """Classify texts; each gets its most probable class and the probability of every class."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

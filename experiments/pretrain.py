@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 import elmo_jax
-from elmo_jax.config import BiLMConfig, CharCNNConfig, Count, DataConfig, Kernel, OptimizerConfig, Seed, Size
+from elmo_jax.config import (
+    BiLMConfig,
+    CharCNNConfig,
+    Config,
+    Count,
+    DataConfig,
+    Epochs,
+    Kernel,
+    OptimizerConfig,
+    Seed,
+    Size,
+)
 from experiments.common import cli
 from experiments.common.cli import without_effect
 from experiments.common.config import CorpusConfig, HostsConfig
@@ -27,7 +38,7 @@ DRY_RUN_TOKENS = 1 << 19  # minimum number of corpus tokens that a dry run reads
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Config):
     """Pre-train a bidirectional LSTM language model."""
 
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
@@ -45,7 +56,7 @@ class PretrainConfig:
     """Documents per step, over all devices."""
     model_parallel: Count = 1
     """Devices to split the vocabulary tables over, if one device cannot hold them."""
-    epochs: Count | None = None
+    epochs: Epochs | None = None
     """Passes over the training data; if not given 6, or up to 20 on small data."""
     seed: Seed = 0
     """Random seed for initialization, data order and dropout."""
@@ -144,7 +155,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     import jax
 
     from elmo_jax.models.bilm import lstm_layer
-    from elmo_jax.parallel import run_on_all, run_on_first, start_distributed
+    from elmo_jax.parallel import check_memory, run_on_all, run_on_first, start_distributed
     from elmo_jax.training.checkpoint import VOCABULARY
     from elmo_jax.training.evaluate import perplexities
     from elmo_jax.training.loop import PRETRAIN_EPOCHS
@@ -166,6 +177,7 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     epochs = config.epochs or PRETRAIN_EPOCHS.epochs(round(train.steps_per_epoch / texts.fraction))
     config = replace(config, epochs=epochs)
     init_state, optimizer, loss_fn = _prepare_training(config, model, texts, train, mesh)
+    check_memory(init_state.like())
     _describe(texts, train, init_state, kernel)
     if config.dry_run:
         steps = epochs * train.steps_per_epoch / texts.fraction

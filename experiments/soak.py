@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import Positive
+from elmo_jax.config import Config, Positive
 from elmo_jax.errors import InputError, Interrupted
 from experiments.common import cli
 from experiments.pretrain import PretrainConfig, pretrain
@@ -29,7 +29,7 @@ _WARMUP = 0.25  # fraction of the time spent compiling and filling pools; not us
 
 
 @dataclass(frozen=True)
-class SoakConfig:
+class SoakConfig(Config):
     """Pre-train for some time and report whether memory and open files grow."""
 
     train: Annotated[PretrainConfig, OmitArgPrefixes] = PretrainConfig(

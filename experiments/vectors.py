@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from msgspec import Meta
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import Count, DataConfig, Seed, SGNSConfig, SVDConfig
+from elmo_jax.config import Config, DataConfig, Epochs, Seed, SGNSConfig, SVDConfig
 from elmo_jax.errors import InputError, NotFiniteError
 from experiments.common import cli
 
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class VectorsConfig:
+class VectorsConfig(Config):
     """Make word vectors by a truncated SVD of co-occurrence counts or by skip-gram training."""
 
     method: Literal["svd", "sgns"] = "sgns"
     """Truncated SVD of co-occurrence counts, or skip-gram with negative sampling."""
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
-    dimensions: Count = 300
+    dimensions: Annotated[int, Meta(ge=1, le=8192)] = 300
     """Width of the vectors."""
-    window: Count = 4
+    window: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Context tokens on each side; with sgns, each token samples its own number from 1 to this one."""
     svd: Annotated[SVDConfig, OmitArgPrefixes] = SVDConfig()
     sgns: Annotated[SGNSConfig, OmitArgPrefixes] = SGNSConfig()
-    epochs: Count = 10
+    epochs: Epochs = 10
     """With sgns: passes over the training text."""
     seed: Seed = 0
     """Random seed of the SVD, or of initialization, data order and sampling."""

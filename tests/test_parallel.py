@@ -14,10 +14,11 @@ from jax.sharding import AxisType, PartitionSpec
 from processes import PROCESSES, finish
 
 from elmo_jax.data.batching import Batch
+from elmo_jax.errors import InputError
 from elmo_jax.models.bilm import BiLM, BiLMConfig
 from elmo_jax.models.lstm import LSTM
 from elmo_jax.ops.softmax import full_nll, log_uniform_negatives, sampled_nll
-from elmo_jax.parallel import DATA
+from elmo_jax.parallel import DATA, check_memory
 from elmo_jax.training.objectives import bilm_loss, init_params
 
 RNG = np.random.default_rng(0)
@@ -114,3 +115,10 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_devices_of_the_callers_give_what_one_gives(found, name):
     assert isinstance(found[name], float) and found[name] < 2e-6, found[name]
+
+
+def test_arrays_beyond_all_memory_are_refused():
+    shapes = {"a": jax.ShapeDtypeStruct((65_536, 65_536), np.float32), "b": np.zeros(3)}
+    check_memory(shapes, system_bytes=2**35)
+    with pytest.raises(InputError, match="take 17 GB, this system has 17 GB; use smaller sizes"):
+        check_memory(shapes, system_bytes=2**34)

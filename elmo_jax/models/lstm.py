@@ -141,6 +141,8 @@ class LSTM(nn.Module):
         layer = self.cells, self.projection, self.dtype
         if name == "auto":
             return next(each for each in _AUTOMATIC if not RECURRENCES[each].unsupported_reason(*layer))
+        if name not in RECURRENCES:
+            raise InputError(f"kernel must be one of auto, {', '.join(RECURRENCES)}, not {name!r}")
         if reason := RECURRENCES[name].unsupported_reason(*layer):
             raise InputError(f'kernel "{name}" cannot run this layer: {reason}; use "auto"')
         return name

@@ -55,7 +55,7 @@ def read_bytes(path: Path) -> bytes:
 def check_regular(path: Path) -> None:
     """Raise InputError for folders, and for pipes and devices, which may never end."""
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: cannot be read (it is not a regular file); save it as one first")
+        raise InputError(f"{path}: is not a regular file; save it as one first")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

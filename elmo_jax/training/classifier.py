@@ -14,7 +14,7 @@ from elmo_jax.config import OptimizerConfig
 from elmo_jax.data.batching import Batch, BatchStream, Documents
 from elmo_jax.models.classifier import BiLSTMClassifier, Features, classifier_loss
 from elmo_jax.models.lstm import token_mask
-from elmo_jax.parallel import Plan
+from elmo_jax.parallel import Plan, check_memory
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.evaluate import classification, evaluate
 from elmo_jax.training.loop import fit
@@ -74,7 +74,9 @@ class ClassifierTraining:
             classifier = self.model.init(classifier_key, x, jnp.ones(1, jnp.int32))
             return {"combiner": combiner.get("params", {}), "classifier": classifier["params"]}
 
-        return init(jax.random.key(self.seed))
+        key = jax.random.key(self.seed)
+        check_memory(jax.eval_shape(init, key))
+        return init(key)
 
     def run(
         self,

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elmo_jax.config import Count, Positive, Seed
+from elmo_jax.config import Config, Count, Positive, Seed
 from elmo_jax.errors import InputError
 from experiments.benchmark import runner
 from experiments.benchmark.cases import (
@@ -40,7 +40,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Config):
     """Time elmo_jax beside PyTorch, Flax, cuDNN and gensim, and against the machine's own rates."""
 
     quick: bool = False

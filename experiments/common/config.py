@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from elmo_jax.config import Count, Seed, TextColumns, Tokens
+from elmo_jax.config import Config, Count, Seed, TextColumns, Tokens
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Config):
     """Input features of the classifier."""
 
     features: Literal["elmo", "svd", "sgns", "tfidf"] = "elmo"
@@ -54,7 +54,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Config):
     """A text corpus used instead of a labelled data set, and how text is split into batches."""
 
     corpus: str | None = None
@@ -71,7 +71,7 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class HostsConfig:
+class HostsConfig(Config):
     """Processes of a distributed run; start each with the same command and its own --process."""
 
     coordinator: str | None = None

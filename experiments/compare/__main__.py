@@ -13,7 +13,7 @@ import filelock
 from msgspec import Meta
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import DataConfig
+from elmo_jax.config import Config, DataConfig
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
@@ -21,7 +21,7 @@ _CONFIG, _LOCK = "config.json", ".lock"
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Config):
     """Compare ELMo with SVD and SGNS vectors; the same command continues after a stop."""
 
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()

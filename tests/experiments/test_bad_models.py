@@ -59,7 +59,7 @@ def announce(name, shape, dtype, **more):
 HDF5 = {  # the softmax file sets its own sizes, unlike the weights
     "empty": (raw(b""), "cannot be read as HDF5"),
     "binary": (raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000), "cannot be read as HDF5"),
-    "a folder": (folder, "it is not a regular file"),
+    "a folder": (folder, "is not a regular file"),
     "tokens of numbers": (swap("tokens", np.arange(5)), "has no list of tokens"),
     "tokens twice": (swap("tokens", ["<S>", "</S>", "<UNK>", "a", "a"]), "'a' occurs twice"),
     "tokens of bytes": (swap("tokens", [b"<S>", b"</S>", b"<UNK>", b"\xff", b"b"]), "is not UTF-8"),
@@ -113,7 +113,7 @@ NPZ = {
     "no matrix": (lambda path: np.savez(path, tokens=NUMBERS, matrix=np.zeros(2)), "holds no word vectors"),
     "a token twice": (
         lambda path: np.savez(path, tokens=np.frombuffer(b"a\na", np.uint8), matrix=np.zeros((2, 1))),
-        "a token occurs twice",
+        "occurs twice; remove one",
     ),
     "objects": (
         lambda path: np.savez(path, tokens=np.array(["a", None], object), matrix=np.zeros((2, 1))),
