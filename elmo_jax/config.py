@@ -27,7 +27,7 @@ Size = Annotated[int, Meta(ge=1, le=2**16)]
 Depth = Annotated[int, Meta(ge=1, le=64)]
 NonNegative = Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Positive = Annotated[float, Meta(gt=0, lt=2**31)]
+Positive = Annotated[float, Meta(gt=0)]
 
 CHARACTERS = 50  # character ids of a word, its begin and end symbols included
 
@@ -261,7 +261,7 @@ class SVDConfig(Config):
 
     weighting: Literal["ppmi", "counts"] = "ppmi"
     """Positive pointwise mutual information, or raw counts."""
-    exponent: Annotated[float, Meta(ge=0, le=100)] = 0.5
+    exponent: Annotated[float, Meta(ge=0)] = 0.5
     """Power of the singular values that scales the dimensions; 0 leaves them unscaled."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from msgspec import Meta
 from tyro.conf import OmitArgPrefixes
 
 from elmo_jax.config import Config, Positive
@@ -37,7 +38,7 @@ class SoakConfig(Config):
     )
     minutes: Positive = 60.0
     """Minutes until the run is stopped; it can be continued later."""
-    every: Positive = 10.0
+    every: Annotated[float, Meta(gt=0, le=100_000)] = 10.0
     """Seconds between two samples; about 50 samples or more are needed."""
 
 

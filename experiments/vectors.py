@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta
 from tyro.conf import OmitArgPrefixes
 
-from elmo_jax.config import Config, DataConfig, Epochs, Seed, SGNSConfig, SVDConfig
+from elmo_jax.config import Config, Count, DataConfig, Epochs, Seed, SGNSConfig, SVDConfig
 from elmo_jax.errors import InputError, NotFiniteError
 from experiments.common import cli
 
@@ -33,7 +33,7 @@ class VectorsConfig(Config):
     data: Annotated[DataConfig, OmitArgPrefixes] = DataConfig()
     dimensions: Annotated[int, Meta(ge=1, le=8192)] = 300
     """Width of the vectors."""
-    window: Annotated[int, Meta(ge=1, le=1000)] = 4
+    window: Count = 4
     """Context tokens on each side; with sgns, each token samples its own number from 1 to this one."""
     svd: Annotated[SVDConfig, OmitArgPrefixes] = SVDConfig()
     sgns: Annotated[SGNSConfig, OmitArgPrefixes] = SGNSConfig()
