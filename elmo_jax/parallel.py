@@ -5,14 +5,16 @@ along "data", vocabulary tables by rows along "model", and every other array is 
 not depend on the number of devices, so a run can be resumed on another number. One device needs no mesh.
 """
 
+import atexit
 import contextlib
 import hashlib
 import math
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -282,9 +284,15 @@ def run_on_first(work: Callable[[], T]) -> T | None:
 
 START_TIMEOUT = 300.0  # seconds to wait for all processes
 _MESSAGE_BYTES = 64  # upper bound
+_GO, _FAREWELL = b"go", b"bye"
 
 
-def start_distributed(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def start_distributed(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    on_lost: Callable[[int], None] = lambda process: None,
+) -> None:
     """Start `jax.distributed` once all processes have answered.
 
     Args:
@@ -292,6 +300,8 @@ def start_distributed(coordinator: str | None, processes: int | None, process: i
             TPUs; None for a run in one process, which starts nothing.
         processes: Number of processes; only with HOST:PORT.
         process: Number of this process, from 0; only with HOST:PORT.
+        on_lost: Called in a thread with the number of the first process that is killed; only with HOST:PORT.
+            JAX itself aborts the others, at once if that was process 0, else after a missed heartbeat.
 
     Raises:
         InputError: an argument is wrong or missing, or a process does not answer within `START_TIMEOUT`.
@@ -301,6 +311,7 @@ def start_distributed(coordinator: str | None, processes: int | None, process: i
         raise InputError("processes and process need a coordinator HOST:PORT; give all three or none")
     if coordinator is None:
         return
+    connections: dict[int, socket.socket] = {}
     if address is not None:
         if not re.fullmatch(r".+:\d{1,5}", address) or int(address.rpartition(":")[2]) >= 2**16:
             raise InputError(f"coordinator must be HOST:PORT or auto, not {address}")
@@ -309,7 +320,7 @@ def start_distributed(coordinator: str | None, processes: int | None, process: i
         if process >= processes:
             raise InputError(f"process must be below the {processes} processes, not {process}")
         try:
-            _wait_for_all(address, processes, process)
+            connections = _wait_for_all(address, processes, process)
         except OSError as error:
             raise InputError(
                 f"coordinator {address} cannot be used ({error.strerror or error}); "
@@ -320,41 +331,49 @@ def start_distributed(coordinator: str | None, processes: int | None, process: i
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"coordinator {coordinator}: the processes could not connect ({reason})") from None
+    _watch(connections, on_lost)
 
 
-def _wait_for_all(address: str, count: int, process: int) -> None:
-    """Wait until every process has started; JAX would abort the others if one were missing."""
+def _wait_for_all(address: str, count: int, process: int) -> dict[int, socket.socket]:
+    """Wait until every process has started; JAX would abort the others if one were missing.
+
+    Returns:
+        Connections by process: to every other one from the first, and to the first from the others.
+    """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + START_TIMEOUT
     if process:
-        _report_to_first((host.strip("[]"), int(port)), count, process, deadline)
-        return
+        return {0: _report_to_first((host.strip("[]"), int(port)), count, process, deadline)}
     missing = set(range(1, count))
     dualstack = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dualstack else socket.AF_INET
     with (
         socket.create_server(("", int(port)), family=family, dualstack_ipv6=dualstack) as server,
-        contextlib.ExitStack() as connections,
+        contextlib.ExitStack() as opened,
     ):
-        clients = []
+        clients: dict[int, socket.socket] = {}
         while missing:
             server.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
-                clients.append(connections.enter_context(server.accept()[0]))
+                client = opened.enter_context(server.accept()[0])
             except TimeoutError:
                 absent = f"process {', '.join(map(str, sorted(missing)))}"
                 raise InputError(
                     f"{absent} did not start within {START_TIMEOUT:.0f} s; start all {count} processes"
                 ) from None
-            numbers = _read_numbers(clients[-1])
+            numbers = _read_numbers(client)
             if numbers and (numbers[0] != count or numbers[1] not in missing):
                 raise InputError(
                     f"process {numbers[1]} of {numbers[0]} started twice, or expects other than {count} "
                     "processes; give each its own number, and all the same number of processes"
                 )
-            missing -= set(numbers[1:])
-        for client in clients:
-            client.sendall(b"go")
+            if numbers:
+                missing.remove(numbers[1])
+                clients[numbers[1]] = client
+        for client in clients.values():
+            client.sendall(_GO)
+        opened.pop_all()
+    return clients
 
 
 def _read_numbers(client: socket.socket) -> tuple[int, ...]:
@@ -366,15 +385,17 @@ def _read_numbers(client: socket.socket) -> tuple[int, ...]:
     return ()
 
 
-def _report_to_first(address: tuple[str, int], count: int, process: int, deadline: float) -> None:
-    """Tell the first process that this one has started, and wait until all have."""
+def _report_to_first(address: tuple[str, int], count: int, process: int, deadline: float) -> socket.socket:
+    """Tell the first process that this one has started, wait until all have, and return the connection."""
     while True:
         try:
-            with socket.create_connection(address, timeout=1) as first:
+            with contextlib.ExitStack() as opened:
+                first = opened.enter_context(socket.create_connection(address, timeout=1))
                 first.sendall(b"elmo_jax %d %d" % (count, process))
                 first.settimeout(max(deadline - time.monotonic(), 1e-3))
-                if first.recv(_MESSAGE_BYTES) == b"go":
-                    return
+                if first.recv(len(_GO)) == _GO:
+                    opened.pop_all()
+                    return first
             raise InputError("the first process ended before all had started; see its message")
         except (ConnectionError, TimeoutError) as error:  # the first process may start later
             if time.monotonic() > deadline:
@@ -383,3 +404,30 @@ def _report_to_first(address: tuple[str, int], count: int, process: int, deadlin
                     f"({error}); start process 0 there"
                 ) from None
             time.sleep(0.2)
+
+
+def _watch(connections: Mapping[int, socket.socket], on_lost: Callable[[int], None]) -> None:
+    """Call `on_lost` once a connection ends without the farewell that a process sends when it exits.
+
+    The first process, which alone is connected to all, passes the number of the lost process on.
+    """
+
+    def send(message: bytes) -> None:
+        for connection in connections.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(message)
+
+    def wait(process: int, connection: socket.socket) -> None:
+        message = b""
+        with contextlib.suppress(OSError):
+            message = connection.recv(_MESSAGE_BYTES)
+        if message == _FAREWELL:
+            return
+        if not message:
+            send(b"%d" % process)
+        on_lost(int(message or process))
+
+    atexit.register(send, _FAREWELL)
+    for process, connection in connections.items():
+        connection.settimeout(None)
+        threading.Thread(target=wait, args=(process, connection), daemon=True).start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -117,13 +117,13 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
 
     from elmo_jax.data.batching import BatchStream
     from elmo_jax.models.lstm import LSTM
-    from elmo_jax.parallel import make_mesh, run_on_all, run_on_first, start_distributed
+    from elmo_jax.parallel import make_mesh, run_on_all, run_on_first
     from elmo_jax.pretrained.folder import MODEL
     from elmo_jax.storage.files import tree_digest
     from elmo_jax.training.loop import CLASSIFIER_EPOCHS
     from experiments.common.inputs import open_source
 
-    start_distributed(*astuple(config.hosts))
+    cli.join_processes(config.hosts)
     LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # fails before a folder is made
     mesh = make_mesh(config.batch_size)
     source = run_on_all(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))

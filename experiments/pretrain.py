@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -155,14 +155,14 @@ def pretrain(config: PretrainConfig) -> list[dict[str, Any]]:
     import jax
 
     from elmo_jax.models.bilm import lstm_layer
-    from elmo_jax.parallel import check_memory, run_on_all, run_on_first, start_distributed
+    from elmo_jax.parallel import check_memory, run_on_all, run_on_first
     from elmo_jax.training.checkpoint import VOCABULARY
     from elmo_jax.training.evaluate import perplexities
     from elmo_jax.training.loop import PRETRAIN_EPOCHS
     from experiments.common.estimate import estimate
     from experiments.common.inputs import load_texts
 
-    start_distributed(*astuple(config.hosts))
+    cli.join_processes(config.hosts)
     mesh = elmo_jax.make_mesh(config.batch_size, config.model_parallel)
     kernel = lstm_layer(config.model, config.kernel).choose()  # fails before the texts are read
     max_tokens = _dry_run_tokens(config) if config.dry_run else None

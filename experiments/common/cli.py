@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import elmo_jax
 from elmo_jax.config import Dtype
 from elmo_jax.errors import InputError, Interrupted
+from experiments.common.config import HostsConfig
 
 C = TypeVar("C")
 
@@ -102,6 +104,8 @@ def _one_line_reason(error: Exception, config: type) -> str:
         return f"{error.filename or 'a file'}: {error.strerror}; fix this and {again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; lower --batch-size, --steps-per-call, --max-length or the model's sizes"
+    if _is_watching:
+        time.sleep(1)  # if another process was killed, the thread that watches it ends this one
     raise error
 
 
@@ -163,6 +167,23 @@ def _leave(number: int, config: type, name: str) -> None:
     line = f"stopped; {hint}: {_command_to_continue(config, name)}\n"
     os.write(2, line.encode(errors="backslashreplace"))  # the main thread may hold the lock of stderr
     os._exit(128 + number)
+
+
+_is_watching = False
+
+
+def join_processes(hosts: HostsConfig) -> None:
+    """Start the processes of a distributed run; end this one if another is killed."""
+    global _is_watching
+    from elmo_jax.parallel import start_distributed
+
+    def leave(process: int) -> None:
+        again = "start all processes again" + " with --resume" * _output_created
+        os.write(2, f"error: process {process} of this run has ended; {again}\n".encode())
+        os._exit(2)  # unwinding would wait for the lost process
+
+    start_distributed(hosts.coordinator, hosts.processes, hosts.process, leave)
+    _is_watching = hosts.coordinator is not None
 
 
 _output_created = False

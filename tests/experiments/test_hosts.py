@@ -144,7 +144,7 @@ def test_a_number_is_taken_once(monkeypatch, guests):
     for other in others:
         other.start()
     if guests == [(3, 1), (3, 2)]:
-        parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0)
+        said.append(parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0))
     else:
         with pytest.raises(
             InputError,
@@ -153,4 +153,9 @@ def test_a_number_is_taken_once(monkeypatch, guests):
             parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0)
     for other in others:
         other.join()
-    assert [word is None for word in said] == [guests == [(3, 1), (3, 2)]] * len(guests)
+    if guests == [(3, 1), (3, 2)]:
+        assert sorted(sorted(connections) for connections in said) == [[0], [0], [1, 2]]
+        for connection in (connection for connections in said for connection in connections.values()):
+            connection.close()
+    else:
+        assert all(isinstance(word, str) for word in said) and len(said) == len(guests)

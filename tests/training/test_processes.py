@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from elmo_jax.parallel import (
     max_over_processes,
     run_on_all,
     run_on_first,
+    start_distributed,
 )
 from elmo_jax.training.checkpoint import Run
 from elmo_jax.training.loop import fit
@@ -65,11 +67,11 @@ def train(path, index, port, epochs, mark=None):
         sys.exit(stop.exit_code)
 
 
-def start_both(work, *args):
+def start_both(work, *args, count=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [PROCESSES.Process(target=work, args=(args[0], i, port, *args[1:])) for i in range(2)]
+    processes = [PROCESSES.Process(target=work, args=(args[0], i, port, *args[1:])) for i in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -125,3 +127,30 @@ def test_failure_in_one_process_is_raised_in_both(tmp_path):
         [True, 3, 0, "FileNotFoundError", "InputError", "InputError"],
         [False, 3, None, "InputError", "InputError", "InputError"],
     ]
+
+
+def watch(path, index, port, seconds):
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def leave(process):
+        Path(f"{path}.{index}").write_text(str(process))
+        os._exit(2)
+
+    start_distributed(f"127.0.0.1:{port}", 3, index, leave)
+    Path(f"{path}.{index}").touch()
+    time.sleep(seconds)
+
+
+def test_killed_process_is_named_in_all_others(tmp_path):
+    files = [tmp_path / f"x.{i}" for i in range(3)]
+    processes = start_both(watch, tmp_path / "x", 300, count=3)
+    wait_for(lambda: all(file.exists() for file in files))
+    processes[2].kill()
+    assert [finish(process) for process in processes] == [2, 2, -signal.SIGKILL]
+    assert [file.read_text() for file in files] == ["2", "2", ""]
+
+
+def test_processes_that_end_by_themselves_are_not_missed(tmp_path):
+    processes = start_both(watch, tmp_path / "x", 0, count=3)
+    assert [finish(process) for process in processes] == [0, 0, 0]
+    assert not any((tmp_path / f"x.{i}").read_text() for i in range(3))
