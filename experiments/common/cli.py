@@ -254,8 +254,10 @@ def _replace_old_flag(arg: str) -> str:
 
 def _move_bilm_last(args: Sequence[str]) -> list[str]:
     """Move ``--bilm`` and its two values to the end, since the parser gives it all values that follow."""
+    parts = (arg.split("=", 1) if arg.startswith("--bilm=") else [arg] for arg in args)
+    args = list(itertools.chain.from_iterable(parts))
     if "--bilm" not in args:
-        return list(args)
+        return args
     i = args.index("--bilm")
     flag, *values = args[i : i + 3]
     if len(values) < 2 or any(value.startswith("--") for value in values):

@@ -78,9 +78,9 @@ def test_messages_of_the_parser_say_what_to_change(command, args, message, refus
     refused(command.main, args, message)
 
 
-@pytest.mark.parametrize("args", [["--bilm", "o", "w", "text"], ["text", "--bilm", "o", "w"]])
+@pytest.mark.parametrize("args", ["--bilm o w text", "--bilm=o w text", "text --bilm o w"])
 def test_official_model_may_stand_before_positional_arguments(args):
-    config = cli.parse(evaluate.EvaluateConfig, "evaluate", args=args)
+    config = cli.parse(evaluate.EvaluateConfig, "evaluate", args=args.split())
     assert config.bilm == ("o", "w") and config.paths == ("text",)
 
 
