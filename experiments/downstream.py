@@ -135,20 +135,21 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     config = replace(config, epochs=config.epochs or CLASSIFIER_EPOCHS.epochs(train.steps_per_epoch))
     run = cli.create_run(config, output, monitor="val_loss", **more)
     cli.describe((data.train, data.validation, data.test), data.vocabulary, train)
-    records, params = _train(config, source, train, run, mesh) if source.features.params else ([], {})
+    records, params, lambdas = [], {}, []
+    if source.features.params:
+        records, params, lambdas = _train(config, source, train, run, mesh)
     model, log_probabilities = _make_classifier(config, source, params)
     results, predictions = _score_parts(model, data, log_probabilities)
     if records:
-        results["lambdas"] = source.combiner.lambdas(params["combiner"])
-        if results["lambdas"] is not None:
-            results["lambdas"] = np.asarray(results["lambdas"], np.float64).tolist()
+        best = source.combiner.lambdas(params["combiner"])
+        results["lambdas"] = None if best is None else np.asarray(best, np.float64).tolist()
         results |= cli.speed(records, train)
 
     def write() -> None:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
         model.save_pretrained(run.path / MODEL)
         _print_scores(results, classes)  # before the plots, so that a failed plot hides no result
-        _plot(results, records, classes, run.path)
+        _plot(results, records, lambdas, name, run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
@@ -159,8 +160,14 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
 
 def _train(
     config: DownstreamConfig, source: Source, train: BatchStream, run: Run, mesh: Mesh | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Train the classifier; return the record of every epoch and all parameters of the best one."""
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[list[float]]]:
+    """Train the classifier.
+
+    Returns:
+        The record of every epoch, all parameters of the best one, and λ before training and by epoch.
+    """
+    import numpy as np
+
     from elmo_jax.models.classifier import BiLSTMClassifier
     from elmo_jax.training.classifier import ClassifierTraining
 
@@ -175,15 +182,18 @@ def _train(
         config.source.finetune,
         config.standardize,
     )
-    trained, frozen = (
-        cli.count_parameters(training.init_network()),
-        cli.count_parameters(source.features.params),
-    )
+    network = training.init_network()
+    trained, frozen = (cli.count_parameters(each) for each in (network, source.features.params))
     if config.source.finetune:
         trained, frozen = trained + frozen, 0
     cli.say(f"model: {trained:,} trained parameters, {frozen:,} frozen; {training.epochs} epochs")
     with cli.tensorboard(run, config.tensorboard) as on_record:
-        return training.run(train, source.data.validation, run, mesh, _print_epoch, on_record)
+        records, params = training.run(train, source.data.validation, run, mesh, _print_epoch, on_record)
+    first = source.combiner.lambdas(network["combiner"])
+    if first is None:
+        return records, params, []
+    lambdas = [np.asarray(first, np.float64).tolist(), *(record["lambdas"] for record in records)]
+    return records, params, lambdas
 
 
 def _print_epoch(epoch: int, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -279,19 +289,24 @@ def _print_scores(results: dict[str, Any], classes: tuple[str, ...]) -> None:
 
 
 def _plot(
-    results: dict[str, Any], records: list[dict[str, Any]], classes: tuple[str, ...], path: Path
+    results: dict[str, Any],
+    records: list[dict[str, Any]],
+    lambdas: list[list[float]],
+    method: str,
+    path: Path,
 ) -> None:
     from experiments.common import report
 
     losses = {"loss": "training", "val_loss": "validation"}
     if records:
         report.plot_curves(records, losses, path / "loss.png", "loss (nats)")
-    if records and records[0]["lambdas"]:
-        report.plot_lambdas(records, path / "lambdas.png")
+    if lambdas:
+        report.plot_lambdas(lambdas, path / "lambdas.png")
     for part in PARTS:
         scores = results[part]
-        title = f"{part}: accuracy {scores['accuracy']:.4f}"
-        report.plot_confusion(scores["confusion_matrix"], classes, title, path / f"confusion_{part}.png")
+        title = f"{method}, {part}: accuracy {scores['accuracy']:.4f}"
+        picture = path / f"confusion_{part}.png"
+        report.plot_confusion(scores["confusion_matrix"], results["classes"], title, picture)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from elmo_jax.elmo import Elmo
 
 _CONTEXT = 4  # words printed on either side
+_EXAMPLES = 4  # occurrences that stand for the others of a text without senses
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     senses = [occurrence.sense for occurrence in found]
     cli.say(f"{config.word}: {len(found)} occurrences; nearest by cosine similarity")
     queries = _choose_queries(cosines[-1], senses)
+    groups = _group_by_query(found, cosines[-1], queries)
     for query in queries:
         _show(query, found, cosines, titles, config.nearest)
     agreement = []
@@ -98,8 +100,6 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     if config.picture is not None:
         from experiments.common import report
 
-        examples = {found[i].sense: f"{found[i].sense}: {found[i]}" for i in queries}
-        groups = [examples.get(sense, "") if sense else config.word for sense in senses]
         points = [principal_components(layer) for layer in vectors]
         report.plot_layers(points, groups, titles, Path(config.picture))
         if numbers := report.explain_numbers(list(dict.fromkeys(groups)), "word"):
@@ -190,10 +190,25 @@ def sense_agreement(cosines: np.ndarray, senses: Sequence[str | None], k: int) -
 
 
 def _choose_queries(cosines: np.ndarray, senses: Sequence[str | None]) -> list[int]:
-    """Return the first occurrence of each sense; without senses, the first and the least similar to it."""
+    """Return the first occurrence of each sense; without senses, up to four that are least similar."""
     if None not in senses and len(set(senses)) > 1:
         return [senses.index(sense) for sense in dict.fromkeys(senses)]
-    return [0, 1 + int(cosines[0, 1:].argmin())]
+    queries = [0]
+    while len(queries) < min(_EXAMPLES, len(cosines)):
+        nearest = cosines[queries].max(0)
+        nearest[queries] = np.inf
+        queries.append(int(nearest.argmin()))
+    return queries
+
+
+def _group_by_query(found: Sequence[Occurrence], cosines: np.ndarray, queries: Sequence[int]) -> list[str]:
+    """Return a label for each occurrence: the query of the same sense; without senses, the most similar."""
+    if found[queries[0]].sense is not None:
+        examples = {found[i].sense: f"{found[i].sense}: {found[i]}" for i in queries}
+        return [examples[occurrence.sense] for occurrence in found]
+    similarity = cosines[queries]  # [queries, N]
+    similarity[range(len(queries)), queries] = np.inf
+    return [f"like: {found[queries[i]]}" for i in similarity.argmax(0).tolist()]
 
 
 def _show(query: int, found: list[Occurrence], cosines: list[np.ndarray], titles: list[str], k: int) -> None:

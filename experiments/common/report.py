@@ -71,12 +71,22 @@ def plot_curves(
     plot_bands(epochs, values, path, "epoch", ylabel, "y" if log else None, _SMALL)
 
 
-def plot_lambdas(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the weight of each layer against the epoch, as a PNG."""
-    weights = np.array([record["lambdas"] for record in records])  # [X, L]
-    labels = ["token vectors", *(f"LSTM layer {j}" for j in range(1, weights.shape[1]))]
-    values = {label: weight[None] for label, weight in zip(labels, weights.T, strict=True)}
-    plot_bands([record["epoch"] for record in records], values, path, "epoch", "weight λ", size=_SMALL)
+def plot_lambdas(weights: Sequence[Sequence[float]], path: Path) -> None:
+    """Plot the weight of each layer as a PNG: against the epoch, or as bars if training does not change it.
+
+    Args:
+        weights: λ before training and after each epoch, ``[epochs + 1, L]``.
+        path: PNG file to write.
+    """
+    columns = np.array(weights).T  # [L, X]
+    labels = ["token vectors", *(f"LSTM layer {j}" for j in range(1, len(columns)))]
+    if np.ptp(columns, axis=1).max() == 0:
+        plot_bars(
+            {label: column[:1] for label, column in zip(labels, columns, strict=True)}, path, "weight λ"
+        )
+        return
+    values = {label: column[None] for label, column in zip(labels, columns, strict=True)}
+    plot_bands(range(len(weights)), values, path, "epoch (0: before training)", "weight λ", size=_SMALL)
 
 
 def plot_bands(
@@ -90,7 +100,7 @@ def plot_bands(
 ) -> None:
     """Plot means over repetitions against x, each in a band of one standard deviation, as a PNG.
 
-    A single x has no room for a band and gets error bars.
+    A single x has no room for a band; it gets error bars and its values as numbers.
 
     Args:
         x: X increasing values.
@@ -110,6 +120,7 @@ def plot_bands(
             else:  # side by side, so that equal values stay visible
                 at = x[0] * (1 + (i - (len(values) - 1) / 2) / 100)
                 axes.errorbar(at, mean, yerr=spread if len(y) > 1 else None, capsize=3, **style)
+                axes.annotate(f"{mean[0]:.4g}", (at, mean[0]), (0, 7), **_NOTE)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(x) > 1 else FixedLocator(x))
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -119,8 +130,14 @@ def plot_bands(
             axes.xaxis.set_minor_locator(NullLocator())
         if log == "y":
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            # Ticks at powers of ten alone would leave most curves without a number.
+            low, high = axes.get_ylim()
+            factors = (1, 2, 5) if high < 500 * low else (1,)
+            ticks = [factor * 10.0**power for power in range(-6, 12) for factor in factors]
+            ticks = MaxNLocator(6).tick_values(low, high) if high < 8 * low else ticks
+            axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         if len(values) > 1:
             axes.legend(**_LEGEND)
 
@@ -147,6 +164,29 @@ def plot_dots(
             axes.annotate(f"{mean:.3f}", (mean, i), (0, 8), bbox=box, **_NOTE)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.8)
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set(xlabel=xlabel)
+
+
+def plot_bars(values: Mapping[str, Sequence[float] | np.ndarray], path: Path, xlabel: str) -> None:
+    """Plot the mean of repetitions as bars from 0 with error bars, one name a line, as a PNG.
+
+    Args:
+        values: By name, one value for each repetition; plotted from top to bottom.
+        path: PNG file to write.
+        xlabel: Axis label with its unit.
+    """
+    with new_figure(path, 6.2, 0.8 + 0.4 * len(values)) as figure:
+        axes = figure.subplots()
+        runs = [np.asarray(each) for each in values.values()]
+        means = [float(each.mean()) for each in runs]
+        spreads = [float(deviation(each)) for each in runs]
+        has_spread = any(spreads)
+        bars = axes.barh(range(len(runs)), means, 0.6, color=COLOURS[0], xerr=spreads if has_spread else None)
+        axes.bar_label(bars, [f"{mean:.3f}" for mean in means], padding=4, fontsize=9)
+        axes.set_yticks(range(len(runs)), list(values))
+        axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
         axes.set(xlabel=xlabel)

@@ -33,6 +33,9 @@ class CompareConfig(Config):
     """Also measure the claims about ELMo with many more classifiers, and write claims.md and claims.html."""
     pretrained: str | None = None
     """Finished run of pretrain to use with its data set, instead of pre-training."""
+    runs: str | None = None
+    """Folder of runs, such as runs; finished ones with the settings of the comparison are copied instead of
+    being trained again."""
     pretrain: str = ""
     """More flags of pretrain in one string, as in --pretrain="--epochs 2 --cells 64"; with
     --pretrained, for the language model that --claims trains."""
@@ -53,6 +56,8 @@ def compare(config: CompareConfig) -> None:
     output = Path(config.output)
     _check_flags(config)
     _check_output(output)
+    if config.runs is not None and not Path(config.runs).is_dir():
+        raise InputError(f"--runs {config.runs}: no such folder; give the folder that holds the runs")
     comparison = Comparison(config)
     stages = comparison.stages
     studies = claims.Studies(comparison) if config.claims else None
@@ -60,7 +65,10 @@ def compare(config: CompareConfig) -> None:
     try:
         with writer_lock(output / _LOCK):
             write_atomically(output / _CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            seconds = run_stages([*stages, *(studies.stages if studies else [])], output)
+            for few in studies.few_texts if studies else ():
+                few.write_data()
+            runs = None if config.runs is None else Path(config.runs)
+            seconds = run_stages([*stages, *(studies.stages if studies else [])], output, runs)
             results.write_page(comparison, seconds, _describe_call())
             cli.say(f"written to {output / 'report.html'}")
             if studies:

@@ -4,6 +4,8 @@ Each study has a plot and a sentence that states the result, whichever way it tu
 Axes in shape comments: S seeds, X points of a curve, L layers, N occurrences of words, F features.
 """
 
+import csv
+import io
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,14 +20,17 @@ from sklearn.preprocessing import StandardScaler
 
 from elmo_jax.baselines.word_vectors import WordVectors
 from elmo_jax.config import DataConfig
+from elmo_jax.data.csv_dataset import load_dataset
 from elmo_jax.data.sample_corpus import Text, sample_corpus
 from elmo_jax.elmo import Elmo
+from elmo_jax.storage.files import write_atomically
 from experiments.common import report
-from experiments.common.inputs import VECTORS
-from experiments.compare.results import format_mean, read_classifiers, validation_curves
-from experiments.compare.stages import ELMO, Comparison
+from experiments.common.inputs import VECTORS, keep_labels
+from experiments.compare.results import format_mean, read_classifiers, training_curves
+from experiments.compare.stages import ELMO, TFIDF, Comparison
 
 STATIC = ("SGNS", "SVD")
+FEW_TEXTS = "ELMo, few texts"
 LABEL_FRACTIONS = (0.01, 0.03, 0.1, 0.3)  # besides all labels
 
 
@@ -41,15 +46,57 @@ class Studies:
             method: {
                 f: [comparison.classifier(method, seed, f, n) for seed in seeds] for f, n in epochs.items()
             }
-            for method in (ELMO, *STATIC)
+            for method in (ELMO, *STATIC, TFIDF)
         }
+        self.few_texts = [FewTexts(comparison, fraction, epochs[fraction]) for fraction in LABEL_FRACTIONS]
+        self.few_labels[FEW_TEXTS] = {few.fraction: few.classifiers for few in self.few_texts}
         self.untrained = [comparison.classifier(ELMO, seed, untrained=True) for seed in seeds]
         output = str(comparison.output / "context")
         config = replace(comparison.config, data=DataConfig(), output=output, pretrained=None)
         sources = Comparison(config).sources
         self.context = [replace(stage, name=f"context {name}") for name, stage in sources.items()]
         few = (runs for of_method in self.few_labels.values() for runs in of_method.values())
-        self.stages = [*self.context, *self.untrained, *itertools.chain(*few)]
+        models = [few.language_model for few in self.few_texts]
+        self.stages = [*self.context, *self.untrained, *models, *itertools.chain(*few)]
+
+
+class FewTexts:
+    """ELMo for someone who has few texts: pre-trained on the labelled documents alone.
+
+    Args:
+        comparison: The comparison with all texts.
+        fraction: Fraction of its training and validation documents.
+        epochs: Epochs of pre-training and of the classifiers.
+    """
+
+    def __init__(self, comparison: Comparison, fraction: float, epochs: int):
+        self.fraction = fraction
+        output = comparison.output / f"texts-{fraction:g}"
+        self._all, self._folder = comparison.data, output / "data"
+        length = comparison.data.max_length
+        data = DataConfig(dataset=str(self._folder), tokens="whitespace", max_length=length)
+        config = replace(comparison.config, data=data, output=str(output), pretrained=None)
+        few = Comparison(config)
+        model = few.sources["pretrain"]
+        model = replace(model, name=f"texts-{fraction:g} pretrain")
+        self.language_model = model
+        self.classifiers = [
+            replace(stage, name=f"texts-{fraction:g} {stage.name}")
+            for stage in (few.classifier(ELMO, seed, epochs=epochs) for seed in range(config.seeds))
+        ]
+
+    def write_data(self) -> None:
+        """Write the documents, and all test documents, as a data set of their own."""
+        dataset = load_dataset(replace(self._all, min_count=1, max_vocab=None))
+        few = keep_labels(dataset, self.fraction, seed=0)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name, parts in (("train.csv", (few.train, few.validation)), ("test.csv", (few.test,))):
+            text = io.StringIO(newline="")
+            for part in parts:
+                tokens = [dataset.vocabulary.tokens[i] for i in part.ids.tolist()]
+                spans = zip(part.labels.tolist(), part.offsets, part.offsets[1:], strict=False)
+                csv.writer(text).writerows([dataset.classes[c], " ".join(tokens[i:j])] for c, i, j in spans)
+            write_atomically(self._folder / name, text.getvalue())
 
 
 def write_page(studies: Studies, output: Path) -> None:
@@ -69,13 +116,18 @@ def write_page(studies: Studies, output: Path) -> None:
 
 def study_efficiency(studies: Studies, path: Path) -> str:
     """Plot the test accuracy against the number of labelled documents and describe it."""
-    x, values = [], {}
+    x, columns, values = [], [], {}
     for method, few_labels in studies.few_labels.items():
-        accuracies = {}
-        for runs in read_classifiers({**few_labels, 1.0: studies.full[method]}).values():
-            documents = float(np.sum(runs[0].results["train"]["confusion_matrix"]))
-            accuracies[documents] = [run.accuracy for run in runs]
-        x, values[method] = list(accuracies), np.array([*accuracies.values()]).T
+        full = studies.full[ELMO if method == FEW_TEXTS else method]  # with all labels, it has all texts
+        runs = read_classifiers({**few_labels, 1.0: full})
+        if method == ELMO:
+            documents = [
+                float(np.sum(each[0].results["train"]["confusion_matrix"])) for each in runs.values()
+            ]
+            # Of few documents, two fractions may be the same number.
+            unique = {count: i for i, count in enumerate(documents)}
+            x, columns = list(unique), list(unique.values())
+        values[method] = np.array([[run.accuracy for run in each] for each in runs.values()]).T[:, columns]
     report.plot_bands(x, values, path, "labelled training documents", "test accuracy", "x")
     return describe_efficiency(x, values)
 
@@ -86,6 +138,11 @@ def describe_efficiency(x: Sequence[float], values: Mapping[str, np.ndarray]) ->
     for i in sorted({0, len(x) - 1}):
         labels = f"{x[i]:,.0f} labelled documents ({100 * x[i] / x[-1]:.3g}%)"
         parts.append(f"Test accuracy with {labels}: {_list_means(values, i)}.")
+    if FEW_TEXTS in values:
+        parts.append(
+            f"{ELMO} is pre-trained on all texts and has few labels; {FEW_TEXTS} has few texts too, and is "
+            "pre-trained on these alone."
+        )
     static = np.stack([values[method] for method in STATIC])
     better = static.mean(1).argmax(0)  # [X]
     leads = values[ELMO] - np.take_along_axis(static, better[None, None], 0)[0]  # [S, X]
@@ -133,7 +190,7 @@ def _describe_seeds(seeds: Sequence[Any] | np.ndarray) -> str:
 
 def _study_convergence(studies: Studies, path: Path) -> str:
     runs = read_classifiers({method: studies.full[method] for method in (ELMO, *STATIC)})
-    steps, values = validation_curves(runs, "step")
+    steps, values = training_curves(runs, "step")
     report.plot_bands(steps, values, path, "updates", "validation accuracy")
     return describe_convergence(steps, values)
 

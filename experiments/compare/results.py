@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elmo_jax.errors import InputError
-from elmo_jax.storage.files import read_arrays
-from elmo_jax.training.checkpoint import METRICS, RESULTS
+from elmo_jax.storage.files import read_arrays, read_config
+from elmo_jax.training.checkpoint import METRICS, RESULTS, VOCABULARY
 from experiments.common import report
 from experiments.common.report import Page
 from experiments.compare.stages import ELMO, Comparison, Stage
@@ -99,6 +99,11 @@ class Classifier(NamedTuple):
         """The test accuracy."""
         return self.results["test"]["accuracy"]
 
+    @property
+    def is_constant(self) -> bool:
+        """True if all test documents get one class, though they are of several."""
+        return len(np.unique(self.labels)) > 1 == len(np.unique(self.predicted))
+
 
 Runs = Mapping[str, Sequence[Classifier]]  # the classifiers of each method, one a seed
 
@@ -109,7 +114,9 @@ def read_classifiers(stages: Mapping[Any, Sequence[Stage]]) -> dict[Any, list[Cl
 
 
 def _read_classifier(path: Path) -> Classifier:
-    return Classifier(path, _read(path / RESULTS), _read(path / METRICS), *_read(path / PREDICTIONS))
+    results = _read(path / RESULTS)
+    records = _read(path / METRICS) if "seconds" in results else []  # without a network there are no epochs
+    return Classifier(path, results, records, *_read(path / PREDICTIONS))
 
 
 def _read(file: Path) -> Any:
@@ -133,7 +140,9 @@ def write_page(comparison: Comparison, seconds: Mapping[str, float], about: str)
     reported = REPORT if comparison.data.dataset == REPORT_DATASET else {}
     page = Page("Comparison of ELMo with static word vectors", comparison.output / "report")
     page.add_text(about)
+    _add_sizes(page, ranked, Path(comparison.language_model))
     add_summary(page, ranked, reported)
+    _add_chart(page, ranked)
     add_metrics(page, ranked, reported)
     add_significance(page, ranked)
     _add_training(page, runs, Path(comparison.language_model))
@@ -155,16 +164,44 @@ def format_mean(values: Sequence[float] | np.ndarray, digits: int = 4, sign: str
     return mean + deviation * (len(values) > 1)
 
 
+def _add_sizes(page: Page, runs: Runs, language_model: Path) -> None:
+    """Add the numbers of documents, classes and words, and the size of the language model."""
+    results = next(iter(runs.values()))[0].results
+    counts = [int(np.sum(results[part]["confusion_matrix"])) for part in PARTS]
+    sizes = " / ".join(f"{count:,}" for count in counts)
+    model = read_config(language_model)["model"]
+    words = (language_model / VOCABULARY).read_text("utf-8").count("\n")
+    parts, classes = " / ".join(PARTS), len(results["classes"])
+    page.add_text(
+        f"Data: {sizes} documents ({parts}) in {classes} classes. Language model: {model['layers']} "
+        f"bidirectional LSTM layers of {model['cells']} cells, vectors of width {model['embedding']}, a "
+        f"vocabulary of {words:,} tokens."
+    )
+
+
+def _add_chart(page: Page, ranked: Runs) -> None:
+    path = page.path.parent / "figures" / "accuracy.png"
+    report.plot_bars(
+        {name: [run.accuracy for run in runs] for name, runs in ranked.items()}, path, "accuracy"
+    )
+    page.add_figures((path, "Bar chart of the test accuracy of each method", "Test accuracy of each method."))
+
+
 def add_summary(page: Page, ranked: Runs, reported: Mapping[str, float]) -> None:
     """Add the ranking of the methods, compared with that of the report."""
     accuracies = {method: [run.accuracy for run in runs] for method, runs in ranked.items()}
     ranking = "; ".join(f"{method} {format_mean(values)}" for method, values in accuracies.items())
     page.add_text(f"Test accuracy, best first: {ranking}.")
+    for method, runs in ranked.items():
+        if any(run.is_constant for run in runs):
+            problem = "gives all test documents one class, so its figures are chance and say nothing of it"
+            page.add_text(f"Warning: {method} {problem}.")
     if reported:
-        order = "; ".join(sorted(ranked, key=lambda method: -reported[method]))
+        known = [method for method in ranked if method in reported]
+        order = "; ".join(sorted(known, key=lambda method: -reported[method]))
         swapped = "; ".join(
             f"{a} above {b}"
-            for a, b in itertools.combinations(ranked, 2)
+            for a, b in itertools.combinations(known, 2)
             if reported[a] < reported[b] and np.mean(accuracies[a]) > np.mean(accuracies[b])
         )
         verdict = f"Here the opposite holds for: {swapped}." if swapped else "No pair is swapped here."
@@ -189,7 +226,8 @@ def add_metrics(page: Page, ranked: Runs, reported: Mapping[str, float]) -> None
     for (method, runs), part in itertools.product(ranked.items(), PARTS):
         cells = [format_mean([run.results[part][score] for run in runs]) for score in scores]
         if reported:
-            cells.insert(1, f"{reported[method]:.4f}" if part == "test" else "–")
+            is_reported = part == "test" and method in reported
+            cells.insert(1, f"{reported[method]:.4f}" if is_reported else "–")
         rows.append([method, part, *cells])
     column = ["original report (AG News)"] if reported else []
     page.add_heading("Metrics")
@@ -219,6 +257,9 @@ def add_significance(page: Page, ranked: Runs) -> None:
         a, b = (np.stack([run.predicted for run in ranked[method]]) for method in (better, worse))  # [S, N]
         *cells, p = paired_bootstrap(labels, a, b) if seeds > 1 else mcnemar(labels, a[0], b[0])
         result = f"{better} is better" if p < SIGNIFICANCE_LEVEL else "not significant"
+        constant = [name for name in (better, worse) if any(run.is_constant for run in ranked[name])]
+        if constant:
+            result = f"no comparison: {constant[0]} gives one class"
         numbers = [f"{cell:,}" if isinstance(cell, int) else f"{cell:+.4f}" for cell in cells]
         rows.append([f"{better} – {worse}", *numbers, f"{p:.3g}", result])
     level = f"A difference with p below {SIGNIFICANCE_LEVEL} counts as significant."
@@ -227,20 +268,27 @@ def add_significance(page: Page, ranked: Runs) -> None:
     page.add_table(["pair", *columns, "p", "result"], rows)
 
 
-def validation_curves(runs: Runs, x: str) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Return the "epoch" or "step" of each record and each method's validation accuracies ``[S, X]``."""
-    first = next(iter(runs.values()))[0]
-    accuracies = {
-        method: np.array([[record["val_accuracy"] for record in run.records] for run in of_method])
-        for method, of_method in runs.items()
+def training_curves(
+    runs: Runs, x: str, figure: str = "val_accuracy"
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Return the "epoch" or "step" of each record and a figure ``[S, X]`` of each method that has epochs."""
+    networks = {method: each for method, each in runs.items() if each[0].records}
+    first = next(iter(networks.values()))[0]
+    values = {
+        method: np.array([[record[figure] for record in run.records] for run in of_method])
+        for method, of_method in networks.items()
     }
-    return [float(record[x]) for record in first.records], accuracies
+    return [float(record[x]) for record in first.records], values
 
 
 def _add_training(page: Page, runs: Runs, language_model: Path) -> None:
-    """Add the plot of pre-training, that of the layer weights and one of all classifiers."""
-    validation = page.path.parent / "figures" / "validation.png"
-    report.plot_bands(*validation_curves(runs, "epoch"), validation, "epoch", "validation accuracy")
+    """Add the plots of pre-training and of the layer weights, and the curves of all classifiers."""
+    curves = {"loss": "training loss", "val_loss": "validation loss", "val_accuracy": "validation accuracy"}
+    folder = page.path.parent / "figures"
+    for name, label in curves.items():
+        unit = " (nats)" if "loss" in name else ""
+        path = folder / f"{name}.png"
+        report.plot_bands(*training_curves(runs, "epoch", name), path, "epoch", label + unit)
     elmo, is_mean = runs[ELMO][0], _count_seeds(runs) > 1
     perplexity = min(record["perplexity"] for record in _read(language_model / METRICS))
     pretraining = f"Pre-training: held-out perplexity with the full softmax; best mean {perplexity:.1f}."
@@ -251,8 +299,13 @@ def _add_training(page: Page, runs: Runs, language_model: Path) -> None:
     page.add_figures(
         (language_model / "perplexity.png", "Perplexity by epoch", pretraining),
         (elmo.path / "lambdas.png", "Layer weights by epoch", weights),
-        (validation, "Validation accuracy by epoch", f"Classifiers: validation accuracy{band}."),
     )
+    alt = "{} of each method by epoch"
+    figures = [
+        (folder / f"{name}.png", alt.format(label.capitalize()), f"Classifiers: {label}{band}.")
+        for name, label in curves.items()
+    ]
+    page.add_figures(*figures)
 
 
 def _add_confusions(page: Page, ranked: Runs) -> None:
@@ -263,7 +316,10 @@ def _add_confusions(page: Page, ranked: Runs) -> None:
     for part in reversed(PARTS):
         plots = {method: runs[0].path / f"confusion_{part}.png" for method, runs in ranked.items()}
         page.add_figures(
-            *((path, "Confusion matrix", f"{method}{seed}, {part} part") for method, path in plots.items())
+            *(
+                (path, f"Confusion matrix of {method}, {part}", f"{method}{seed}, {part} part")
+                for method, path in plots.items()
+            )
         )
 
 
@@ -272,7 +328,10 @@ def _add_times(page: Page, stages: Sequence[Stage], seconds: Mapping[str, float]
     for stage in stages:
         results = _read(stage.path / RESULTS)
         total = f"{seconds[stage.name]:,.0f}" if stage.name in seconds else "–"
-        rows.append([stage.name, f"{results['seconds']:,.0f}", f"{results['tokens_per_second']:,.0f}", total])
+        cells = [
+            f"{results[name]:,.0f}" if name in results else "–" for name in ("seconds", "tokens_per_second")
+        ]
+        rows.append([stage.name, *cells, total])
     page.add_heading("Time")
     page.add_text("The total time of a stage includes loading, compilation and evaluation.")
     page.add_table(["stage", "training (s)", "tokens/s", "total (s)"], rows)

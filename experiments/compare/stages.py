@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -86,12 +87,13 @@ class Stage:
         return " and ".join(_CHANGED_INPUTS[name] for name in stale) or None
 
 
-def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
+def run_stages(stages: Sequence[Stage], output: Path, runs: Path | None = None) -> dict[str, float]:
     """Run the unfinished stages in order and print one line a stage.
 
     Args:
         stages: Stages; each may use the runs of those before it.
         output: Folder for the output of the stages (``logs``) and their times (``metrics.jsonl``).
+        runs: Folder of other runs; those with the settings and inputs of a stage are copied.
 
     Returns:
         Seconds by stage name, where known.
@@ -100,6 +102,11 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     seconds = _read_times(output / METRICS)
     for i, stage in enumerate(stages):
         is_finished, reason = stage.is_finished, stage.stale_reason
+        if not is_finished and (found := _find_run(stage, runs)) is not None:
+            cli.say(f"[{i + 1}/{len(stages)}] {stage.name}: copied from {found}")
+            shutil.rmtree(stage.path, ignore_errors=True)
+            shutil.copytree(found, stage.path)
+            continue
         action = f"running again because {reason}" if reason else "running"
         action = "already finished" if is_finished else action
         later = [each for each in stages[i + 1 :] if each.name not in seconds]
@@ -122,6 +129,15 @@ def run_stages(stages: Sequence[Stage], output: Path) -> dict[str, float]:
     return seconds
 
 
+def _find_run(stage: Stage, folder: Path | None) -> Path | None:
+    """Return the first finished run in a folder that has the settings and inputs of a stage."""
+    for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+        run = replace(stage, settings=replace(stage.settings, output=str(path)))
+        if path.absolute() != stage.path.absolute() and run.has_run and run.is_finished:
+            return path
+    return None
+
+
 def _estimate_time(waiting: Sequence[Stage], done: Sequence[Stage], seconds: Mapping[str, float]) -> str:
     """Estimate the time of the waiting stages from the times of those that are done."""
     timed = [stage for stage in done if stage.name in seconds]
@@ -140,7 +156,7 @@ def _read_times(path: Path) -> dict[str, float]:
         return {}  # the page then shows no time for these stages
 
 
-ELMO = "ELMo, trainable λ"
+ELMO, TFIDF = "ELMo, trainable λ", "TF-IDF, linear model"
 # The flag and its value that make each method, by the method's name on the page.
 METHODS: Mapping[str, tuple[str, str]] = {
     "ELMo, learned function": ("--combiner", "function"),
@@ -148,6 +164,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "SGNS": ("--features", "sgns"),
     "ELMo, frozen λ": ("--combiner", "frozen"),
     "SVD": ("--features", "svd"),
+    TFIDF: ("--features", "tfidf"),
 }
 _WORK = {"svd": 0.3, "sgns": 1.0}
 # Defaults for the settings that a word vector method does not use, so that they cannot make its run stale.
@@ -239,10 +256,11 @@ class Comparison:
         name = METHODS[method][1]
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
-        if base.source.features == "elmo":
-            rate, inputs = 1.2, {"pretrained": self.language_model}
-        else:  # word vectors are fixed
-            rate, inputs = 0.6, {"vectors": str(self.output / base.source.features), "finetune": False}
+        rate, inputs = 1.2, dict[str, Any](pretrained=self.language_model)
+        if base.source.features != "elmo":  # word vectors and word counts are fixed
+            rate, inputs["finetune"] = 0.6, False
+        if base.source.features in _UNUSED_SETTINGS:
+            inputs["vectors"] = str(self.output / base.source.features)
         source = replace(base.source, labels=labels, untrained=untrained, **inputs)
         settings = replace(base, seed=seed, source=source, epochs=epochs or base.epochs)
         work = rate * settings.epochs * labels
@@ -257,8 +275,11 @@ class Comparison:
         source = getattr(settings, "source", None)
         if source is None:
             return {"texts": self._texts(self.data, _reads_characters(cli.settings_of(settings)), 1.0, 0)}
-        path = Path(source.pretrained if source.features == "elmo" else source.vectors)
         sample_seed = settings.seed if source.labels < 1 else 0
+        if source.features == "tfidf":
+            words = replace(self.data, min_count=1, max_vocab=None)
+            return {"texts": self._texts(words, False, source.labels, sample_seed), "model": tree_digest({})}
+        path = Path(source.pretrained if source.features == "elmo" else source.vectors)
         texts = self._texts(self.data, _reads_characters(read_config(path)), source.labels, sample_seed)
         return {"texts": texts, "model": self._features(path, settings.seed if source.untrained else None)}
 

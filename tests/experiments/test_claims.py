@@ -91,7 +91,7 @@ def test_studies_share_no_stage(tmp_path):
     config = CompareConfig(output=str(tmp_path / "out"), seeds=2)
     names = [stage.name for stage in claims.Studies(Comparison(config)).stages]
     assert names[:3] == ["context pretrain", "context svd", "context sgns"]
-    assert len(names) == len(set(names)) == 3 + 2 + 3 * 2 * len(claims.LABEL_FRACTIONS)
+    assert len(names) == len(set(names)) == 3 + 2 + (1 + 5 * 2) * len(claims.LABEL_FRACTIONS)
 
 
 def test_convergence_is_when_elmo_reaches_the_best_of_the_static_vectors():

@@ -63,10 +63,9 @@ def test_word_outside_the_font_is_numbered(elmo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", *map(str, call)])
     assert neighbours.main() == 0
     monkeypatch.undo()
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["word 1"]
-    assert (
-        "\nThe plots use a font without these characters and show numbers: word 1 is 银行.\n"
-        in capsys.readouterr().out
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["word 1", "word 2"]
+    assert "show numbers: word 1 is like: the [银行] rose; word 2 is like: the river [银行]." in (
+        capsys.readouterr().out
     )
     plt.close("all")
 

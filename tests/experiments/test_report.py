@@ -66,9 +66,29 @@ def test_table_of_many_classes_is_one_line():
     assert report.confusion_table(diagonal(600), many) == text
 
 
+def test_constant_weights_are_bars_and_a_single_epoch_shows_its_values(tmp_path, figures):
+    report.plot_lambdas([[0.25, -0.5, 1.0]] * 3, tmp_path / "lambdas.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [0.25, -0.5, 1.0]
+    assert [text.get_text() for text in axes.texts] == ["0.250", "-0.500", "1.000"]
+    report.plot_curves([{"epoch": 1, "loss": 1.25}], {"loss": "training"}, tmp_path / "loss.png", "loss")
+    assert [text.get_text() for text in figures[1].axes[0].texts] == ["1.25"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(88.2, 130.4), (1.01, 1.09), (90, 4_000), (3, 5e5)])
+def test_logarithmic_axis_has_a_few_labelled_ticks(tmp_path, figures, low, high):
+    records = [{"epoch": 1, "p": high}, {"epoch": 2, "p": low}]
+    report.plot_curves(records, {"p": "p"}, tmp_path / "p.png", "perplexity", log=True)
+    (axes,) = figures[0].axes
+    figures[0].canvas.draw()
+    labels = [label for label in axes.get_yticklabels() if label.get_text()]
+    boxes = sorted(label.get_window_extent().bounds[1::2] for label in labels)
+    assert 2 <= len(labels) <= 20
+    assert all(y + height <= above for (y, height), (above, _) in zip(boxes, boxes[1:], strict=False))
+
+
 def test_curves_have_different_styles_and_a_legend_within_the_axes(tmp_path, figures):
-    records = [{"epoch": i, "lambdas": [j / 36 for j in range(9)]} for i in (1, 2)]
-    report.plot_lambdas(records, tmp_path / "lambdas.png")
+    report.plot_lambdas([[i + j / 36 for j in range(9)] for i in (0, 1)], tmp_path / "lambdas.png")
     curves = {f"ELMo, frozen {i}": np.array([[i / 8, 1.0]]) for i in range(8)}
     report.plot_bands([1, 2], curves, tmp_path / "bands.png", "epoch", "accuracy")
     for figure, count in zip(figures, (9, 8), strict=True):
