@@ -16,6 +16,9 @@ from elmo_jax.embed_file import Dump, DumpConfig
 from elmo_jax.errors import InputError
 from experiments import embed
 
+# The model of these tests knows four words.
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the vocabulary:UserWarning")
+
 ROOT = Path(__file__).parent.parent
 
 

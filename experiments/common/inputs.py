@@ -253,10 +253,11 @@ def _data_settings(
     fixed = (*columns, "tokens", "lowercase", "clean", "skip_blank", "max_length", "validation")
     names = ("dataset", "data_dir", *fixed)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    settings = replace(own or DataConfig(), **(asdict(text) if own is None else {}) | given)
-    if settings.text_config().tokens == "custom":
+    if own is None and text.tokens == "custom" and config.tokens is None:
         problem = "the model was trained with a custom tokenizer"
         raise InputError(f"{problem}; separate the tokens by spaces and give --tokens whitespace")
+    own = own and replace(own, **asdict(own.text_config()))
+    settings = replace(own, **given) if own else DataConfig(**asdict(text) | given)
     if changed := [name for name in fixed if own and getattr(settings, name) != getattr(own, name)]:
         raise InputError(
             f"{flag_of(changed[0])} differs from the run's data set in {run}; leave it out, or give another "
@@ -278,7 +279,7 @@ def data_of(run: Path) -> DataConfig | None:
         saved = {"clean": True, **saved}  # before `clean` was a setting, every text was cleaned
     settings = structure(DataConfig, saved, f"{run}: data")
     check(settings)
-    return replace(settings, **asdict(settings.text_config()))
+    return settings
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:

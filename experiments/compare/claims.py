@@ -121,9 +121,8 @@ def study_efficiency(studies: Studies, path: Path) -> str:
         full = studies.full[ELMO if method == FEW_TEXTS else method]  # with all labels, it has all texts
         runs = read_classifiers({**few_labels, 1.0: full})
         if method == ELMO:
-            documents = [
-                float(np.sum(each[0].results["train"]["confusion_matrix"])) for each in runs.values()
-            ]
+            parts = [each[0].results["train"] for each in runs.values()]
+            documents = [float(np.sum(part["confusion_matrix"])) for part in parts]
             # Of few documents, two fractions may be the same number.
             unique = {count: i for i, count in enumerate(documents)}
             x, columns = list(unique), list(unique.values())

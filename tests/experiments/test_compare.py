@@ -112,7 +112,7 @@ def test_given_language_model_is_used(folder):
     (folder / "out" / "pretrain").rename(folder / "lm")
     assert Comparison(configure(pretrained="lm")).data.dataset == "data"
     stages = list_stages(pretrained=str(folder / "lm"))
-    assert reasons(stages) == {} and len(stages) == 7
+    assert reasons(stages) == {} and len(stages) == 8
 
 
 def test_digests_are_those_that_a_classifier_records(folder):

@@ -1,5 +1,7 @@
 """Plots and tables of a run, with few and with many classes, and the page of results."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -84,7 +86,7 @@ def test_logarithmic_axis_has_a_few_labelled_ticks(tmp_path, figures, low, high)
     labels = [label for label in axes.get_yticklabels() if label.get_text()]
     boxes = sorted(label.get_window_extent().bounds[1::2] for label in labels)
     assert 2 <= len(labels) <= 20
-    assert all(y + height <= above for (y, height), (above, _) in zip(boxes, boxes[1:], strict=False))
+    assert all(y + height <= above for (y, height), (above, _) in itertools.pairwise(boxes))
 
 
 def test_curves_have_different_styles_and_a_legend_within_the_axes(tmp_path, figures):
