@@ -12,7 +12,7 @@ from tiny import call, write_corpus
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_config
 from experiments.compare import __main__ as compare, results
-from experiments.compare.stages import METHODS, Comparison, DataConfig
+from experiments.compare.stages import METHODS, Comparison, DataConfig, run_stages
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
@@ -70,7 +70,7 @@ def test_page_has_the_metrics_of_every_method(trained_comparison):
         test = json.loads((out / f"{name}-seed0" / "results.json").read_text())["test"]
         assert f"| {method} | test | {test['accuracy']:.4f} | {test['f1']:.4f} |" in markdown
     assert "AG News" not in markdown  # the report's accuracies are for another data set
-    assert html.count("data:image/png;base64,") == 3 + 15 and 'src="http' not in html
+    assert html.count("data:image/png;base64,") == 1 + 2 + 3 + 18 and 'src="http' not in html
 
 
 def test_second_call_runs_unfinished_stages_only(folder, monkeypatch, capsys):
@@ -131,7 +131,16 @@ def test_damaged_file_is_one_message(folder, name):
     path.write_text("x\n")
     message = rf"{name}: cannot be read \(.*\); remove .*svd-seed0/results.json and run this command again"
     with pytest.raises(InputError, match=message):
-        results.read_classifiers({"SVD": [list_stages()[-1]]})
+        results.read_classifiers({"SVD": [stage for stage in list_stages() if stage.name == "svd seed 0"]})
+
+
+def test_matching_runs_of_another_folder_are_copied(folder, capsys):
+    stages = list_stages(output="other")
+    names = {stage.name for stage in stages}
+    run_stages(stages, folder / "other", folder / "out")
+    said = capsys.readouterr().out
+    assert all(f"{name}: copied from {folder / 'out'}" in said for name in names)
+    assert not [stage.name for stage in list_stages(output="other") if not stage.is_finished]
 
 
 def test_one_comparison_at_a_time_writes_into_a_folder(folder, refused):
