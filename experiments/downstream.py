@@ -39,6 +39,7 @@ PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
 MODELS = ("network", "logistic regression", "naive Bayes")  # of the ensemble
 LINEAR_ONLY = (0.0, 1.0, 0.0)
+_TITLES = {"svd": "SVD", "sgns": "SGNS", "tfidf": "TF-IDF"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
         model.save_pretrained(run.path / MODEL)
         _print_scores(results, classes)  # before the plots, so that a failed plot hides no result
-        _plot(results, records, lambdas, name, run.path)
+        _plot(results, records, lambdas, _TITLES.get(name, f"ELMo, {name}"), run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
@@ -192,7 +193,8 @@ def _train(
     first = source.combiner.lambdas(network["combiner"])
     if first is None:
         return records, params, []
-    lambdas = [np.asarray(first, np.float64).tolist(), *(record["lambdas"] for record in records)]
+    before = np.asarray(first, np.float64).round(6).tolist()  # rounded as in the records
+    lambdas = [before, *(record["lambdas"] for record in records)]
     return records, params, lambdas
 
 
