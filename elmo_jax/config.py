@@ -29,7 +29,7 @@ NonNegative = Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
-CHARACTERS = 50  # character ids of a word, its begin and end symbols included
+CHARACTERS = 50  # Number of character ids of a word, including its begin and end symbols.
 
 
 _COMPARISONS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
@@ -50,7 +50,9 @@ class Config:
 
     def __post_init__(self):
         for name, kind in _field_types(type(self)).items():
-            if not is_dataclass(value := getattr(self, name)):  # a config has checked itself
+            if not is_dataclass(
+                value := getattr(self, name)
+            ):  # a nested config checked itself when it was made
                 _check_field(name, kind, value)
 
 
@@ -103,7 +105,7 @@ class TextConfig(Config):
     """Remove news-feed markup (tags, HTML entities, backslashes)."""
 
 
-CASED = TextConfig(lowercase=False)  # official models
+CASED = TextConfig(lowercase=False)  # used by the official models
 PRETOKENIZED = TextConfig("whitespace", lowercase=False)
 
 

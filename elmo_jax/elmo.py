@@ -32,9 +32,9 @@ from elmo_jax.training.classifier import feature_standardizer
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
 _ROWS = (1, 4, 16, 64)
 _BATCH_TOKENS = 2048
-_CNN_WORDS = 256  # words in one call of the character CNN
-_MAX_WORDS = 1 << 15  # cached word vectors
-_BLOCK_TEXTS = 1024  # bounds the memory for layers
+_CNN_WORDS = 256  # words per call of the character CNN
+_MAX_WORDS = 1 << 15  # maximum number of cached word vectors
+_BLOCK_TEXTS = 1024  # texts embedded at once; this bounds the memory for their layers
 
 Pooling = Literal["mean", "max", "mean+max"]
 
@@ -72,13 +72,13 @@ class Elmo:
         text: TextConfig = TextConfig(),
         tokenizer: Tokenizer | None = None,
     ):
-        lstm_layer(model.config, model.kernel).choose()  # an unknown or unsupported kernel is refused here
+        lstm_layer(model.config, model.kernel).choose()  # refuses an unknown or unsupported kernel
         self.model, self.params, self.vocabulary = model, params, vocabulary
         self.text = text if tokenizer is None else TextConfig("custom", lowercase=False)
         self._tokenizer, self._split = tokenizer, make_tokenizer(text, tokenizer)
         self._words = _WordTable(model, params, vocabulary)
         self._window = _WINDOWS[-1]
-        self._state: tuple[State, ...] | None = None  # after the last stateful call
+        self._state: tuple[State, ...] | None = None  # the LSTM states after the last stateful call
 
         def contextualize(params: Any, x: Array, lengths: Array, state: Any) -> tuple[Array, Any]:
             x = x.astype(model.config.dtype)
@@ -88,7 +88,7 @@ class Elmo:
         def nll(params: Any, h: Array, targets: Array) -> Any:
             return model.apply({"params": params}, h, targets, method="surprisal")
 
-        # The word table changes its size; looked up apart, it does not recompile the LSTM.
+        # A separate function, because the word table grows and would recompile the LSTM each time.
         self._look_up = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0))
         self._contextualize = _jit_precise(contextualize, donate_argnums=3)
         self._nll = _jit_precise(nll)
@@ -167,7 +167,7 @@ class Elmo:
         write_bilm(self.model.config, flat, options, weights, self.text)
         if self.vocabulary is not None:
             write_softmax(_softmax_path(weights), self.vocabulary, flat)
-        else:  # an older model's softmax must not be loaded with these weights
+        else:  # the softmax of an older model must not be loaded with these weights
             _softmax_path(weights).unlink(missing_ok=True)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -380,7 +380,7 @@ class Elmo:
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
         forward = [[SPECIAL[BOS], *s, SPECIAL[EOS]] for s in sentences]
         readings = [reading for tokens in forward for reading in (tokens, tokens[::-1])]
-        # A copy: the state is donated, and an interrupted call must leave the caller's intact.
+        # The copy is donated, so an interrupted call leaves the caller's state intact.
         state = jax.tree.map(jnp.copy, state)
         width = self._window_width(longest)
         for start in range(0, longest, width):
@@ -410,7 +410,7 @@ class Elmo:
 
 
 class _WordTable:
-    """Word vectors on the device, one row a word.
+    """Word vectors on the device, one row per word.
 
     For a model that reads words it is the embedding table. For one that reads characters it is a cache,
     filled as words occur and emptied when full, which changes no vector.
@@ -420,7 +420,7 @@ class _WordTable:
         self._params, self._vocabulary, self._capacity = params, vocabulary, _MAX_WORDS
         self._reads_words = model.config.input == "words"
         self._rows: dict[str, int] = {}
-        # Padding as wide as the widest filter stays; see `character_ids`.
+        # The padding must be at least as wide as the widest filter; see `character_ids`.
         self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
         empty = jnp.zeros((0, model.config.embedding), jnp.float32)
         self.vectors: Array = params["embedder"]["table"] if self._reads_words else empty
@@ -451,7 +451,9 @@ class _WordTable:
         if len(self._rows) + len(new) > self._capacity:
             self.clear()
             new = list(words)
-        new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # similar lengths share a shape
+        new.sort(
+            key=lambda word: len(word.encode("utf-8", "ignore"))
+        )  # so that words of similar length share a compiled shape
         size = len(self._rows) + len(new) + _CNN_WORDS
         if size > len(self.vectors):
             table = jnp.zeros((1 << (size - 1).bit_length(), self.vectors.shape[1]), jnp.float32)
@@ -482,7 +484,10 @@ def _store_layers(
     _, _, _, width, features = layers.shape
     for b, (sentence, array) in enumerate(zip(sentences, out, strict=True)):
         n = len(sentence)
-        low, high = max(start, 1), min(start + width, n + 1)  # reading positions without BOS and EOS
+        low, high = (
+            max(start, 1),
+            min(start + width, n + 1),
+        )  # positions in reading order, without BOS and EOS
         if low < high:
             part = layers[:, :, b, low - start : high - start]
             array[:, low - 1 : high - 1, :features] = part[:, 0]

@@ -42,7 +42,7 @@ class Dump:
 
     Args:
         elmo: Language model.
-        source: Text file, one sentence a line.
+        source: Text file, one sentence per line.
         target: HDF5 file to write.
         config: Layers, number format and tokenization.
         mix: Weights of the layers if `config.layers` is "mix".

@@ -29,9 +29,9 @@ from elmo_jax.training.checkpoint import VOCABULARY
 from elmo_jax.training.evaluate import classification, confusion
 from elmo_jax.training.objectives import bilm_features
 
-_WORDS = "words.txt"  # vocabulary of the bag of words
+_WORDS = "words.txt"  # file with the vocabulary of the bag of words
 _ROWS = 32  # documents per batch
-# Padded lengths; the one of a text depends on its own length alone, and so does its result.
+# Padded lengths. That of a text depends only on its own length, so its result does not depend on others.
 _BOUNDS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 408, 512)
 
 
@@ -124,7 +124,7 @@ class TextClassifier:
 
     @property
     def elmo(self) -> Elmo:
-        """The language model, fine-tuned if the classifier was trained so.
+        """The language model, including the changes of fine-tuning.
 
         Raises:
             InputError: The classifier uses word vectors or word counts.
@@ -165,7 +165,7 @@ class TextClassifier:
         if bag is not None:
             assert words is not None
             bag = BagOfWords(words, bag["idf"], bag["weights"], bag["bias"])
-        if "classifier" in tree:  # a combiner without parameters leaves no trace among the arrays
+        if "classifier" in tree:  # a combiner without parameters has no array in the file
             tree = {"combiner": {}} | tree
         return cls(config, tree, names[VOCABULARY], bag, kernel, tokenizer)
 
@@ -268,7 +268,7 @@ class TextClassifier:
 
         for indices, batch in _batches(documents):
             pending.append((indices, self._compute_logits(self.params, batch)))
-            if len(pending) > 2:  # keeps the device busy and memory constant
+            if len(pending) > 2:  # a short queue keeps the device busy and the memory constant
                 finish()
         while pending:
             finish()

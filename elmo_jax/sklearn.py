@@ -123,7 +123,9 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
         self._check_counts("embedding", "cells", "epochs", "batch_size", "negatives", "min_count")
         elmo = load_elmo(self.pretrained, self.tokenizer)
         layers = 1 + (elmo.model.config if elmo else BiLMConfig()).layers
-        pool_tokens(np.zeros((layers, 1, 1)), self.layers, self.pooling)  # fails before a model is trained
+        pool_tokens(
+            np.zeros((layers, 1, 1)), self.layers, self.pooling
+        )  # refuses wrong arguments before a model is trained
         sentences = tokenize_texts(X, _tokenizer(elmo, self.tokenizer))
         self.elmo_ = elmo or train_language_model(
             sentences,
@@ -139,7 +141,8 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
         self.n_features_out_ = self._encode([]).shape[1]
         return self
 
-    def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+    # Pyright: ignore[reportIncompatibleMethodOverride].
+    def fit_transform(self, X: Iterable[str] | Iterable[Sequence[str]], y: Any = None) -> np.ndarray:
         """Call `fit` and `transform` with the same texts, which may be an iterator."""
         texts = list(X) if isinstance(X, Iterator) else X
         return self.fit(texts, y)._encode(texts)
@@ -244,7 +247,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
     def _train_classifier(
         self, elmo: Elmo, sentences: list[list[str]], labels: np.ndarray, seed: int
     ) -> TextClassifier:
-        size = max(len(self.classes_), round(self.validation * len(labels)))  # one text a class, or more
+        size = max(len(self.classes_), round(self.validation * len(labels)))  # at least one text per class
         parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
         settings = TextClassifierConfig(
             tuple(map(str, self.classes_)),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
-MODELS = ("network", "logistic regression", "naive Bayes")  # of the ensemble
+MODELS = ("network", "logistic regression", "naive Bayes")  # names of the models in the ensemble
 LINEAR_ONLY = (0.0, 1.0, 0.0)
 _TITLES = {"svd": "SVD", "sgns": "SGNS", "tfidf": "TF-IDF"}
 
@@ -88,7 +88,9 @@ PRESETS = {
         batch_size=32,
         epochs=5,
     ),
-    "best": DownstreamConfig(preset="best", epochs=5),  # by a search on validation data, see RESULTS.md
+    "best": DownstreamConfig(
+        preset="best", epochs=5
+    ),  # found by a search on validation data, see docs/results.md
 }
 
 
@@ -125,7 +127,9 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     from experiments.common.inputs import open_source
 
     cli.join_processes(config.hosts)
-    LSTM(config.classifier.hidden, kernel=config.kernel).choose()  # fails before a folder is made
+    LSTM(
+        config.classifier.hidden, kernel=config.kernel
+    ).choose()  # refuses an unsupported kernel before a folder is made
     mesh = make_mesh(config.batch_size)
     source = run_on_all(lambda: open_source(config.source, config.combiner, config.seed, config.kernel))
     data, classes = source.data, source.data.classes
@@ -149,7 +153,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     def write() -> None:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
         model.save_pretrained(run.path / MODEL)
-        _print_scores(results, classes)  # before the plots, so that a failed plot hides no result
+        _print_scores(results, classes)  # printed before the plots, so that a failed plot hides no result
         _plot(results, records, lambdas, _TITLES.get(name, f"ELMo, {name}"), run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
@@ -231,7 +235,7 @@ def _make_classifier(
         max_length=source.settings.max_length,
         text=source.settings.text_config(),
     )
-    params = jax.tree.map(to_host, params)  # one device suffices to predict, and gives the same results
+    params = jax.tree.map(to_host, params)  # one device is enough for predictions, and gives the same ones
     model = TextClassifier(settings, params, source.vocabulary, bag, config.kernel)
     log_probabilities = {}
     for part in PARTS:

@@ -92,7 +92,7 @@ def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]
         elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary, elmo.text)
     weights = np.asarray(weights, np.float64).tolist()
     statistics = params.get("standardizer")
-    if statistics is not None:  # as lists, because the file records them as JSON
+    if statistics is not None:  # lists, because the file stores them as JSON
         statistics = {name: np.asarray(value, np.float64).tolist() for name, value in statistics.items()}
     return elmo, Mix(weights, combiner.layer_norm, statistics)
 

@@ -115,7 +115,9 @@ def evaluate(config: EvaluateConfig) -> None:
         for text in texts:
             lines = read_lines(Path(text), elmo.tokenize if config.tokenize else str.split)
             for block in blocks((i, tokens) for i, tokens in lines if tokens):
-                surprisals = elmo.surprisal([tokens for _, tokens in block])  # refuses a missing vocabulary
+                surprisals = elmo.surprisal(
+                    [tokens for _, tokens in block]
+                )  # raises an error if the model has no vocabulary
                 for (i, tokens), surprisal in zip(block, surprisals, strict=True):
                     scores.unknown += int(np.sum(vocabulary.ids(tokens) == UNK))
                     file.write(json.dumps(scores.add(text, i + 1, tokens, surprisal)) + "\n")

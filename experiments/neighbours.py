@@ -18,7 +18,7 @@ from experiments.common import cli
 if TYPE_CHECKING:
     from elmo_jax.elmo import Elmo
 
-_CONTEXT = 4  # words printed on either side
+_CONTEXT = 4  # number of words printed on each side
 _EXAMPLES = 4  # occurrences that stand for the others of a text without senses
 
 

@@ -21,8 +21,8 @@ from elmo_jax.config import Config, Kernel
 from elmo_jax.errors import InputError
 from experiments.common import cli
 
-_BLOCK = 4096  # texts read at once, which bounds the memory
-_SAMPLE = 200  # lines that tell the delimiter
+_BLOCK = 4096  # number of texts read at once; this bounds the memory
+_SAMPLE = 200  # number of lines from which the delimiter is found
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def predict(config: PredictConfig) -> None:
     texts = _read_texts(config)
     block = list(itertools.islice(texts, _BLOCK))
     if not block:
-        raise InputError(f"{config.input}: holds no text; write one text a line")
+        raise InputError(f"{config.input}: holds no text; write one text per line")
     total = 0 if config.input == "-" else Path(config.input).stat().st_size
     blank = 0
     with _open_output(output) as file, ProgressBar(total, "byte", scale=True) as progress:
@@ -151,7 +151,7 @@ def _find_columns(first: list[str], config: PredictConfig) -> tuple[list[int], b
 
     path, names = config.input, config.text_columns
     if not first:
-        raise InputError(f"{path}: holds no rows; write one text a row")
+        raise InputError(f"{path}: holds no rows; write one text per row")
     if not names:
         if len(first) > 1:
             raise InputError(f"{path}: has the columns {', '.join(first)}; choose with --text-column")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 BLOCKS = 12  # of `fit_slope`
-_WARMUP = 0.25  # fraction of the time spent compiling and filling pools; not used for the slope
+_WARMUP = (
+    0.25  # This first fraction of the time, spent compiling and filling pools, is not used for the slope.
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _sample_process(
     while not ended.wait(config.every):
         seconds = time.monotonic() - start
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        files = len(os.listdir("/proc/self/fd")) - 1  # listing opens one
+        files = len(os.listdir("/proc/self/fd")) - 1  # listing the folder opens one file
         rss = pages * os.sysconf("SC_PAGE_SIZE")
         samples.append({"seconds": round(seconds, 1), "rss_bytes": rss, "open_files": files})
         if (folder / "config.json").is_file():  # earlier, `Run.create` would refuse a folder with files

@@ -26,8 +26,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays, read_bytes
 
 _CACHED_ARRAYS = ("codes", "offsets", "lines", "blank")
-_CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # NUL-separated
-_CACHE_VERSION = 5  # to be raised when reading, cleaning or tokenizing changes
+_CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # lists of strings, joined by NUL
+_CACHE_VERSION = 5  # Increase it when reading, cleaning or tokenizing changes.
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
@@ -37,7 +37,7 @@ _AG_NEWS_MD5 = {
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _USUAL_LABEL_NAMES = {"label", "class", "class index", "category", "target"}
 
-_Row = tuple[int, list[str]]  # number of its first line, and its cells
+_Row = tuple[int, list[str]]  # number of the row's first line, and its cells
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def load_dataset(
 class Examples:
     """Tokenized examples of one file; example n is ``codes[offsets[n]:offsets[n + 1]]``."""
 
-    path: str  # for messages
+    path: str  # named in messages
     tokens: list[str]  # unique tokens, in the order of their first occurrence
     codes: np.ndarray  # int32 indices into `tokens`, all examples end to end
     offsets: np.ndarray  # int64 [N + 1]
-    labels: list[str]  # as written in the file
+    labels: list[str]  # spelled as in the file
     lines: np.ndarray  # int64 [N], the line on which each example begins
-    blank: np.ndarray  # int64, the lines of rows left out, since their texts have no tokens
-    header: tuple[str, ...] = ()  # its cells; empty if the file has none
+    blank: np.ndarray  # int64, lines of the rows that were left out because their texts have no tokens
+    header: tuple[str, ...] = ()  # cells of the header; empty if the file has none
     delimiter: str = ","
 
 
@@ -205,7 +205,7 @@ def _number_classes(labels: Iterable[str], names: tuple[str, ...] | None) -> dic
     unique = set(labels)
     integers = all(label.isdecimal() and len(label) < 19 for label in unique)
     if names is None:
-        # By spelling too, so that "01" and "1" have the same order in every process.
+        # The spelling is part of the key, so that "01" and "1" have the same order in every process.
         names = tuple(sorted(unique, key=lambda label: (int(label) if integers else 0, label)))
     elif integers and not unique <= set(names):
         base = 0 if "0" in unique else 1
@@ -229,12 +229,14 @@ def _split(train: Examples, labels: np.ndarray, config: DataConfig) -> tuple[np.
         i = int(np.argmax(counts[labels] == 1))
         problem = f"is the only row of class {reprlib.repr(train.labels[i])}"
         raise InputError(f"{train.path}:{train.lines[i]}: {problem}; add another, or remove it")
-    from sklearn.model_selection import train_test_split  # 80 MB with SciPy, so only where needed
+    from sklearn.model_selection import (
+        train_test_split,  # imported only here, because it and SciPy take 80 MB
+    )
 
     indices, options = np.arange(len(labels)), {"random_state": config.split_seed, "stratify": labels}
     try:
         training, validation = train_test_split(indices, test_size=config.validation, **options)
-    except ValueError:  # a part has fewer texts than there are classes
+    except ValueError:  # raised if a part has fewer texts than there are classes
         problem = f"{len(labels)} rows of {np.count_nonzero(counts)} classes are too few to split"
         raise InputError(f"{train.path}: {problem}; give more rows, or another `validation`") from None
     return np.sort(training), np.sort(validation)
@@ -309,14 +311,14 @@ def check_delimiter(name: str) -> str:
 
 
 def find_delimiter(text: str) -> str:
-    """Return the delimiter that gives the first rows equal widths and the fewest, then shortest, labels."""
+    """Return the delimiter that gives equal widths and the column with the fewest, shortest values."""
 
     def measure_labels(delimiter: str) -> tuple[float, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
             rows = [cells for cells in itertools.islice(reader, 100) if cells]
             columns = [set(column) for column in zip(*rows, strict=True)]
-        except (csv.Error, ValueError):  # not CSV, or rows of different widths
+        except (csv.Error, ValueError):  # raised if the text is not CSV or its rows differ in width
             return math.inf, 0
         labels = [(len(values), sum(map(len, values))) for values in columns if len(values) > 1]
         return min(labels, default=(math.inf, 0)) if len(columns) > 1 else (math.inf, 0)
@@ -342,7 +344,7 @@ def _parse_csv(text: str, path: Path, delimiter: str) -> list[_Row]:
         raise InputError(f"{path}: holds no rows; write them as label,text")
     width = max(2, len(rows[0][1]))
     for line, cells in rows:
-        if len(cells) != width:  # probably a comma that should be quoted
+        if len(cells) != width:  # The usual cause is a comma outside quotes.
             columns = "1 column" if len(cells) == 1 else f"{len(cells)} columns"
             remedy = f"check quoting and {_DELIMITERS.get(delimiter, repr(delimiter))}"
             raise InputError(f"{path}:{line}: {columns}, expected {width}; {remedy}")
@@ -413,7 +415,7 @@ def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, text
 
 
 def _check_blank(texts: Examples, skip: bool) -> None:
-    """Refuse texts without tokens, or say how many were left out."""
+    """Refuse texts without tokens, or warn how many were left out."""
     count = len(texts.blank)
     if count and not skip:
         problem = "the text has no tokens" if count == 1 else f"{count} texts have no tokens"
@@ -445,7 +447,8 @@ def _save_cache(texts: Examples, cache: Path) -> None:
     arrays |= {name: getattr(texts, name) for name in _CACHED_ARRAYS}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:  # no reader sees half a file
+        # Another process never sees an incomplete file.
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
             part = Path(folder) / cache.name
             np.savez_compressed(part, **arrays)
             part.replace(cache)

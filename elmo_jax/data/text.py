@@ -21,9 +21,9 @@ Tokenizer = Callable[[str], list[str]]
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
-BLOCK_TOKENS = 50_000  # a few seconds of embedding on a CPU
+BLOCK_TOKENS = 50_000  # a CPU embeds them in a few seconds
 
-_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # equals _TOKEN on ASCII text, twice as fast
+_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # gives the same tokens as _TOKEN on ASCII text, twice as fast
 # A word holds letters, numbers, marks, joiners and soft hyphens; anything else is a user-perceived
 # character, such as an emoji with its modifiers. `regex` does not count \x1c to \x1f as white space.
 _TOKEN = regex.compile(r"[\w\p{N}\p{GCB=Prepend}\u00ad\u2060]+|(?![\s\x1c-\x1f])\X")
@@ -49,7 +49,7 @@ def _restore_entity(match: re.Match[str]) -> str:
     return char if char in "'\u2019" or not match.group().startswith(" ") else " " + char
 
 
-_clean = clean  # `tokenize` has an argument of the same name
+_clean = clean  # an alias, because `tokenize` has an argument of the same name
 
 
 def tokenize(text: str, clean: bool = False, lowercase: bool = True) -> list[str]:
@@ -174,7 +174,9 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None) -> Self:
-        """Return the `max_size` most frequent tokens with at least `min_count` occurrences; ties by name.
+        """Return the `max_size` most frequent tokens with at least `min_count` occurrences.
+
+        Tokens with equal counts are sorted by name.
 
         Raises:
             InputError: There are tokens, but none reaches `min_count`.
@@ -216,7 +218,7 @@ class Vocabulary:
                 raise InputError(f"{path}:{i}: the line is empty; remove it")
             if not exact and (" " in token or "\t" in token):
                 raise InputError(
-                    f"{path}:{i}: {reprlib.repr(token)} holds white space; write one token a line"
+                    f"{path}:{i}: {reprlib.repr(token)} holds white space; write one token per line"
                 )
         return cls(tokens, source=str(path))
 
@@ -240,7 +242,7 @@ def decode(data: bytes, path: Path, line: int = 1) -> str:
     try:
         text, bad = data.decode("utf-8-sig" if line == 1 else "utf-8"), data.find(b"\0")
     except UnicodeDecodeError as error:
-        text, data, bad = "", bytes(error.object), error.start  # counted without the byte-order mark
+        text, data, bad = "", bytes(error.object), error.start  # `start` does not count the byte-order mark
     if bad >= 0:
         line += data.count(b"\n", 0, bad)
         raise InputError(f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file")

@@ -74,7 +74,7 @@ def move(part: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if os.name == "posix":  # other systems flush only files open for writing, and no folders
+    if os.name == "posix":  # other systems can flush neither folders nor files that are open for reading
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -175,11 +175,11 @@ def read_arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
         # Opened here, because NumPy leaves a file that it opened itself open when loading fails.
         with path.open("rb") as file, warnings.catch_warnings(action="error"):
             with np.load(file, allow_pickle=False) as arrays:
-                damaged = arrays.zip.testzip()  # NumPy does not always read up to the checksum
+                damaged = arrays.zip.testzip()  # NumPy does not always read far enough to verify the checksum
                 if damaged is not None:
                     raise ValueError(f"{damaged} is not what was saved")
                 return [arrays[name] for name in names]
-    except Exception as error:  # NumPy and zipfile raise a dozen kinds, depending on the damage
+    except Exception as error:  # depending on the damage, NumPy and zipfile raise a dozen types of errors
         raise ValueError(" ".join(str(error).split()) or "it ends too early") from None
 
 
@@ -247,7 +247,7 @@ def _check_fields(result: Any, data: Mapping[str, Any], source: str) -> None:
     for name, value in data.items():
         if name not in result.__dataclass_fields__:
             raise InputError(f"{source}: {name!r} is not known; restore it or train again")
-        if isinstance(value, int | float) and not abs(value) < 2**31:  # false for NaN too
+        if isinstance(value, int | float) and not abs(value) < 2**31:  # the comparison is false for NaN too
             raise InputError(f"{source}: {name} is {reprlib.repr(value)}; restore it or train again")
         field = getattr(result, name)
         if isinstance(value, dict) and is_dataclass(field):

@@ -42,16 +42,19 @@ from elmo_jax.storage.files import (
 )
 
 METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
-PACING = {"save_every", "steps_per_call"}  # settings without effect on the results
+PACING = {"save_every", "steps_per_call"}  # settings that do not affect the results
 _DIGESTS = {"texts", "model"}  # settings that hold digests of inputs
-_FREE = {"output", "epochs", "files"} | PACING  # may change when a run is resumed
-_BETWEEN_EPOCHS = {"seed"}  # may change between epochs if the caller allows it
-_AFTER_DIVERGENCE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # may change if the caller allows it
+_FREE = {"output", "epochs", "files"} | PACING  # settings that may change when a run is resumed
+_BETWEEN_EPOCHS = {"seed"}  # settings that may change between epochs if the caller allows it
+_AFTER_DIVERGENCE = {
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+}  # settings that may change if the caller allows it
 
 _STEPS, _LOCK, _STATE, _POSITION = "checkpoints", ".lock", "state", "position.json"
 _PART, _DAMAGED = ".part", ".damaged"
-_KEPT_STEPS = 2  # the newest ones; the best epoch is kept too
-_SPARE_BYTES = 2**24  # disk space needed beside a saved state
+_KEPT_STEPS = 2  # number of newest steps that are kept, besides the best epoch
+_SPARE_BYTES = 2**24  # disk space needed in addition to a saved state
 
 
 @dataclass
@@ -259,7 +262,7 @@ class StepStore:
         try:
             with _no_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 yield reader
-        except Exception as error:  # undamaged, but of another Orbax version
+        except Exception as error:  # for an undamaged step, another Orbax version is the usual cause
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.path / str(step)}: cannot be restored ({reason}); train again"
@@ -416,14 +419,14 @@ class Run:
         write_config(self.path, config, {name: digest(data) for name, data in texts.items()})
         for name, data in texts.items():
             write_atomically(self.path / name, data)
-        for part in self.steps.path.glob(f"*{_PART}"):  # saves that a crash cut short
+        for part in self.steps.path.glob(f"*{_PART}"):  # left by saves that a crash interrupted
             shutil.rmtree(part, ignore_errors=True)
 
     def _lock_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file; give an output folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        own = {_LOCK, f"{CONFIG}.part"}  # a crash may leave these before the run has a configuration
+        own = {_LOCK, f"{CONFIG}.part"}  # a crash may leave these files before the configuration is written
         if not (self.path / CONFIG).exists() and {p.name for p in self.path.iterdir()} - own:
             raise InputError(f"{self.path}: is not empty and holds no run; give a new output folder")
         try:
@@ -479,7 +482,12 @@ class Run:
         """Remove the files of the run, and no others that lie in the folder."""
         for folder in (_STEPS, EVENTS):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for name in (RESULTS, METRICS, VOCABULARY, CONFIG):  # the configuration last: it marks a run
+        for name in (
+            RESULTS,
+            METRICS,
+            VOCABULARY,
+            CONFIG,
+        ):  # the configuration goes last, because it marks a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:
@@ -561,6 +569,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found |= {f"{name}.{inner}": change for inner, change in changes(old, new).items()}
-        elif old != new and (old, new) != (None, False):  # older releases lack settings that are off
+        elif old != new and (old, new) != (
+            None,
+            False,
+        ):  # a run of an older release lacks newer settings, which are off
             found[name] = f"{old!r} -> {new!r}"
     return found

@@ -50,7 +50,7 @@ def run(
     presets: Mapping[str, C] | None = None,
     unused: Callable[[C], Mapping[str, str]] = lambda settings: {},
 ) -> int:
-    """Parse the flags and run a command; print errors that the user can fix as one line.
+    """Parse the flags and run a command; print an error of the user as one line.
 
     Args:
         config: dataclass of the command's flags.
@@ -73,7 +73,9 @@ def run(
                 settings = parse(config, name, presets)
                 check(settings)
                 reasons = unused(settings)
-                for flag in flags_in(sys.argv[1:]):  # a preset may set them, as it is not among these
+                for flag in flags_in(
+                    sys.argv[1:]
+                ):  # only given flags are checked; a preset may set unused fields
                     if flag in reasons:
                         raise InputError(f"{flag} {reasons[flag]}")
                 configure_malloc()
@@ -82,7 +84,7 @@ def run(
                 command(settings)
             finally:
                 sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as a shell reports it
     except Interrupted as stop:
@@ -133,7 +135,9 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
     Args:
         leave: ends the process; called with the signal's number, in either thread.
     """
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may set signal handlers
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -157,7 +161,7 @@ def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
         for number, handler in zip(numbers, old_handlers, strict=True):
             signal.signal(number, handler)
         signal.set_wakeup_fd(old_fd)
-        os.close(writer)  # ends the thread
+        os.close(writer)  # closing the pipe ends the thread
         thread.join()
 
 
@@ -165,7 +169,9 @@ def _leave(number: int, config: type, name: str) -> None:
     """End the process at once; unwinding would wait for a save in progress."""
     hint = "continue with" if hasattr(config, "resume") else "run again with"
     line = f"stopped; {hint}: {_command_to_continue(config, name)}\n"
-    os.write(2, line.encode(errors="backslashreplace"))  # the main thread may hold the lock of stderr
+    os.write(
+        2, line.encode(errors="backslashreplace")
+    )  # os.write, because the main thread may hold the lock of sys.stderr
     os._exit(128 + number)
 
 
@@ -197,7 +203,7 @@ def mark_output_created() -> None:
 
 def _command_to_continue(config: type, name: str) -> str:
     args = sys.argv[1:]
-    if _output_created:  # --overwrite has done its work
+    if _output_created:  # the old output is already replaced, so --overwrite must not do it again
         args = [arg for arg in args if arg not in ("--resume", "--overwrite")]
         args += ["--resume"] * hasattr(config, "resume")
     return f"{prog(name)} {shlex.join(args)}".rstrip()
@@ -223,7 +229,7 @@ def parse(
     default: dict[str, Any] = {} if preset is None else {"default": preset}
     output, columns = io.StringIO(), os.environ.get("COLUMNS")
     if "--help" not in args and "-h" not in args:
-        os.environ["COLUMNS"] = "10000"  # the parser wraps its messages at the terminal's width
+        os.environ["COLUMNS"] = "10000"  # otherwise the parser wraps its messages at the terminal's width
     try:
         with contextlib.redirect_stderr(output):
             return tyro.cli(config, prog=prog(name), description=config.__doc__, args=args, **default)
@@ -243,7 +249,7 @@ def parse(
 
 def _replace_old_flag(arg: str) -> str:
     flag, equals, value = arg.partition("=")
-    if flag.replace("_", "-") == "--text-column":  # reads better with a single value
+    if flag.replace("_", "-") == "--text-column":  # an alias that reads better with a single value
         return f"--text-columns{equals}{value}"
     if flag.replace("_", "-") != "--steps-per-dispatch":
         return arg
@@ -334,7 +340,7 @@ def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> d
 
 
 def check(settings: Any) -> None:
-    """Refuse empty texts and texts that no file could be named; `Config` has checked types and bounds.
+    """Refuse empty strings and strings that cannot name a file; `Config` checks types and bounds.
 
     Raises:
         InputError: a value is wrong; the message names its flag.
@@ -416,7 +422,7 @@ def create_run(
 
     def remove_products() -> None:
         if run.steps.saved() and next(run.steps.valid(), None) is None:
-            return  # `Run.restore` will refuse to continue, so the results stay
+            return  # the results stay, because `Run.restore` will refuse to continue
         for name in reversed(PRODUCTS):
             path = run.path / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -578,7 +584,7 @@ def process_peak(status: Path = Path("/proc/self/status")) -> int | None:
         >>> process_peak() > 2**20
         True
     """
-    if status.exists():  # Linux, where ru_maxrss includes the peak of the parent process
+    if status.exists():  # on Linux, ru_maxrss would include the peak of the parent process
         found = re.search(r"VmHWM:\s*(\d+)", status.read_text())
         return found and 1024 * int(found[1])
     try:

@@ -23,8 +23,8 @@ from elmo_jax.training.step import (
 )
 from experiments.common.cli import process_peak, say
 
-CALLS = 4  # multi-step calls to time
-_SECONDS = 10.0  # enough timing
+CALLS = 4  # number of multi-step calls that are timed
+_SECONDS = 10.0  # timing stops after this time
 
 
 def estimate(
@@ -71,7 +71,7 @@ def _time_steps(
             flops_by_shape[shape] = matmul_flops(step.jaxpr)
             state, _ = run(state, batches, 1, key)
         jax.block_until_ready(state)
-        # The first chunk runs one step, which tells how many fit into the time.
+        # The first chunk runs a single step; its time tells how many steps fit.
         steps = min(count, 1 + int(_SECONDS * total / seconds)) if total else 1
         steps = count if runs_all_steps() else steps
         start = time.perf_counter()

@@ -190,7 +190,7 @@ def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel
     params = init_params(elmo.model, jax.random.key(seed)) if config.untrained else elmo.params
     shape = sizes.layers + 1, 2 * sizes.embedding
     features = FeatureSource(bilm_features(elmo.model, config.finetune), {"bilm": params}, shape)
-    options = {} if run else official_options(sizes)  # a run has its own config.json
+    options = {} if run else official_options(sizes)  # those of a run are in its own config.json
     return Source(data, features, make_combiner(combiner), settings, elmo.vocabulary, sizes, options)
 
 
@@ -201,7 +201,9 @@ def official_options(config: BiLMConfig) -> dict[str, Any]:
 
 def _open_vectors(config: SourceConfig, seed: int) -> Source:
     path = Path(config.vectors or f"runs/{config.features}")
-    if not ((path / VECTORS).is_file() and (path / RESULTS).is_file()):  # results are written last
+    if not (
+        (path / VECTORS).is_file() and (path / RESULTS).is_file()
+    ):  # the results are written last, so the run is complete
         make = f"{prog('vectors')} --method {config.features} --output {path}"
         raise InputError(f"{path}: no word vectors here; make them with {make}")
     check_files(path)
@@ -223,7 +225,7 @@ def _load_labelled(
     with_characters: bool,
     seed: int,
 ) -> tuple[Dataset, DataConfig]:
-    """Load the data set of the flags, or else the one that the features' run was trained on.
+    """Load the data set given by the flags, or else the one of the run that holds the features.
 
     Raises:
         InputError: there is none, or its texts have changed since the run.
@@ -245,7 +247,7 @@ def _load_labelled(
 def _data_settings(
     config: SourceConfig, run: Path | None, own: DataConfig | None, text: TextConfig
 ) -> DataConfig:
-    """Return the settings of the data set: the flags, and those that a run on the same data set had.
+    """Return the settings of the data set: those of a run on the same data set, changed by the flags.
 
     Another data set has the text preparation of the features, where no flag says otherwise.
     """

@@ -145,7 +145,7 @@ def plot_bands(
 def plot_dots(
     values: Mapping[str, Sequence[float]], path: Path, xlabel: str, reference: float | None = None
 ) -> None:
-    """Plot the mean and standard deviation of repetitions, one name a line, as a PNG.
+    """Plot the mean and standard deviation of repetitions, one name per line, as a PNG.
 
     Args:
         values: By name, one value for each repetition; plotted from top to bottom.
@@ -170,7 +170,7 @@ def plot_dots(
 
 
 def plot_bars(values: Mapping[str, Sequence[float] | np.ndarray], path: Path, xlabel: str) -> None:
-    """Plot the mean of repetitions as bars from 0 with error bars, one name a line, as a PNG.
+    """Plot the mean of repetitions as bars from 0 with error bars, one name per line, as a PNG.
 
     Args:
         values: By name, one value for each repetition; plotted from top to bottom.
@@ -200,7 +200,7 @@ def deviation(values: np.ndarray) -> Any:
 def plot_layers(
     points: Sequence[np.ndarray], groups: Sequence[str], titles: Sequence[str], path: Path
 ) -> None:
-    """Plot the occurrences of a word in each layer, one panel a layer, as a PNG.
+    """Plot the occurrences of a word in each layer, one panel per layer, as a PNG.
 
     Args:
         points: For each layer, coordinates ``[N, 2]`` of the occurrences.

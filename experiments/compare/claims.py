@@ -31,7 +31,7 @@ from experiments.compare.stages import ELMO, TFIDF, Comparison
 
 STATIC = ("SGNS", "SVD")
 FEW_TEXTS = "ELMo, few texts"
-LABEL_FRACTIONS = (0.01, 0.03, 0.1, 0.3)  # besides all labels
+LABEL_FRACTIONS = (0.01, 0.03, 0.1, 0.3)  # compared with all labels
 
 
 class Studies:
@@ -40,7 +40,7 @@ class Studies:
     def __init__(self, comparison: Comparison):
         self.full, seeds = comparison.classifiers, range(comparison.config.seeds)
         all_epochs = self.full[ELMO][0].settings.epochs
-        # Few documents make few steps an epoch, so the number of epochs grows.
+        # With fewer documents an epoch has fewer steps, so there are more epochs.
         epochs = {fraction: round(all_epochs / fraction**0.5) for fraction in LABEL_FRACTIONS}
         self.few_labels = {
             method: {
@@ -61,7 +61,7 @@ class Studies:
 
 
 class FewTexts:
-    """ELMo for someone who has few texts: pre-trained on the labelled documents alone.
+    """ELMo with few texts: it is pre-trained only on the documents that are labelled.
 
     Args:
         comparison: The comparison with all texts.
@@ -118,12 +118,12 @@ def study_efficiency(studies: Studies, path: Path) -> str:
     """Plot the test accuracy against the number of labelled documents and describe it."""
     x, columns, values = [], [], {}
     for method, few_labels in studies.few_labels.items():
-        full = studies.full[ELMO if method == FEW_TEXTS else method]  # with all labels, it has all texts
+        full = studies.full[ELMO if method == FEW_TEXTS else method]  # with all texts, both are the same
         runs = read_classifiers({**few_labels, 1.0: full})
         if method == ELMO:
             parts = [each[0].results["train"] for each in runs.values()]
             documents = [float(np.sum(part["confusion_matrix"])) for part in parts]
-            # Of few documents, two fractions may be the same number.
+            # Two small fractions may round to the same number of documents.
             unique = {count: i for i, count in enumerate(documents)}
             x, columns = list(unique), list(unique.values())
         values[method] = np.array([[run.accuracy for run in each] for each in runs.values()]).T[:, columns]
@@ -287,5 +287,7 @@ def most_frequent_sense_accuracy(
 ) -> float:
     """Return the test accuracy of predicting each word's most frequent sense in the training texts."""
     pairs = Counter(zip(words, senses, strict=True)).most_common()
-    predicted = dict(pair for pair, _ in reversed(pairs))  # the most frequent sense of a word is set last
+    predicted = dict(
+        pair for pair, _ in reversed(pairs)
+    )  # reversed, so that the most frequent sense of a word is set last
     return float(np.mean([predicted.get(w) == s for w, s in zip(test_words, test_senses, strict=True)]))

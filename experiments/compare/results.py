@@ -45,7 +45,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int,
         >>> mcnemar(labels, labels, np.repeat([1, 0], [6, 6]))
         (6, 0, 0.03125)
     """
-    from scipy.stats import binomtest  # loads slowly
+    from scipy.stats import binomtest  # imported here, because it loads slowly
 
     only_a, only_b = (int(np.sum((x == labels) & (y != labels))) for x, y in ((a, b), (b, a)))
     p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
@@ -90,7 +90,7 @@ class Classifier(NamedTuple):
 
     path: Path
     results: dict[str, Any]
-    records: list[dict[str, Any]]  # one an epoch
+    records: list[dict[str, Any]]  # one record per epoch
     labels: np.ndarray  # [N], true classes of the test documents
     predicted: np.ndarray  # [N]
 
@@ -105,7 +105,7 @@ class Classifier(NamedTuple):
         return len(np.unique(self.labels)) > 1 == len(np.unique(self.predicted))
 
 
-Runs = Mapping[str, Sequence[Classifier]]  # the classifiers of each method, one a seed
+Runs = Mapping[str, Sequence[Classifier]]  # by method, one classifier per seed
 
 
 def read_classifiers(stages: Mapping[Any, Sequence[Stage]]) -> dict[Any, list[Classifier]]:

@@ -48,7 +48,7 @@ class Stage:
     name: str
     work: float  # estimated time, in epochs of pre-training
     command: Callable[[Any], Any]
-    settings: Any  # with output, resume and overwrite
+    settings: Any  # a config with the fields output, resume and overwrite
     inputs: Callable[[], Mapping[str, str]] = (
         dict  # returns digests by name in config.json, see _digest_inputs
     )
@@ -88,7 +88,7 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], output: Path, runs: Path | None = None) -> dict[str, float]:
-    """Run the unfinished stages in order and print one line a stage.
+    """Run the unfinished stages in order and print a line for each stage.
 
     Args:
         stages: Stages; each may use the runs of those before it.
@@ -121,11 +121,11 @@ def run_stages(stages: Sequence[Stage], output: Path, runs: Path | None = None) 
             with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
                 resume = stage.has_run and not reason
                 stage.command(replace(stage.settings, resume=resume, overwrite=bool(reason)))
-        finally:  # a stopped stage keeps its time and continues later
+        finally:  # a stopped stage keeps its time, because it continues later
             seconds[stage.name] = round(earlier + time.perf_counter() - start, 1)
             lines = (json.dumps({"event": "stage", "stage": n, "seconds": s}) for n, s in seconds.items())
             write_atomically(output / METRICS, "".join(f"{line}\n" for line in lines))
-        jax.clear_caches()  # the next stage compiles other programs
+        jax.clear_caches()  # the next stage does not use the programs compiled so far
     return seconds
 
 
@@ -167,7 +167,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     TFIDF: ("--features", "tfidf"),
 }
 _WORK = {"svd": 0.3, "sgns": 1.0}
-# Defaults for the settings that a word vector method does not use, so that they cannot make its run stale.
+# Settings that a word vector method does not use get defaults, so that they never make its run stale.
 _UNUSED_SETTINGS: Mapping[str, Any] = {
     "svd": {"sgns": SGNSConfig(), "epochs": vectors.VectorsConfig.epochs},
     "sgns": {"svd": SVDConfig()},
@@ -211,7 +211,7 @@ class Comparison:
         if data is None or not isinstance(saved.get("model"), dict) or not (path / RESULTS).is_file():
             message = "is not a finished run of experiments.pretrain on a labelled data set; give one"
             raise InputError(f"{path}: {message}")
-        self._features(path, None)  # fails if the run is damaged
+        self._features(path, None)  # raises an error if the run is damaged
         if self._texts(data, _reads_characters(saved), 1.0, 0) != saved.get("texts"):
             raise InputError(f"{path}: its data set has changed since it was trained; train it again")
         return data
@@ -230,13 +230,13 @@ class Comparison:
 
     @functools.cached_property
     def classifiers(self) -> dict[str, list[Stage]]:
-        """The stages of the classifiers by method, one a seed."""
+        """The stages of the classifiers by method, one per seed."""
         seeds = range(self.config.seeds)
         return {method: [self.classifier(method, seed) for seed in seeds] for method in METHODS}
 
     @property
     def stages(self) -> list[Stage]:
-        """All stages."""
+        """The stages of all methods, in the order in which they run."""
         return [*self.sources.values(), *itertools.chain(*self.classifiers.values())]
 
     def classifier(
@@ -257,7 +257,7 @@ class Comparison:
         name += f"-labels-{labels:g}" * (labels < 1) + f"-epochs-{epochs}" * (epochs is not None)
         name += "-untrained" * untrained
         rate, inputs = 1.2, dict[str, Any](pretrained=self.language_model)
-        if base.source.features != "elmo":  # word vectors and word counts are fixed
+        if base.source.features != "elmo":  # word vectors and word counts are not fine-tuned
             rate, inputs["finetune"] = 0.6, False
         if base.source.features in _UNUSED_SETTINGS:
             inputs["vectors"] = str(self.output / base.source.features)

@@ -165,7 +165,7 @@ def test_vocabulary_file_has_the_bilm_format(tmp_path):
         (b"<S>\n</S>\n<UNK>\n\nb\n", ":4: the line is empty"),
         (b"<S>\n</S>\n<UNK>\n\xff\n", ":4: byte 0xff is not UTF-8"),
         (b"", ":1: "),
-        (b"<S>\n</S>\n<UNK>\nthe 12\n", ":4: 'the 12' holds white space; write one token a line"),
+        (b"<S>\n</S>\n<UNK>\nthe 12\n", ":4: 'the 12' holds white space; write one token per line"),
         (b"<S>\n</S>\n<UNK>\nthe\t12\n", r":4: 'the\\t12' holds white space"),
         (b"<S>\n</S>\n<UNK>\n  \n", ":4: the line is empty"),
     ],
