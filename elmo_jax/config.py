@@ -1,6 +1,6 @@
 """Settings of models, training and data as frozen dataclasses; importing them does not import JAX.
 
-Types and bounds stand on the fields, and are checked whenever a config is made.
+Each field declares its type and bounds, which are checked when a config is created.
 """
 
 import math
@@ -29,7 +29,7 @@ NonNegative = Seed = Annotated[int, Meta(ge=0, lt=2**31)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
-CHARACTERS = 50  # Number of character ids of a word, including its begin and end symbols.
+CHARACTERS = 50  # character ids per word, including its begin and end symbols
 
 
 _COMPARISONS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
@@ -37,7 +37,7 @@ _TYPES = {"int": "an integer", "float": "a number", "str": "text", "bool": "True
 
 
 class Config:
-    """Base of dataclasses that check types and bounds of their fields when they are made.
+    """Base class of settings; creating an object checks the types and bounds of its fields.
 
     Raises:
         InputError: A value is wrong; the message names its field.
@@ -50,9 +50,7 @@ class Config:
 
     def __post_init__(self):
         for name, kind in _field_types(type(self)).items():
-            if not is_dataclass(
-                value := getattr(self, name)
-            ):  # a nested config checked itself when it was made
+            if not is_dataclass(value := getattr(self, name)):  # a nested config was checked on creation
                 _check_field(name, kind, value)
 
 
@@ -98,7 +96,7 @@ class TextConfig(Config):
     """Conversion of raw text into the tokens of a model; it is stored with the model."""
 
     tokens: Literal["words", "whitespace", "custom"] = "words"
-    """words and punctuation characters; tokens separated by whitespace; or those of a custom function."""
+    """Split into words and punctuation characters, split at whitespace, or call a custom tokenizer."""
     lowercase: bool = True
     """Convert the text to lower case."""
     clean: bool = False
@@ -111,7 +109,7 @@ PRETOKENIZED = TextConfig("whitespace", lowercase=False)
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """A labelled data set and how its texts become token ids."""
+    """A labelled data set and the conversion of its texts into token ids."""
 
     dataset: str = "sample"
     """sample (included), ag_news (downloaded once), or a folder with train.csv and test.csv."""
@@ -122,32 +120,32 @@ class DataConfig(Config):
     text_columns: tuple[str, ...] | None = None
     """Columns with the text, by name or number, joined in this order; all others if not given."""
     text: TextColumns = "title+description"
-    """Without text_columns: all columns but the label joined, or the last of them only."""
+    """Without text_columns: join all columns except the label, or use only the last of them."""
     delimiter: str | None = None
-    """Character between columns, or tab; found among comma, semicolon and tab if not given."""
+    """Character between columns, or tab; if not given, detected among comma, semicolon and tab."""
     tokens: Tokens | None = None
-    """Split texts into words and punctuation characters, or only at whitespace, for languages written
-    without spaces; if not given, words for a data set and whitespace for a corpus."""
+    """Split texts into words and punctuation characters, or only at whitespace, for pre-tokenized text; if
+    not given, words for a data set and whitespace for a corpus."""
     lowercase: bool | None = None
-    """Convert texts to lower case; if not given, done with --tokens words."""
+    """Convert texts to lower case; if not given, only with --tokens words."""
     clean: bool = False
     """Remove news-feed markup (tags, HTML entities, backslashes); always done for ag_news."""
     skip_blank: bool = False
-    """Leave out texts without tokens instead of refusing them."""
+    """Leave out texts without tokens instead of stopping with an error."""
     min_count: Count = 3
-    """Tokens that occur less often in the training texts become unknown."""
+    """Minimum number of occurrences in the training texts; rarer tokens become unknown."""
     max_vocab: Count | None = None
     """Maximum number of tokens in the vocabulary."""
     max_length: Count = 400
     """Maximum number of tokens of a text; longer texts are cut."""
     validation: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    """Fraction of the training rows held out for validation, stratified by class; of a corpus without
-    held-out text, the fraction of its lines, at most 20,000."""
+    """Fraction of the training rows held out for validation, stratified by class. For a corpus without
+    held-out text: fraction of its lines, at most 20,000 lines."""
     split_seed: Seed = 0
-    """Random seed of the split into training and validation."""
+    """Random seed for the split into training and validation rows."""
 
     def text_config(self, default: Tokens = "words") -> TextConfig:
-        """Return how the texts become tokens, with `default` if `tokens` is None."""
+        """Return the conversion of texts into tokens, with `default` if `tokens` is None."""
         tokens = self.tokens or default
         lowercase = tokens == "words" if self.lowercase is None else self.lowercase
         return TextConfig(tokens, lowercase, self.clean or self.dataset == "ag_news")
@@ -160,7 +158,7 @@ class CharCNNConfig(Config):
     filters: Annotated[
         tuple[tuple[Annotated[int, Meta(ge=1, le=CHARACTERS)], Size], ...], Meta(min_length=1)
     ] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
-    """Width in characters and number of filters, for each width."""
+    """Pairs of filter width, in characters, and number of filters."""
     character_features: Size = 16
     """Width of the character vectors."""
     highway: Annotated[int, Meta(ge=0, le=100)] = 2
@@ -176,7 +174,7 @@ class BiLMConfig(Config):
     """Sizes of a bidirectional language model."""
 
     input: Literal["words", "characters"] = "words"
-    """Token vectors from an embedding table, or from a CNN over each token's characters."""
+    """Source of the token vectors: an embedding table, or a CNN over each token's characters."""
     characters: CharCNNConfig = CharCNNConfig()
     embedding: Size = 150
     """Width of the token vectors and of each direction's LSTM outputs."""
@@ -207,12 +205,12 @@ class BiLMConfig(Config):
 
 @dataclass(frozen=True)
 class CombinerConfig(Config):
-    """Combiner of the layers of a language model."""
+    """Method that combines the layers of a language model."""
 
     combiner: str = "trainable"
-    """trainable or frozen scalar weights for the layers, or function (learned, of all layers)."""
+    """trainable or frozen scalar weights for the layers, or function: a learned map of all layers."""
     normalize: Literal["none", "softmax"] = "none"
-    """With trainable: raw weights, or softmax-normalized and scaled as in the paper."""
+    """With trainable: use the raw weights, or softmax-normalize and scale them as in the paper."""
     layer_norm: bool = False
     """With trainable or frozen: normalize each layer to mean 0 and variance 1 first."""
     activation: Literal["relu", "tanh"] = "relu"
@@ -244,11 +242,11 @@ class OptimizerConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "lazy_adam", "adagrad"] = "adam"
-    """adam updates all vocabulary rows; with the sampled softmax, lazy_adam and adagrad only those in use."""
+    """adam updates all vocabulary rows; with sampled softmax, lazy_adam and adagrad update those in use."""
     learning_rate: Positive = 2e-3
     """Peak learning rate of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay of the learning rate to 0 after the warmup, or constant."""
+    """After the warmup, decrease the learning rate to 0 or keep it constant."""
     warmup: Fraction = 0.02
     """Fraction of all steps over which the learning rate rises from 0."""
     clip_norm: Positive = 10.0
@@ -262,9 +260,9 @@ class SVDConfig(Config):
     """Word vectors from a truncated SVD of co-occurrence counts."""
 
     weighting: Literal["ppmi", "counts"] = "ppmi"
-    """Positive pointwise mutual information, or raw counts."""
+    """Matrix entries: positive pointwise mutual information, or raw counts."""
     exponent: Annotated[float, Meta(ge=0)] = 0.5
-    """Power of the singular values that scales the dimensions; 0 leaves them unscaled."""
+    """Exponent of the singular values that scale the dimensions; 0 leaves them unscaled."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ class SGNSConfig(Config):
     negatives: Count = 5
     """Weight of the negative samples relative to each positive pair."""
     subsample: Positive = 1e-3
-    """Tokens with a larger relative frequency are randomly dropped in training."""
+    """Relative frequency above which tokens are randomly dropped in training."""
     rate: Positive = 0.025
     """Initial learning rate; it falls linearly to 0."""
 
@@ -284,11 +282,11 @@ class DumpConfig(Config):
     """Content of an HDF5 file of embeddings."""
 
     layers: Layers = "all"
-    """All layers [L, tokens, F]; or [tokens, F]: the top layer, the average, or a trained mix."""
+    """Write all layers [L, tokens, F], or one of [tokens, F]: the top layer, the average or a trained mix."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the file."""
     tokenize: bool = False
-    """Tokenize raw text as the model's training text was; without it, tokens are separated by spaces."""
+    """Tokenize raw text like the model's training text; if not given, tokens are separated by spaces."""
     long: Literal["split", "refuse"] = "split"
     """For lines longer than --max-length: process them in pieces (same result), or stop with an error."""
     max_length: Count = 100_000

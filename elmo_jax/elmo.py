@@ -32,9 +32,9 @@ from elmo_jax.training.classifier import feature_standardizer
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128)
 _ROWS = (1, 4, 16, 64)
 _BATCH_TOKENS = 2048
-_CNN_WORDS = 256  # words per call of the character CNN
-_MAX_WORDS = 1 << 15  # maximum number of cached word vectors
-_BLOCK_TEXTS = 1024  # texts embedded at once; this bounds the memory for their layers
+_CNN_WORDS = 256  # words in one call of the character CNN
+_MAX_WORDS = 1 << 15  # cached word vectors
+_BLOCK_TEXTS = 1024  # texts embedded at a time, which bounds the memory for their layers
 
 Pooling = Literal["mean", "max", "mean+max"]
 
@@ -45,8 +45,8 @@ class Elmo:
     Args:
         model: Language model.
         params: Parameters of the model.
-        vocabulary: Token ids; None for a model that reads characters and has no softmax.
-        text: How raw text becomes tokens.
+        vocabulary: Vocabulary; None for a model that reads characters and has no softmax.
+        text: Conversion of raw text into tokens.
         tokenizer: Function from a text to its tokens, used instead of `text`; it is not saved.
 
     Examples:
@@ -72,7 +72,7 @@ class Elmo:
         text: TextConfig = TextConfig(),
         tokenizer: Tokenizer | None = None,
     ):
-        lstm_layer(model.config, model.kernel).choose()  # refuses an unknown or unsupported kernel
+        lstm_layer(model.config, model.kernel).choose()  # raises InputError for an unsupported kernel
         self.model, self.params, self.vocabulary = model, params, vocabulary
         self.text = text if tokenizer is None else TextConfig("custom", lowercase=False)
         self._tokenizer, self._split = tokenizer, make_tokenizer(text, tokenizer)
@@ -88,7 +88,7 @@ class Elmo:
         def nll(params: Any, h: Array, targets: Array) -> Any:
             return model.apply({"params": params}, h, targets, method="surprisal")
 
-        # A separate function, because the word table grows and would recompile the LSTM each time.
+        # The word table grows. A separate lookup avoids recompiling the LSTM when it does.
         self._look_up = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0))
         self._contextualize = _jit_precise(contextualize, donate_argnums=3)
         self._nll = _jit_precise(nll)
@@ -109,10 +109,10 @@ class Elmo:
         """Load the best epoch of a pre-training run, or a folder that `save_pretrained` wrote.
 
         Args:
-            path: Folder.
+            path: Folder of the run or of the saved model.
             dtype: Matmul dtype, "float32" or "bfloat16"; None keeps the dtype of the training.
             kernel: LSTM kernel, see `LSTM.choose`.
-            tokenizer: See `Elmo`; None prepares raw text as the training text was.
+            tokenizer: See `Elmo`; None converts raw text like the training text.
 
         Raises:
             InputError: The folder holds no language model, or its files are damaged or inconsistent.
@@ -142,8 +142,8 @@ class Elmo:
             tokenizer: See `Elmo`.
 
         Raises:
-            InputError: A file is missing or damaged, the two are of different models, or the kernel does
-                not support the layers.
+            InputError: A file is missing or damaged, the files belong to different models, or the kernel
+                does not support the layers.
         """
         config, flat, text = read_bilm(options, weights)
         vocabulary = None
@@ -192,10 +192,10 @@ class Elmo:
     def embed(
         self, sentences: Sequence[Sequence[str]], stateful: bool = False, batch_tokens: int = _BATCH_TOKENS
     ) -> list[np.ndarray]:
-        """Return every layer's vector of every token.
+        """Return the vectors of every token from all layers.
 
-        The vectors of a sentence depend on its own tokens alone, not on the other sentences nor on
-        earlier calls. The model reads ``<S>`` and ``</S>`` too; their vectors are left out.
+        Without `stateful`, the vectors of a sentence depend on its own tokens alone, not on other sentences
+        or earlier calls. The model also reads ``<S>`` and ``</S>``, but their vectors are left out.
 
         Args:
             sentences: Tokens of each sentence; `tokenize` makes them from raw text.
@@ -224,10 +224,10 @@ class Elmo:
         return out
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the tokens of a raw text, prepared as the training text was.
+        """Split a raw text into tokens like the training text.
 
         Raises:
-            InputError: The model was trained with a custom tokenizer, which is not given.
+            InputError: The model was trained with a custom tokenizer, which was not passed.
         """
         return self._split(text)
 
@@ -244,7 +244,7 @@ class Elmo:
             texts: N texts, or N lists of tokens.
             layers: "top", "average", "all" (concatenated), or the index of a layer.
             pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
-            standardizer: Result of `layer_statistics`, with which each feature is standardized first.
+            standardizer: Result of `layer_statistics`, used to standardize each feature before pooling.
 
         Returns:
             float32 ``[N, F]``; F is multiplied by the number of layers with "all", and doubled by "mean+max".
@@ -311,7 +311,7 @@ class Elmo:
         Returns:
             float32 ``[2, tokens + 1]`` for each sentence. Row 0 (forward) holds every token and then
             ``</S>``, each given the tokens before it. Row 1 (backward) holds ``<S>`` and then every
-            token, each given the tokens behind it. The mean of a row is the log of its perplexity.
+            token, each given the tokens after it. The mean of a row is the log of its perplexity.
 
         Raises:
             InputError: The model has no softmax, or a sentence is not a list of strings.
@@ -330,7 +330,7 @@ class Elmo:
         self._state = None
 
     def _first_state(self, rows: int) -> tuple[State, ...]:
-        """Return the state of the last stateful call, with zeros for sentences that it did not have."""
+        """Return the state of the last stateful call, padded with zeros for additional sentences."""
         if self._state is None:
             return zero_state(self.model.config, rows)
         missing = max(0, rows - self._state[0].c.shape[1])
@@ -369,7 +369,7 @@ class Elmo:
     ) -> Iterator[tuple[int, Array, Any]]:
         """Yield each window's first position, its layers ``[L, D, B, W, P]`` and the state after it.
 
-        Rows beyond the number of sentences are filler. A given state must have a row for each sentence.
+        Rows beyond the number of sentences are padding. `state` must have a row for each sentence.
         """
         longest = max(map(len, sentences)) + 2
         if state is None:
@@ -380,7 +380,7 @@ class Elmo:
         lengths[: len(sentences)] = [len(s) + 2 for s in sentences]
         forward = [[SPECIAL[BOS], *s, SPECIAL[EOS]] for s in sentences]
         readings = [reading for tokens in forward for reading in (tokens, tokens[::-1])]
-        # The copy is donated, so an interrupted call leaves the caller's state intact.
+        # The state is donated. A copy keeps the caller's state valid if this call is interrupted.
         state = jax.tree.map(jnp.copy, state)
         width = self._window_width(longest)
         for start in range(0, longest, width):
@@ -412,15 +412,15 @@ class Elmo:
 class _WordTable:
     """Word vectors on the device, one row per word.
 
-    For a model that reads words it is the embedding table. For one that reads characters it is a cache,
-    filled as words occur and emptied when full, which changes no vector.
+    For a model that reads words, this is the embedding table. For a model that reads characters, this is
+    a cache of vectors, which is emptied when full.
     """
 
     def __init__(self, model: BiLM, params: Any, vocabulary: Vocabulary | None):
         self._params, self._vocabulary, self._capacity = params, vocabulary, _MAX_WORDS
         self._reads_words = model.config.input == "words"
         self._rows: dict[str, int] = {}
-        # The padding must be at least as wide as the widest filter; see `character_ids`.
+        # The widest filter needs words padded to at least its width; see `character_ids`.
         self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
         empty = jnp.zeros((0, model.config.embedding), jnp.float32)
         self.vectors: Array = params["embedder"]["table"] if self._reads_words else empty
@@ -453,7 +453,7 @@ class _WordTable:
             new = list(words)
         new.sort(
             key=lambda word: len(word.encode("utf-8", "ignore"))
-        )  # so that words of similar length share a compiled shape
+        )  # words of similar length share a shape
         size = len(self._rows) + len(new) + _CNN_WORDS
         if size > len(self.vectors):
             table = jnp.zeros((1 << (size - 1).bit_length(), self.vectors.shape[1]), jnp.float32)
@@ -495,7 +495,7 @@ def _store_layers(
 
 
 def _round_up(n: int, sizes: Sequence[int]) -> int:
-    """Return the least size that holds n, or a multiple of the last one."""
+    """Return the smallest size of at least n, or else the next multiple of the last size."""
     return next((size for size in sizes if size >= n), -(-n // sizes[-1]) * sizes[-1])
 
 

@@ -26,8 +26,8 @@ from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays, read_bytes
 
 _CACHED_ARRAYS = ("codes", "offsets", "lines", "blank")
-_CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # lists of strings, joined by NUL
-_CACHE_VERSION = 5  # Increase it when reading, cleaning or tokenizing changes.
+_CACHED_TEXTS = ("tokens", "labels", "header", "delimiter")  # NUL-separated
+_CACHE_VERSION = 5  # increase it when reading, cleaning or tokenizing changes
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
@@ -37,7 +37,7 @@ _AG_NEWS_MD5 = {
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _USUAL_LABEL_NAMES = {"label", "class", "class index", "category", "target"}
 
-_Row = tuple[int, list[str]]  # number of the row's first line, and its cells
+_Row = tuple[int, list[str]]  # line number and cells
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def load_dataset(
     """Read, tokenize and split labelled texts; the same config gives the same dataset.
 
     Args:
-        config: Texts to read, and how to convert them.
-        vocabulary: Token ids; None builds the vocabulary of the training documents.
+        config: Data set, and the conversion of its texts into token ids.
+        vocabulary: Vocabulary of the token ids; None builds one from the training documents.
         with_characters: Add the character ids of every word.
         keep: Save the tokens of CSV files in the user's cache.
 
@@ -115,13 +115,13 @@ class Examples:
     offsets: np.ndarray  # int64 [N + 1]
     labels: list[str]  # spelled as in the file
     lines: np.ndarray  # int64 [N], the line on which each example begins
-    blank: np.ndarray  # int64, lines of the rows that were left out because their texts have no tokens
+    blank: np.ndarray  # int64, line numbers of the rows left out because they have no tokens
     header: tuple[str, ...] = ()  # cells of the header; empty if the file has none
     delimiter: str = ","
 
 
 def _read_parts(config: DataConfig, keep: bool) -> tuple[Examples, Examples, tuple[str, ...] | None]:
-    """Return the training texts, the test texts, and the names of the classes if there are any."""
+    """Return the training texts, the test texts, and the class names or None."""
     if config.data_dir is not None and config.dataset != "ag_news":
         raise InputError("`data_dir` needs `dataset` ag_news; add that, or give the folder as `dataset`")
     if config.dataset == "sample":
@@ -188,7 +188,7 @@ def find_parts(folder: Path) -> tuple[Path, Path]:
 
 
 def _check_labels(train: Examples, config: DataConfig) -> None:
-    """Refuse labels of a single class, and labels that look like the texts or like row numbers."""
+    """Raise InputError for a single class, and for labels that look like texts or row numbers."""
     classes, rows = len(set(train.labels)), len(train.labels)
     if classes == 1 < rows:
         problem = f"all rows have the label {reprlib.repr(train.labels[0])}"
@@ -205,7 +205,7 @@ def _number_classes(labels: Iterable[str], names: tuple[str, ...] | None) -> dic
     unique = set(labels)
     integers = all(label.isdecimal() and len(label) < 19 for label in unique)
     if names is None:
-        # The spelling is part of the key, so that "01" and "1" have the same order in every process.
+        # The second key gives "01" and "1" the same order in every process.
         names = tuple(sorted(unique, key=lambda label: (int(label) if integers else 0, label)))
     elif integers and not unique <= set(names):
         base = 0 if "0" in unique else 1
@@ -229,9 +229,7 @@ def _split(train: Examples, labels: np.ndarray, config: DataConfig) -> tuple[np.
         i = int(np.argmax(counts[labels] == 1))
         problem = f"is the only row of class {reprlib.repr(train.labels[i])}"
         raise InputError(f"{train.path}:{train.lines[i]}: {problem}; add another, or remove it")
-    from sklearn.model_selection import (
-        train_test_split,  # imported only here, because it and SciPy take 80 MB
-    )
+    from sklearn.model_selection import train_test_split  # takes 80 MB with SciPy
 
     indices, options = np.arange(len(labels)), {"random_state": config.split_seed, "stratify": labels}
     try:
@@ -245,13 +243,14 @@ def _split(train: Examples, labels: np.ndarray, config: DataConfig) -> tuple[np.
 def read_csv(
     path: Path, config: DataConfig, header: tuple[str, ...] | None = None, keep: bool = True
 ) -> Examples:
-    """Read and tokenize a file of labels and texts (or ``.gz``), or its cached tokens.
+    """Read and tokenize a CSV file of labels and texts, or load its cached tokens.
 
     Args:
-        path: CSV file. Its header, if it has one, is skipped.
-        config: Columns, delimiter, and how to treat markup and blank texts.
-        header: Cells of a possible header. If None, the first row is a header if it has the column names of
-            `config`. Without such names it is one if its label is not an integer and occurs in no other row.
+        path: CSV file, which may end in ``.gz``. A header is skipped.
+        config: Columns, delimiter, and treatment of markup and blank texts.
+        header: Cells of the training file's header, which the first row may repeat. If None, the first row
+            is a header if it contains the column names of `config`. If `config` has no names, the first row
+            is a header if its label is not an integer and occurs in no other row.
         keep: Save the tokens in the user's cache.
 
     Raises:
@@ -303,7 +302,7 @@ def _parse_examples(data: bytes, path: Path, config: DataConfig, header: tuple[s
 
 
 def check_delimiter(name: str) -> str:
-    """Return the character of a delimiter, which may be given as "tab"; raise InputError if it is none."""
+    """Return a delimiter given as one character or as "tab"; raise InputError for anything else."""
     delimiter = {"tab": "\t", "\\t": "\t"}.get(name, name)
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise InputError(f"`delimiter` is {reprlib.repr(name)}; give one character, or tab")
@@ -311,7 +310,11 @@ def check_delimiter(name: str) -> str:
 
 
 def find_delimiter(text: str) -> str:
-    """Return the delimiter that gives equal widths and the column with the fewest, shortest values."""
+    """Guess the delimiter from the first 100 rows.
+
+    It must give all rows the same number of columns. Among several, choose the one with which some column
+    has the fewest distinct values (at least two), then the one with the shortest values.
+    """
 
     def measure_labels(delimiter: str) -> tuple[float, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -328,7 +331,7 @@ def find_delimiter(text: str) -> str:
 
 
 def _parse_csv(text: str, path: Path, delimiter: str) -> list[_Row]:
-    """Return the first line and the cells of every row that is not blank; all have the same width."""
+    """Return the line number and the cells of each row, without blank rows; check that widths are equal."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[_Row] = []
@@ -344,7 +347,7 @@ def _parse_csv(text: str, path: Path, delimiter: str) -> list[_Row]:
         raise InputError(f"{path}: holds no rows; write them as label,text")
     width = max(2, len(rows[0][1]))
     for line, cells in rows:
-        if len(cells) != width:  # The usual cause is a comma outside quotes.
+        if len(cells) != width:  # probably an unquoted delimiter
             columns = "1 column" if len(cells) == 1 else f"{len(cells)} columns"
             remedy = f"check quoting and {_DELIMITERS.get(delimiter, repr(delimiter))}"
             raise InputError(f"{path}:{line}: {columns}, expected {width}; {remedy}")
@@ -363,7 +366,7 @@ def find_column(name: str, cells: Sequence[str], path: str | Path) -> int:
     Args:
         name: Name in the header, or number from 1.
         cells: Header, or any row if `name` is a number.
-        path: File for the message.
+        path: File that messages name.
 
     Raises:
         InputError: There is no such column, or more than one.
@@ -379,7 +382,7 @@ def find_column(name: str, cells: Sequence[str], path: str | Path) -> int:
 
 
 def _find_columns(cells: Sequence[str], config: DataConfig, path: Path) -> tuple[int, list[int]]:
-    """Return the indices of the label and of the text columns, given the header or any row."""
+    """Return the index of the label column and the indices of the text columns."""
     label = find_column(config.label_column or "1", cells, path)
     others = [i for i in range(len(cells)) if i != label]
     texts = others if config.text == "title+description" else others[-1:]
@@ -391,7 +394,7 @@ def _find_columns(cells: Sequence[str], config: DataConfig, path: Path) -> tuple
 
 
 def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, text: TextConfig) -> Examples:
-    """Tokenize texts, given with their line and label; `path` is for messages."""
+    """Tokenize examples of (line number, label, text); messages name `path`."""
     tokenizer = make_tokenizer(text)
     code_of: dict[str, int] = {}
     codes: list[np.ndarray] = []
@@ -415,7 +418,7 @@ def _tokenize_examples(examples: Iterable[tuple[int, str, str]], path: str, text
 
 
 def _check_blank(texts: Examples, skip: bool) -> None:
-    """Refuse texts without tokens, or warn how many were left out."""
+    """Raise InputError for texts without tokens, or warn that they are left out."""
     count = len(texts.blank)
     if count and not skip:
         problem = "the text has no tokens" if count == 1 else f"{count} texts have no tokens"
@@ -431,7 +434,7 @@ def _check_blank(texts: Examples, skip: bool) -> None:
 
 
 def _join_lines(lines: Sequence[int] | np.ndarray) -> str:
-    """Return up to ten line numbers, and the number of the others."""
+    """Join up to ten line numbers, and count the others."""
     more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
     return ", ".join(map(str, lines[:10])) + more
 
@@ -447,8 +450,9 @@ def _save_cache(texts: Examples, cache: Path) -> None:
     arrays |= {name: getattr(texts, name) for name in _CACHED_ARRAYS}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        # Another process never sees an incomplete file.
-        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            dir=cache.parent
+        ) as folder:  # renamed, so no reader sees half a file
             part = Path(folder) / cache.name
             np.savez_compressed(part, **arrays)
             part.replace(cache)

@@ -23,7 +23,7 @@ PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<S>", "</S>", "<UNK>")
 BLOCK_TOKENS = 50_000  # a CPU embeds them in a few seconds
 
-_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # gives the same tokens as _TOKEN on ASCII text, twice as fast
+_ASCII_TOKEN = re.compile(r"\w+|[^\w\s]")  # matches like _TOKEN on ASCII text, twice as fast
 # A word holds letters, numbers, marks, joiners and soft hyphens; anything else is a user-perceived
 # character, such as an emoji with its modifiers. `regex` does not count \x1c to \x1f as white space.
 _TOKEN = regex.compile(r"[\w\p{N}\p{GCB=Prepend}\u00ad\u2060]+|(?![\s\x1c-\x1f])\X")
@@ -77,8 +77,8 @@ def make_tokenizer(config: TextConfig, custom: Tokenizer | None = None) -> Token
     """Return the function that converts a text into tokens.
 
     Args:
-        config: Stored text preparation of a model.
-        custom: The user's function, which replaces the stored preparation.
+        config: Text conversion stored with a model.
+        custom: Function of the user, called instead of the stored conversion.
 
     Examples:
         >>> make_tokenizer(TextConfig("whitespace"))("The  U.S. bank")
@@ -103,7 +103,7 @@ def make_tokenizer(config: TextConfig, custom: Tokenizer | None = None) -> Token
 def tokenize_texts(
     texts: Iterable[str] | Iterable[Sequence[str]], tokenizer: Tokenizer = tokenize
 ) -> list[list[str]]:
-    """Return the tokens of texts; lists of tokens stay as they are, and a table of one column is N texts.
+    """Tokenize texts; lists of tokens stay unchanged, and a table of one column counts as N texts.
 
     Raises:
         InputError: The texts are not a list of strings or of lists of tokens.
@@ -174,9 +174,12 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], min_count: int = 1, max_size: int | None = None) -> Self:
-        """Return the `max_size` most frequent tokens with at least `min_count` occurrences.
+        """Build a vocabulary of the most frequent tokens; tokens of equal count are sorted by name.
 
-        Tokens with equal counts are sorted by name.
+        Args:
+            counts: Number of occurrences of each token.
+            min_count: Minimum number of occurrences.
+            max_size: Maximum number of tokens besides the special ones; None sets no limit.
 
         Raises:
             InputError: There are tokens, but none reaches `min_count`.
@@ -209,7 +212,7 @@ class Vocabulary:
             exact: Keep spaces inside tokens. A model trained on lists of tokens may have such tokens.
 
         Raises:
-            InputError: The file is missing, is not UTF-8, or has an invalid line, whose number is given.
+            InputError: The file is missing, is not UTF-8, or has an invalid line, which the message names.
         """
         lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         tokens = lines if exact else [line.strip(" \t\r") for line in lines]
@@ -227,14 +230,14 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, which may be compressed as ``.gz``, without its byte-order mark.
 
     Raises:
-        InputError: The file is missing, unreadable or not UTF-8 (with the line).
+        InputError: The file is missing, unreadable or not UTF-8; the message names the line.
     """
     path = Path(path)
     return decode(read_bytes(path), path)
 
 
 def decode(data: bytes, path: Path, line: int = 1) -> str:
-    """Decode UTF-8 bytes that start at a line of a file; before line 1 remove the byte-order mark.
+    """Decode UTF-8 bytes that begin at the given line of a file; at line 1, remove a byte-order mark.
 
     Raises:
         InputError: A byte is NUL or not UTF-8; the message names its line.
@@ -242,7 +245,7 @@ def decode(data: bytes, path: Path, line: int = 1) -> str:
     try:
         text, bad = data.decode("utf-8-sig" if line == 1 else "utf-8"), data.find(b"\0")
     except UnicodeDecodeError as error:
-        text, data, bad = "", bytes(error.object), error.start  # `start` does not count the byte-order mark
+        text, data, bad = "", bytes(error.object), error.start  # `start` ignores the byte-order mark
     if bad >= 0:
         line += data.count(b"\n", 0, bad)
         raise InputError(f"{path}:{line}: byte 0x{data[bad]:02x} is not UTF-8 text; convert the file")
@@ -250,15 +253,15 @@ def decode(data: bytes, path: Path, line: int = 1) -> str:
 
 
 def read_lines(path: Path, split: Callable[[str], list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each line's number, from 0, and its tokens; see `raw_lines`."""
+    """Yield the number of each line, from 0, and its tokens; see `raw_lines`."""
     return ((i, split(line)) for i, line in enumerate(raw_lines(path)))
 
 
 def raw_lines(path: Path, on_bytes: OnBytes = lambda n: None) -> Iterator[str]:
-    """Yield the lines of a text or ``.gz`` file, with their endings, and report the bytes read.
+    """Yield the lines of a text or ``.gz`` file with their line endings; call `on_bytes` with the bytes read.
 
     Raises:
-        InputError: The file is missing, damaged or not UTF-8 (with the line).
+        InputError: The file is missing, damaged or not UTF-8; the message names the line.
     """
     check_regular(path)
     reported = 0
@@ -278,7 +281,7 @@ def raw_lines(path: Path, on_bytes: OnBytes = lambda n: None) -> Iterator[str]:
 
 
 def blocks(lines: Iterable[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
-    """Group lines into blocks of about `BLOCK_TOKENS` tokens, deterministically."""
+    """Group lines into blocks of about `BLOCK_TOKENS` tokens."""
     block: list[tuple[int, list[str]]] = []
     tokens = 0
     for i, line in lines:

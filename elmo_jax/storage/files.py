@@ -35,8 +35,8 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a file, decompressed if its name ends in ``.gz``.
 
     Raises:
-        InputError: The file is missing, unreadable, not a regular file, or not gzip; or it would take over a
-            hundred times its size, which only files made to fill the memory do.
+        InputError: The file is missing, unreadable, not a regular file or not gzip, or it unpacks to over a
+            hundred times its size, as files made to exhaust memory do.
     """
     check_regular(path)
     try:
@@ -53,13 +53,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError for folders, and for pipes and devices, which may never end."""
+    """Raise InputError for folders, and for pipes and devices, since reading these may never end."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a regular file; save it as one first")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a temporary file and rename it, so that readers and crashes see the old file or the new one."""
+    """Write a temporary file, then rename it; readers and crashes find the old or the new file complete."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     move(part, path)
@@ -83,7 +83,7 @@ def _flush(path: Path) -> None:
 
 
 def writer_lock(path: Path) -> filelock.FileLock:
-    """Return the lock for the one writer of a folder; acquiring it raises `filelock.Timeout` at once.
+    """Return a lock that admits one writer to a folder; acquiring a held lock raises `filelock.Timeout`.
 
     The operating system releases the lock when the process ends, even if it is killed.
 
@@ -139,7 +139,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _compare_digests(folder: Path, files: Any, source: str) -> str | None:
-    """Return the first file whose digest differs, and why, or None."""
+    """Return the first difference between the files and their recorded digests, or None."""
     if not isinstance(files, dict) or not files:
         return f"{source} lists no files"
     for name, expected in files.items():
@@ -169,22 +169,22 @@ def read_arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
     """Read arrays from an ``.npz`` file without running code that it may contain.
 
     Raises:
-        ValueError: the file or an array is missing or damaged; the reason is one line.
+        ValueError: The file or an array is missing or damaged; the message is one line.
     """
     try:
-        # Opened here, because NumPy leaves a file that it opened itself open when loading fails.
+        # NumPy does not close a file that it opened itself if loading fails.
         with path.open("rb") as file, warnings.catch_warnings(action="error"):
             with np.load(file, allow_pickle=False) as arrays:
                 damaged = arrays.zip.testzip()  # NumPy does not always read far enough to verify the checksum
                 if damaged is not None:
                     raise ValueError(f"{damaged} is not what was saved")
                 return [arrays[name] for name in names]
-    except Exception as error:  # depending on the damage, NumPy and zipfile raise a dozen types of errors
+    except Exception as error:  # NumPy and zipfile raise a dozen exception types
         raise ValueError(" ".join(str(error).split()) or "it ends too early") from None
 
 
 def write_config(folder: Path, config: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Write ``config.json`` with its own SHA-256 and the digests of files of that folder."""
+    """Write ``config.json`` with its own SHA-256 and the digests of files in the folder."""
     config = {**config, "files": dict(files)}
     text = json.dumps({**config, "sha256": _config_sha256(config)}, indent=2)
     write_atomically(folder / CONFIG, text + "\n")
@@ -198,7 +198,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration that `write_config` wrote, with the digests as "files".
 
     Raises:
-        InputError: it is missing or was changed.
+        InputError: The configuration is missing or was changed.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -217,7 +217,7 @@ def check_files(folder: Path) -> None:
     """Check the files whose digests ``config.json`` holds.
 
     Raises:
-        InputError: one is missing or was changed.
+        InputError: A file is missing or was changed.
     """
     difference = _compare_digests(folder, read_config(folder).get("files"), CONFIG)
     if difference:
@@ -228,12 +228,12 @@ def structure(kind: type[T], data: Any, source: str) -> T:
     """Convert JSON to a dataclass, checking types, bounds and unknown fields.
 
     Args:
-        kind: The dataclass.
+        kind: Dataclass to create.
         data: Parsed JSON.
-        source: Name of the file for the message.
+        source: File that messages name.
 
     Raises:
-        InputError: a field is unknown, of another type, not finite, or 2**31 or more.
+        InputError: A field is unknown, of another type, not finite, or 2**31 or more.
     """
     try:
         result: Any = msgspec.convert(data, kind)

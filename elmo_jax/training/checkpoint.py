@@ -44,17 +44,14 @@ from elmo_jax.storage.files import (
 METRICS, RESULTS, EVENTS, VOCABULARY = "metrics.jsonl", "results.json", "tensorboard", "vocab.txt"
 PACING = {"save_every", "steps_per_call"}  # settings that do not affect the results
 _DIGESTS = {"texts", "model"}  # settings that hold digests of inputs
-_FREE = {"output", "epochs", "files"} | PACING  # settings that may change when a run is resumed
-_BETWEEN_EPOCHS = {"seed"}  # settings that may change between epochs if the caller allows it
-_AFTER_DIVERGENCE = {
-    "optimizer.learning_rate",
-    "optimizer.clip_norm",
-}  # settings that may change if the caller allows it
+_FREE = {"output", "epochs", "files"} | PACING  # may change when a run is resumed
+_BETWEEN_EPOCHS = {"seed"}  # may change if the run stopped between epochs and the caller allows it
+_AFTER_DIVERGENCE = {"optimizer.learning_rate", "optimizer.clip_norm"}  # may change if the caller allows it
 
 _STEPS, _LOCK, _STATE, _POSITION = "checkpoints", ".lock", "state", "position.json"
 _PART, _DAMAGED = ".part", ".damaged"
-_KEPT_STEPS = 2  # number of newest steps that are kept, besides the best epoch
-_SPARE_BYTES = 2**24  # disk space needed in addition to a saved state
+_KEPT_STEPS = 2  # number of newest steps to keep, besides the best epoch
+_SPARE_BYTES = 2**24  # disk space needed beside a saved state
 
 
 @dataclass
@@ -77,7 +74,7 @@ class Position:
 
 
 class _Record(msgspec.Struct):
-    """Fields that every record has; others depend on what is trained."""
+    """Fields that every epoch record has; a record may have more."""
 
     epoch: Annotated[int, Meta(ge=1)]
     step: Annotated[int, Meta(ge=1)]
@@ -87,7 +84,7 @@ class StepStore:
     """The saved steps of a run, written in the background and checked when they are read.
 
     Args:
-        path: Folder of the steps; the first save makes it.
+        path: Folder of the steps; the first save creates it.
 
     Examples:
         >>> import tempfile
@@ -128,7 +125,7 @@ class StepStore:
                 yield step
 
     def newest_valid(self) -> int:
-        """Return the newest undamaged step after renaming newer ones; -1 if there is none."""
+        """Rename the damaged steps after the newest undamaged one and return it; -1 if there is none."""
         newest = next(self.valid(), -1)
         for step in self.saved() if newest >= 0 else ():
             if step > newest:
@@ -143,11 +140,11 @@ class StepStore:
         Args:
             state: Pytree of arrays; they may be donated once this returns.
             position: Progress to save with the state; its step must be later than every saved one.
-            figures: Monitored figures by step. The step with the lowest one is kept, and the newest two.
+            figures: Monitored figure by step. The step with the lowest figure and the newest two are kept.
 
         Raises:
-            InputError: this save or the previous one failed, as on a full disk. Earlier steps are kept.
-            NotFiniteError: the state contains a number that is not finite.
+            InputError: This save or the previous one failed, as on a full disk. Earlier steps are kept.
+            NotFiniteError: The state contains a number that is not finite.
         """
         step, previous = position.step, self.last_saved()
         if not _is_finite(state):
@@ -217,7 +214,7 @@ class StepStore:
         return max(self.saved(), default=None)
 
     def position(self, step: int) -> Position:
-        """Return the progress saved with a step; raise ValueError if it is not that of the step."""
+        """Return the progress saved with a step; raise ValueError if it belongs to another step."""
         data = (self.path / str(step) / _POSITION).read_bytes()
         position = msgspec.json.decode(data, type=Position)
         msgspec.convert(position.records, list[_Record])
@@ -240,9 +237,12 @@ class StepStore:
             return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved.tree)
 
     def load(self, step: int, template: Any) -> Any:
-        """Return the parts of a valid step's state that the template has, arrays or shapes and dtypes.
+        """Return the parts of a valid step's state that occur in a template.
 
-        Arrays without a sharding are put on the default device.
+        Args:
+            step: Number of a valid step.
+            template: Pytree of arrays, or of their shapes and dtypes. The results have the same shardings;
+                entries without a sharding are put on the default device.
         """
         default = jnp.zeros(()).sharding
         abstract = jax.tree.map(
@@ -262,7 +262,7 @@ class StepStore:
         try:
             with _no_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 yield reader
-        except Exception as error:  # for an undamaged step, another Orbax version is the usual cause
+        except Exception as error:  # the step is undamaged; another Orbax version wrote it
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.path / str(step)}: cannot be restored ({reason}); train again"
@@ -282,7 +282,7 @@ def check_shapes(saved: Any, expected: Any, source: str) -> None:
     """Check that two pytrees have the same names, shapes and dtypes.
 
     Raises:
-        InputError: they differ; the message names the first difference.
+        InputError: The pytrees differ; the message names the first difference.
 
     Examples:
         >>> check_shapes({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, "run/5")  # doctest: +ELLIPSIS
@@ -301,7 +301,7 @@ def check_shapes(saved: Any, expected: Any, source: str) -> None:
 
 
 def _find_best(steps: list[int], figures: Mapping[int, float]) -> int | None:
-    """Return the step with the lowest figure, the earliest of equals; None if no step has one."""
+    """Return the earliest step with the lowest figure; None if no step has a figure."""
     return min((s for s in sorted(steps) if s in figures), key=figures.__getitem__, default=None)
 
 
@@ -312,9 +312,9 @@ def _is_finite(state: Any) -> jax.Array:
 
 
 def _view_on_host(array: Any) -> Any:
-    """Return an array as NumPy if this process has all of it; Orbax copies it.
+    """Return an array as NumPy if this process has all of it.
 
-    For arrays on devices Orbax counts written bytes, and leaks about 30 KB with every count.
+    Orbax counts the bytes that it writes of device arrays, which leaks about 30 KB per save.
     """
     is_split = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
     return array if is_split else np.asarray(array)
@@ -329,11 +329,11 @@ def _no_warnings() -> Iterator[None]:
 
 
 class Run:
-    """The folder of a run, to write or to read.
+    """Folder of a training run, opened to write or to read.
 
     Args:
-        path: The folder.
-        monitor: Name of the figure in the records that is lowest at the best epoch.
+        path: Folder of the run.
+        monitor: Name of the figure in the epoch records whose lowest value marks the best epoch.
 
     Examples:
         >>> import tempfile
@@ -363,24 +363,24 @@ class Run:
         files: Mapping[str, str] | None = None,
         input_paths: Collection[str] = (),
     ) -> "Run":
-        """Make the folder of a new run, or open it to continue the run.
+        """Create the folder of a new run, or open the folder of a run to continue it.
 
         The folder is locked against other writers until `close` or until the process ends.
 
         Args:
-            path: The folder; it must not hold a run unless `resume` or `overwrite`.
-            config: Settings for ``config.json``; to resume they must be the same, except epochs and output.
-            monitor: Name of the figure in the records that is lowest at the best epoch.
+            path: Folder of the run; it must not hold a run unless `resume` or `overwrite` is true.
+            config: Settings for ``config.json``; only epochs and output may change on resume.
+            monitor: Name of the figure in the epoch records whose lowest value marks the best epoch.
             resume: Continue the run in the folder; start one if there is none.
             overwrite: Remove the run in the folder.
-            allow_config_change: Allow to resume with another learning rate or clipping norm, and between
-                two epochs with another seed.
-            files: Names and texts of further files to write; to resume they must be the same.
-            input_paths: Names of settings, as "data.dataset", that may change while the digests of the
-                inputs, the settings "texts" and "model", are the same.
+            allow_config_change: Allow another learning rate or clipping norm on resume, and another seed if
+                the run stopped between two epochs.
+            files: Names and texts of further files to write; they must not change on resume.
+            input_paths: Names of settings, such as "data.dataset", that may change on resume if the digests
+                of the inputs (the settings "texts" and "model") do not change.
 
         Raises:
-            InputError: the folder holds a run, other files or other settings, is locked, or is not writable.
+            InputError: The folder holds a run, other files or other settings, is locked, or is not writable.
         """
         run = cls(path, monitor)
         config = {"monitor": monitor, **json.loads(json.dumps(config))}
@@ -438,7 +438,7 @@ class Run:
     def _check_unchanged(
         self, config: dict[str, Any], texts: dict[str, bytes], input_paths: Collection[str], allow: bool
     ) -> None:
-        """Check that settings and texts are those the run was started with."""
+        """Check that the settings and texts equal those that the run was started with."""
         before = read_config(self.path)
         changed = changes(before, config)
         free = _FREE if changed.keys() & _DIGESTS else _FREE.union(input_paths)
@@ -466,7 +466,7 @@ class Run:
         """Open a run to read from it.
 
         Raises:
-            InputError: there is none.
+            InputError: The folder holds no run.
         """
         monitor = read_config(path).get("monitor")
         if not isinstance(monitor, str):
@@ -479,15 +479,10 @@ class Run:
         return read_config(self.path)
 
     def clear(self) -> None:
-        """Remove the files of the run, and no others that lie in the folder."""
+        """Remove the files of the run; other files in the folder stay."""
         for folder in (_STEPS, EVENTS):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for name in (
-            RESULTS,
-            METRICS,
-            VOCABULARY,
-            CONFIG,
-        ):  # the configuration goes last, because it marks a run
+        for name in (RESULTS, METRICS, VOCABULARY, CONFIG):  # last the configuration, which marks a run
             (self.path / name).unlink(missing_ok=True)
 
     def log(self, records: list[dict[str, Any]]) -> None:
@@ -500,18 +495,18 @@ class Run:
         self.steps.save(state, position, self._monitored(position))
 
     def _monitored(self, position: Position) -> dict[int, float]:
-        """Return the monitored figure of every finished epoch by its last step."""
+        """Return the monitored figure of every finished epoch, keyed by the epoch's last step."""
         figures = {record["step"]: record.get(self.monitor) for record in position.records}
         return {step: figure for step, figure in figures.items() if isinstance(figure, int | float)}
 
     def restore(self, template: Any) -> tuple[Any, Position] | None:
-        """Return the newest valid step, or None if none was saved.
+        """Return the state and position of the newest valid step, or None if no step was saved.
 
         Args:
             template: Pytree of arrays, or of their shapes and dtypes.
 
         Raises:
-            InputError: every saved step is damaged, or the step has other shapes or dtypes.
+            InputError: Every saved step is damaged, or the step has other shapes or dtypes.
         """
         newest = run_on_first(self.steps.newest_valid)
         step = max_over_processes(-1 if newest is None else newest)
@@ -530,7 +525,7 @@ class Run:
             names: Parts of the state to load; empty for all.
 
         Raises:
-            InputError: no step was saved, or every saved step is damaged.
+            InputError: No step was saved, or every saved step is damaged.
         """
         valid = list(self.steps.valid())
         if not valid:
