@@ -420,7 +420,7 @@ class _WordTable:
         self._params, self._vocabulary, self._capacity = params, vocabulary, _MAX_WORDS
         self._reads_words = model.config.input == "words"
         self._rows: dict[str, int] = {}
-        # The widest filter needs words padded to at least its width; see `character_ids`.
+        # Trimmed padding stays at least as wide as the widest filter; see `character_ids`.
         self._multiple = max(8, *(width for width, _ in model.config.characters.filters))
         empty = jnp.zeros((0, model.config.embedding), jnp.float32)
         self.vectors: Array = params["embedder"]["table"] if self._reads_words else empty
@@ -451,9 +451,7 @@ class _WordTable:
         if len(self._rows) + len(new) > self._capacity:
             self.clear()
             new = list(words)
-        new.sort(
-            key=lambda word: len(word.encode("utf-8", "ignore"))
-        )  # words of similar length share a shape
+        new.sort(key=lambda word: len(word.encode("utf-8", "ignore")))  # similar lengths share one shape
         size = len(self._rows) + len(new) + _CNN_WORDS
         if size > len(self.vectors):
             table = jnp.zeros((1 << (size - 1).bit_length(), self.vectors.shape[1]), jnp.float32)

@@ -31,7 +31,8 @@ from elmo_jax.training.objectives import bilm_features
 
 _WORDS = "words.txt"  # file with the vocabulary of the bag of words
 _ROWS = 32  # documents per batch
-# Padded lengths. That of a text depends only on its own length, so its result does not depend on others.
+# Padded lengths. A text's padded length depends on its own length alone, so other texts do not affect its
+# prediction.
 _BOUNDS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 408, 512)
 
 
@@ -50,7 +51,7 @@ class TextClassifierConfig(Config):
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier network."""
     max_length: Count = 400
-    """The network reads this number of tokens of a longer text."""
+    """Maximum number of tokens of a text that the network reads."""
     text: TextConfig = TextConfig()
     """Conversion of raw text into tokens."""
     weights: Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)] = (1.0, 0.0, 0.0)
@@ -63,8 +64,8 @@ class TextClassifier:
     Args:
         config: Classes and sizes.
         params: Parameters of the network, as in `classify`; empty for "tfidf".
-        vocabulary: Token ids of the network; None for a language model that reads characters.
-        bag: Models on word counts; None without.
+        vocabulary: Vocabulary of the network; None for a language model that reads characters.
+        bag: Linear models on word counts, or None.
         kernel: LSTM kernel, see `LSTM.choose`.
         tokenizer: Function from a text to its tokens, used instead of `config.text`; it is not saved.
 
@@ -124,7 +125,7 @@ class TextClassifier:
 
     @property
     def elmo(self) -> Elmo:
-        """The language model, including the changes of fine-tuning.
+        """The language model; fine-tuned if it was trained together with the classifier.
 
         Raises:
             InputError: The classifier uses word vectors or word counts.
@@ -141,9 +142,9 @@ class TextClassifier:
         """Load a finished run of the downstream command, or a folder that `save_pretrained` wrote.
 
         Args:
-            path: Folder.
+            path: Folder of the run or of the saved classifier.
             kernel: LSTM kernel, see `LSTM.choose`.
-            tokenizer: See `TextClassifier`; None prepares raw text as the training text was.
+            tokenizer: See `TextClassifier`; None converts raw text like the training text.
 
         Raises:
             InputError: The folder holds no classifier, or its files are damaged or inconsistent.
@@ -165,7 +166,7 @@ class TextClassifier:
         if bag is not None:
             assert words is not None
             bag = BagOfWords(words, bag["idf"], bag["weights"], bag["bias"])
-        if "classifier" in tree:  # a combiner without parameters has no array in the file
+        if "classifier" in tree:  # a combiner without parameters saves no arrays
             tree = {"combiner": {}} | tree
         return cls(config, tree, names[VOCABULARY], bag, kernel, tokenizer)
 
@@ -178,7 +179,9 @@ class TextClassifier:
         for vocabulary in (self.vocabulary, self.bag and self.bag.vocabulary):
             for word in vocabulary.tokens if vocabulary else ():
                 if "\n" in word or "\r" in word:
-                    raise InputError(f"the word {word!r} holds a line break, which no vocabulary file can")
+                    raise InputError(
+                        f"the word {word!r} holds a line break, which a vocabulary file cannot hold"
+                    )
         tree, texts = dict(self.params), {}
         if self.vocabulary is not None:
             texts[VOCABULARY] = self.vocabulary.text
@@ -216,14 +219,14 @@ class TextClassifier:
     def evaluate(
         self, texts: Iterable[str] | Iterable[Sequence[str]], labels: Sequence[str]
     ) -> dict[str, Any]:
-        """Return the figures of `elmo_jax.training.evaluate.classification` for texts of known classes.
+        """Return the figures of `elmo_jax.training.evaluate.classification` for labelled texts.
 
         Args:
             texts: N texts, or N lists of tokens.
             labels: Name of the class of each text.
 
         Raises:
-            InputError: A label is none of the classes, or the numbers of texts and labels differ.
+            InputError: A label is not one of the classes, or the numbers of texts and labels differ.
         """
         if isinstance(labels, str) or not isinstance(labels, Iterable):
             raise InputError(f"the labels are {reprlib.repr(labels)}; pass a list of class names")
@@ -241,7 +244,7 @@ class TextClassifier:
         return classification(confusion(true, predicted, len(self.classes)))
 
     def with_weights(self, weights: Sequence[float]) -> "TextClassifier":
-        """Return the classifier with other weights of its models."""
+        """Return a classifier with the same models but other mixture weights."""
         if len(weights) != 3 or not all(0 <= weight < np.inf for weight in weights):
             raise InputError(f"the weights are {weights}; pass three finite numbers of at least 0")
         config = replace(self.config, weights=tuple(float(weight) for weight in weights))
@@ -251,14 +254,18 @@ class TextClassifier:
         """Return log_softmax(Σ_m w_m log p_m) of the models that the classifier has.
 
         Args:
-            log_probabilities: ``[M, N, C]``: the network's, if there is one, then the bag of words'.
+            log_probabilities: ``[M, N, C]`` of the network, if there is one, followed by those of `bag`.
         """
         has_model = [bool(self.params)] + [self.bag is not None] * 2
         weights = [w for w, present in zip(self.config.weights, has_model, strict=True) if present]
         return log_softmax(np.tensordot(weights, log_probabilities, 1))
 
     def network_log_probabilities(self, documents: Documents) -> np.ndarray:
-        """Return the log-probabilities of the network, float64 ``[N, C]``; ids are of `vocabulary`."""
+        """Return the log-probabilities of the network, float64 ``[N, C]``.
+
+        Args:
+            documents: Documents with the token ids of `vocabulary`.
+        """
         logits = np.zeros((len(documents), len(self.classes)))
         pending: deque[tuple[np.ndarray, Array]] = deque()
 
@@ -283,7 +290,7 @@ class TextClassifier:
 
 
 def _batches(documents: Documents) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield document numbers and their batch, short documents first."""
+    """Yield the indices and the batch of groups of documents, short documents first."""
     steps = documents.lengths + 2
     last = _BOUNDS[-1]
     bounds = np.array([*_BOUNDS, *range(2 * last, int(steps.max(initial=0)) + last, last)])

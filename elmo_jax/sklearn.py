@@ -33,7 +33,7 @@ from elmo_jax.training.step import TrainState
 
 
 class _TextEstimator(BaseEstimator):
-    """Estimator whose input is texts."""
+    """Base class of estimators on texts."""
 
     def __sklearn_tags__(self) -> Any:
         tags: Any = super().__sklearn_tags__()
@@ -41,7 +41,7 @@ class _TextEstimator(BaseEstimator):
         return tags
 
     def _check_counts(self, *names: str, optional: bool = False) -> None:
-        """Raise InputError for an argument that is no positive integer, nor None if it is optional."""
+        """Raise InputError if an argument is not a positive integer, or None if `optional`."""
         for name in names:
             value = getattr(self, name)
             if not (optional and value is None) and (not _is_integer(value) or value < 1):
@@ -58,18 +58,18 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
         layers: "top", "average", "all" (concatenated), or the index of a layer.
         pooling: "mean", "max" or "mean+max" (concatenated) over the tokens; without tokens, zeros.
         standardize: Standardize each feature of each layer over the tokens of the texts of `fit`.
-        tokenizer: Function from a text to its tokens; None prepares texts as the model's training text was.
+        tokenizer: Function from a text to its tokens; None converts texts like the model's training text.
         embedding: Width of the token vectors of a new model.
         cells: LSTM cells per layer and direction of a new model.
         epochs: Passes over the texts in training.
         batch_size: Texts per batch in training.
         negatives: Negative samples of the sampled softmax in training.
-        min_count: Rarer tokens become unknown to a new model.
+        min_count: Minimum number of occurrences; rarer tokens become unknown to a new model.
         random_state: Random seed of training, a `numpy.random.RandomState`, or None for a new seed each time.
 
     Attributes:
         elmo_: The model.
-        standardizer_: "mean" and "scale" of every feature, see `Elmo.layer_statistics`; None without.
+        standardizer_: "mean" and "scale" of every feature, see `Elmo.layer_statistics`; None if `standardize` is false.
         n_features_out_: Width of the vectors.
 
     Examples:
@@ -164,15 +164,15 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
 class ElmoClassifier(ClassifierMixin, _TextEstimator):
     """Text classifier: a language model, a BiLSTM on its layers, and linear models on word counts.
 
-    It holds out a part of the texts, on which it chooses the best epoch and the weights of its models.
+    `fit` holds out a part of the texts to choose the best epoch and the weights of the models.
 
     Args:
         pretrained: Language model, as in `ElmoVectorizer`. None trains a new one on the texts of `fit`.
         combiner: Combiner of the layers, a name in `COMBINERS`.
-        pretrain_epochs: Passes over the texts in training a language model; None chooses by their number.
-        epochs: Passes over the texts in training the classifier; None chooses by their number.
+        pretrain_epochs: Passes over the texts in training a language model; None chooses by the number of texts.
+        epochs: Passes over the texts in training the classifier; None chooses by the number of texts.
         finetune: Train the language model together with the classifier.
-        tokenizer: Function from a text to its tokens; None prepares texts as the model's training text was.
+        tokenizer: Function from a text to its tokens; None converts texts like the model's training text.
         validation: Fraction of the texts that is held out, stratified by class.
         random_state: Random seed, a `numpy.random.RandomState`, or None for a new seed each time.
 
@@ -228,7 +228,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
         check_consistent_length(sentences, y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2 or np.bincount(labels).min() < 2:
-            raise InputError("a classifier needs two classes with two texts each, or more; give more texts")
+            raise InputError("a classifier needs at least two classes with two texts each; give more texts")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         elmo = elmo or train_language_model(sentences, seed, self.pretrain_epochs, tokenizer=self.tokenizer)
         self.model_ = self._train_classifier(elmo, sentences, labels, seed)
@@ -247,7 +247,7 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
     def _train_classifier(
         self, elmo: Elmo, sentences: list[list[str]], labels: np.ndarray, seed: int
     ) -> TextClassifier:
-        size = max(len(self.classes_), round(self.validation * len(labels)))  # at least one text per class
+        size = max(len(self.classes_), round(self.validation * len(labels)))  # at least one per class
         parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
         settings = TextClassifierConfig(
             tuple(map(str, self.classes_)),
@@ -299,16 +299,16 @@ def train_language_model(
     min_count: int = 2,
     tokenizer: Tokenizer | None = None,
 ) -> Elmo:
-    """Train a language model of words on tokenized texts.
+    """Train a language model that reads words on tokenized texts.
 
     Args:
         sentences: Tokens of each text.
         seed: Random seed of initialization, data order and dropout.
-        epochs: Passes over the texts; None chooses by their number.
+        epochs: Passes over the texts; None chooses by the number of texts.
         config: Sizes of the model.
         batch_size: Texts per batch.
         negatives: Negative samples of the sampled softmax.
-        min_count: Rarer tokens become unknown.
+        min_count: Minimum number of occurrences; rarer tokens become unknown.
         tokenizer: Custom function that made the tokens, if any.
 
     Raises:
@@ -340,7 +340,7 @@ def _temporary_run(monitor: str) -> Iterator[Run]:
 def load_elmo(
     pretrained: Elmo | str | Path | tuple[str, str] | None, tokenizer: Tokenizer | None = None
 ) -> Elmo | None:
-    """Return the model of the arguments `pretrained` and `tokenizer` of an estimator."""
+    """Return the model for an estimator's arguments `pretrained` and `tokenizer`; None trains a new one."""
     if isinstance(pretrained, tuple | list):
         return Elmo.from_bilm(*pretrained, tokenizer=tokenizer)
     if isinstance(pretrained, str | Path):

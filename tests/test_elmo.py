@@ -144,7 +144,7 @@ def test_missing_folder_is_refused(tmp_path):
         Elmo.from_pretrained(tmp_path / "none")
 
 
-def test_preparation_is_saved_and_a_custom_tokenizer_is_not(elmo, tmp_path):
+def test_text_config_is_saved_and_a_custom_tokenizer_is_not(elmo, tmp_path):
     cased = Elmo(elmo.model, elmo.params, elmo.vocabulary, TextConfig("whitespace", lowercase=False))
     cased.save_pretrained(tmp_path / "cased")
     assert Elmo.from_pretrained(tmp_path / "cased").tokenize("The bank.") == ["The", "bank."]
@@ -154,7 +154,7 @@ def test_preparation_is_saved_and_a_custom_tokenizer_is_not(elmo, tmp_path):
     custom.save_pretrained(tmp_path / "custom")
     again = Elmo.from_pretrained(tmp_path / "custom")
     np.testing.assert_array_equal(again.encode([["the", "bank"]]), expected)
-    with pytest.raises(InputError, match="needs the `tokenizer` of the training; pass it"):
+    with pytest.raises(InputError, match="needs the `tokenizer` used in training; pass it"):
         again.encode(["the-bank"])
     given = Elmo.from_pretrained(tmp_path / "custom", tokenizer=lambda text: text.split("-"))
     np.testing.assert_array_equal(given.encode(["the-bank"]), expected)
@@ -172,6 +172,6 @@ def test_statistics_standardize_every_feature(elmo):
     np.testing.assert_allclose(got, want.mean(0), rtol=1e-2, atol=1e-3)
 
 
-def test_unknown_tokens_are_counted_for_models_of_words(elmo, tmp_path):
+def test_unknown_tokens_are_counted_for_models_that_read_words(elmo, tmp_path):
     assert elmo.count_unknown([["the", "goal"], ["Bank"], []]) == 2
     assert make(tmp_path).count_unknown([["the", "goal"]]) == 0

@@ -63,7 +63,7 @@ def _test_lines(run):
 
 
 @pytest.mark.slow
-def test_predictions_are_the_same_bits_in_another_process_with_more_devices(run, texts, tmp_path):
+def test_predictions_are_bitwise_equal_in_another_process_with_more_devices(run, texts, tmp_path):
     model = TextClassifier.from_pretrained(run)
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     code = (

@@ -131,16 +131,16 @@ def test_classifier_trains_clones_and_pickles(elmo):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-def test_classifier_trains_a_language_model_and_is_searched():
+def test_classifier_trains_a_language_model_and_works_in_grid_search():
     texts, labels = ["the bank rose", "a river fell"] * 10, ["money", "water"] * 10
     grid = {"combiner": ["frozen", "function"]}
     search = GridSearchCV(ElmoClassifier(pretrain_epochs=1, epochs=1), grid, cv=2, refit=False)
     assert search.fit(texts, labels).cv_results_["mean_test_score"].tolist() == [1.0, 1.0]
 
 
-def test_classifier_refuses_what_it_cannot_learn_from(elmo):
+def test_too_few_classes_or_texts_are_refused(elmo):
     for texts, labels in ((["a", "b"], [1, 1]), (["a", "b", "c"], [1, 1, 2])):
-        with pytest.raises(InputError, match="needs two classes with two texts each"):
+        with pytest.raises(InputError, match="needs at least two classes with two texts each"):
             ElmoClassifier(elmo).fit(texts, labels)
     for settings in ({"epochs": -1}, {"epochs": "3"}, {"pretrain_epochs": 0}, {"validation": 2.0}):
         with pytest.raises(InputError, match=f"^{next(iter(settings))} is "):

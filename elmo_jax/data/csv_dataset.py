@@ -269,7 +269,9 @@ def read_csv(
     if header is None and texts.header and not _column_names(config):
         label = texts.header[_find_columns(texts.header, config, path)[0]]
         if label.lower() not in _USUAL_LABEL_NAMES:
-            problem = f"taken as the header, since no other row has the label {reprlib.repr(label)}"
+            problem = (
+                f"this row is taken as the header, since no other row has the label {reprlib.repr(label)}"
+            )
             warnings.warn(f"{path}:1: {problem}; if it is a text, add a header above it", stacklevel=4)
     return texts
 

@@ -95,7 +95,7 @@ def make_tokenizer(config: TextConfig, custom: Tokenizer | None = None) -> Token
 
     def refuse(text: str) -> list[str]:
         remedy = "pass it, or pass lists of tokens"
-        raise InputError(f"text {reprlib.repr(text)} needs the `tokenizer` of the training; {remedy}")
+        raise InputError(f"text {reprlib.repr(text)} needs the `tokenizer` used in training; {remedy}")
 
     return refuse if config.tokens == "custom" else split
 

@@ -145,7 +145,7 @@ def _compare_digests(folder: Path, files: Any, source: str) -> str | None:
     for name, expected in files.items():
         path = folder / name
         if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{source} names {name!r}, which is not below it"
+            return f"{source} names {name!r}, which is not in the folder"
         try:
             # The size is compared first, so that a device without an end is never read.
             if not path.is_file():

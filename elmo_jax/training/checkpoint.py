@@ -220,7 +220,7 @@ class StepStore:
         msgspec.convert(position.records, list[_Record])
         position.sums = {name: np.asarray(value, np.float64) for name, value in position.sums.items()}
         if position.step != step:
-            raise ValueError(f"it is of step {position.step}")
+            raise ValueError(f"it belongs to step {position.step}")
         return position
 
     def _find_wrong_position(self, step: int) -> str | None:
@@ -459,7 +459,7 @@ class Run:
                 raise InputError(f"{self.path}: has run {len(ended)} epochs; give at least as many epochs")
         for name, data in texts.items():
             if before["files"].get(name) != digest(data):
-                raise InputError(f"{self.path / name}: differs from the text of now; use the same texts")
+                raise InputError(f"{self.path / name}: differs from the present text; use the same texts")
 
     @classmethod
     def open(cls, path: Path) -> "Run":

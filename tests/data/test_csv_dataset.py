@@ -77,12 +77,14 @@ def test_header_only_in_the_training_file(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["sentiment,review", "spam,win a prize"])
-def test_first_row_taken_as_a_header_for_its_label_alone_is_named(tmp_path, header):
+def test_first_row_guessed_to_be_a_header_gives_a_warning(tmp_path, header):
     rows = [f"{('pos', 'neg')[i % 2]},w{i}" for i in range(10)]
     config = write(tmp_path / "d", [header, *rows], [header, *rows])
     label = header.split(",")[0]
     for _ in range(2):  # from the file, then from the cache
-        with pytest.warns(UserWarning, match=rf"train\.csv:1: taken as the header, .*'{label}'") as caught:
+        with pytest.warns(
+            UserWarning, match=rf"train\.csv:1: this row is taken as the header, .*'{label}'"
+        ) as caught:
             data = load_dataset(config)
         assert len(caught) == 1
         assert data.classes == ("neg", "pos") and len(data.test) == 10
@@ -129,7 +131,7 @@ def test_unknown_column_is_refused(tmp_path, column):
         load_dataset(replace(config, text_columns=("text", "1")))
 
 
-def test_test_file_with_fewer_columns_than_named_is_refused(tmp_path):
+def test_test_file_without_a_named_column_is_refused(tmp_path):
     config = write(tmp_path / "d", ["text,note,label", *[f"w,x,{i % 2}" for i in range(9)]], ["w,1"])
     with pytest.raises(InputError, match=r"test\.csv:1: 2 columns, fewer than in train\.csv"):
         load_dataset(replace(config, label_column="label"))
@@ -137,7 +139,7 @@ def test_test_file_with_fewer_columns_than_named_is_refused(tmp_path):
 
 @pytest.mark.parametrize("header", [[], ["text,label"]])
 @pytest.mark.parametrize("cell", ["the team won game {i}", "{i}"])
-def test_first_column_that_is_no_label_is_explained(tmp_path, header, cell):
+def test_labels_that_look_like_texts_are_refused(tmp_path, header, cell):
     train = [*header, *[f"{cell.format(i=i)},{'ab'[i % 2]}" for i in range(10)]]
     config = write(tmp_path / "d", train, train, classes="a\nb\n")
     with warnings.catch_warnings():
@@ -152,7 +154,7 @@ def test_first_column_that_is_no_label_is_explained(tmp_path, header, cell):
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 @pytest.mark.parametrize("comma", ["", ", "])
-def test_delimiter_is_found(tmp_path, delimiter, comma):
+def test_delimiter_is_detected(tmp_path, delimiter, comma):
     rows = [
         delimiter.join(["ab"[i % 2], f"some{comma} w{i}", f"more; {i}" * (delimiter != ";")])
         for i in range(9)
@@ -173,7 +175,7 @@ def test_commas_win_over_other_delimiters_in_texts(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "used"), [("|", "|"), ("tab", "\t"), ("\t", "\t"), (";", ";")])
-def test_delimiter_is_given(tmp_path, given, used):
+def test_given_delimiter_is_used(tmp_path, given, used):
     rows = [used.join(["ab"[i % 2], f"w, {i}"]) for i in range(9)]
     assert load_dataset(replace(write(tmp_path / "d", rows, rows), delimiter=given)).classes == ("a", "b")
     rows[-1] += f"{used}more"
@@ -187,7 +189,7 @@ def test_wrong_delimiter_is_refused(tmp_path, delimiter):
         load_dataset(replace(write(tmp_path / "d"), delimiter=delimiter))
 
 
-def test_markup_is_cleaned_in_ag_news_or_on_demand(tmp_path):
+def test_markup_is_removed_in_ag_news_or_with_clean(tmp_path):
     rows = [f"{1 + i % 4},a <b>bank</b> &amp; <unk>" for i in range(20)]
     config = write(tmp_path / "d", rows, rows)
     kept = load_dataset(config)
@@ -384,13 +386,13 @@ def test_ag_news_dataset(ag_news):
     assert not {"quot", "&lt", "lt", "#39"} & set(data.vocabulary.tokens[:2000])
 
 
-def test_labels_of_equal_value_have_one_order():
+def test_labels_of_equal_number_have_a_fixed_order():
     for labels in (["01", "1", "2", "001"], ["1", "001", "01", "2"]):
         numbers = csv_dataset._number_classes(labels, None)
         assert list(numbers) == ["001", "01", "1", "2"]
 
 
-def test_tokens_of_a_language_without_spaces_are_kept(tmp_path):
+def test_whitespace_tokens_keep_pretokenized_words_whole(tmp_path):
     rows = "".join(f"{i % 2},銀行 が 金利 を 上げ-た {i % 3}\n" for i in range(20))
     for name in ("train.csv", "test.csv"):
         (tmp_path / name).write_text(rows, encoding="utf-8")
@@ -399,7 +401,7 @@ def test_tokens_of_a_language_without_spaces_are_kept(tmp_path):
     assert "上げ-た" not in load_dataset(replace(config, tokens="words")).vocabulary
 
 
-def test_case_is_kept_on_demand(tmp_path):
+def test_case_is_kept_with_lowercase_false(tmp_path):
     for name in ("train.csv", "test.csv"):
         (tmp_path / name).write_text("1,The IBM\n2,an Apple\n" * 10)
     config = DataConfig(str(tmp_path), min_count=1)

@@ -58,12 +58,12 @@ def test_tokens(raw, expected):
     assert tokenize(raw) == expected
 
 
-def test_markup_is_removed_and_case_kept_on_demand():
+def test_arguments_remove_markup_and_keep_case():
     assert tokenize(r"The <b>bank</b>\&amp;", clean=True) == ["the", "bank", "&"]
     assert tokenize("The IBM", lowercase=False) == ["The", "IBM"]
 
 
-def test_tokenizer_follows_the_stored_preparation():
+def test_tokenizer_follows_the_stored_config():
     text = "The <b>U.S.</b> bank"
     assert make_tokenizer(TextConfig())(text) == tokenize(text)
     assert make_tokenizer(TextConfig(lowercase=False, clean=True))(text) == tokenize(text, True, False)
@@ -71,7 +71,7 @@ def test_tokenizer_follows_the_stored_preparation():
     assert make_tokenizer(TextConfig("whitespace", clean=True))(text) == ["the", "u.s.", "bank"]
     custom = TextConfig("custom", lowercase=False)
     assert make_tokenizer(custom, list)("银行") == ["银", "行"]
-    with pytest.raises(InputError, match="text '银行' needs the `tokenizer` of the training; pass it"):
+    with pytest.raises(InputError, match="text '银行' needs the `tokenizer` used in training; pass it"):
         make_tokenizer(custom)("银行")
 
 
@@ -89,7 +89,7 @@ def test_vocabulary_is_a_container():
     assert repr(vocabulary) == "Vocabulary(6 tokens: ['the', 'bank'])"
 
 
-def test_marks_stay_with_the_letters_of_every_script():
+def test_combining_marks_stay_with_their_letters():
     characters = list(map(chr, range(sys.maxunicode + 1)))
     marks = [c for c in characters if unicodedata.category(c)[0] == "M"] + ["\u200c", "\u200d"]
     words = [letter + marks[i % len(marks)] + "a" for i, letter in enumerate(filter(str.isalpha, characters))]
@@ -186,7 +186,7 @@ def test_windows_line_endings_and_string_paths(tmp_path):
         Vocabulary.load(path)
 
 
-def test_spaces_around_tokens_are_stripped_unless_the_file_is_a_model_s(tmp_path):
+def test_spaces_around_tokens_are_stripped_unless_exact(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("<S> \n</S>\n<UNK>\n the\t\nbank \n")
     assert Vocabulary.load(path).tokens[-2:] == ("the", "bank")

@@ -1,4 +1,4 @@
-"""What a full disk does to files that are being written: one line, and nothing that was whole is lost."""
+"""A full disk stops a command with a one-line error and damages no complete file."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from experiments import embed
 ROOT = Path(__file__).parents[2]
 PART = 500  # tokens, of 96 bytes each
 
-# Real processes, because HDF5 tells of what it could not write when the interpreter ends, too.
+# Separate processes, because HDF5 also reports failed writes when the interpreter ends.
 EMBED = f"""
 import resource, sys
 from elmo_jax.data import text as lines
@@ -31,7 +31,7 @@ sys.exit(embed.main())
 """
 
 SHORT, LONG = "the river bank . " * 500, "the river bank . " * (module._LONG // 4 + 1)
-FULL = {  # the text, the most bytes a file may have, and the parts that are written
+FULL = {  # the text, the maximum file size in bytes, and the number of parts that fit
     "a part": (["the bank " * PART, *[SHORT] * 3], 120_000, 1),
     "a line of any length": (["the bank " * PART, LONG], 120_000, 1),
     "the parts joined": (["the bank " * PART] * 2, 150_000, 2),
@@ -39,7 +39,7 @@ FULL = {  # the text, the most bytes a file may have, and the parts that are wri
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path, monkeypatch):
+def test_embedding_on_a_full_disk_is_a_one_line_error_and_can_be_resumed(name, elmo, tmp_path, monkeypatch):
     lines, limit, parts = FULL[name]
     text, out, model = tmp_path / "in.txt", tmp_path / "out.h5", tmp_path / "model"
     text.write_text("\n".join(lines) + "\n")
@@ -55,15 +55,15 @@ def test_a_dump_on_a_full_disk_ends_in_one_line_and_goes_on(name, elmo, tmp_path
     join = module.Dump._join_parts
     kept = {}
 
-    def before_they_go(dump):
+    def record_times(dump):
         kept.update({part: part.stat().st_mtime_ns for part in written if part.exists()})
         join(dump)
 
-    monkeypatch.setattr(module.Dump, "_join_parts", before_they_go)
+    monkeypatch.setattr(module.Dump, "_join_parts", record_times)
     monkeypatch.setattr("elmo_jax.data.text.BLOCK_TOKENS", PART)
     monkeypatch.setattr(sys, "argv", ["prog", *args, "--resume"])
     assert embed.main() == 0
-    assert kept == written  # none was written again
+    assert kept == written  # no part was written twice
     monkeypatch.setattr(sys, "argv", ["prog", str(text), str(tmp_path / "whole.h5"), *args[2:]])
     assert embed.main() == 0
     with h5py.File(out) as got, h5py.File(tmp_path / "whole.h5") as want:
@@ -77,7 +77,7 @@ def overwrite(path):
         file["a"] = np.arange(10_000)
 
 
-def test_hdf5_on_a_full_disk_leaves_the_file_before(tmp_path):
+def test_hdf5_on_a_full_disk_keeps_the_previous_file(tmp_path):
     path = tmp_path / "a.h5"
     with create(path) as file:
         file["a"] = np.arange(10)
@@ -91,7 +91,7 @@ def test_hdf5_on_a_full_disk_leaves_the_file_before(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
 
 
-def test_a_model_on_a_full_disk_is_one_line(tmp_path):
+def test_saving_a_model_on_a_full_disk_is_a_one_line_error(tmp_path):
     make(tmp_path)
     before = (tmp_path / "weights.hdf5").read_bytes()
     script = f"""
@@ -112,8 +112,8 @@ except Exception as error:
     assert (tmp_path / "weights.hdf5").read_bytes() == before
 
 
-# A run on a small disk of its own, which is gone with the process. What fills it comes while a
-# step is being written, after its room was looked for.
+# The run writes to a small disk that exists only in its process. The disk fills up while a step is being
+# written, after the check of the free space.
 RUN = """
 import contextlib, io, json, sys, warnings
 from pathlib import Path
@@ -159,7 +159,7 @@ print(json.dumps(outcomes))
 """
 
 
-def test_a_small_disk_that_fills_up_in_a_save(tmp_path):
+def test_a_disk_that_fills_up_during_a_save_is_a_one_line_error(tmp_path):
     disk, rows = tmp_path / "disk", [f"{'ab'[i % 2]},the bank of {i % 7}" for i in range(40)]
     disk.mkdir()
     for part in ("train", "test"):

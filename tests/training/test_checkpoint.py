@@ -138,11 +138,11 @@ def test_resuming_needs_the_same_texts_and_repairs_them(tmp_path):
         return Run.create(tmp_path / "run", {}, "loss", resume=True, files={"vocab.txt": text})
 
     run = create("the\nbank\n")
-    run.log([{"loss": 1.0}])  # there is something to go on with
+    run.log([{"loss": 1.0}])  # a run without results would be replaced
     run.close()
-    with pytest.raises(InputError, match=r"vocab\.txt: differs from the text of now"):
+    with pytest.raises(InputError, match=r"vocab\.txt: differs from the present text"):
         create("the\nriver\n")
-    with pytest.raises(InputError, match=r"vocab\.txt: differs from the text of now"):
+    with pytest.raises(InputError, match=r"vocab\.txt: differs from the present text"):
         create("the\n")
     (tmp_path / "run" / "vocab.txt").write_text("damaged")
     create("the\nbank\n").close()
@@ -155,7 +155,7 @@ def test_folder_has_one_writer(tmp_path):
     for how in ({"resume": True}, {"overwrite": True}, {}):
         with pytest.raises(InputError, match="another run writes there; wait for it"):
             Run.create(tmp_path / "run", {}, monitor="loss", **how)
-    Run.open(tmp_path / "run")  # to read is free
+    Run.open(tmp_path / "run")  # reading needs no lock
     run.close()
     Run.create(tmp_path / "run", {}, monitor="loss", overwrite=True).close()
 

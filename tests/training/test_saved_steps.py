@@ -97,7 +97,7 @@ def test_step_with_a_wrong_position_is_not_used(run, name):
 def test_copy_of_a_step_under_a_later_number_is_set_aside(run):
     save(run, 3, 5)
     shutil.copytree(run.path / "checkpoints" / "5", run.path / "checkpoints" / "9")
-    with pytest.warns(UserWarning, match=r"checkpoints/9: position.json is wrong \(it is of step 5\)"):
+    with pytest.warns(UserWarning, match=r"checkpoints/9: position.json is wrong \(it belongs to step 5\)"):
         _, position = run.restore(state(0))
     assert position.step == 5
     save(run, 7)
