@@ -69,7 +69,7 @@ class ElmoVectorizer(TransformerMixin, _TextEstimator):
 
     Attributes:
         elmo_: The model.
-        standardizer_: "mean" and "scale" of every feature, see `Elmo.layer_statistics`; None if `standardize` is false.
+        standardizer_: Result of `Elmo.layer_statistics`; None if `standardize` is false.
         n_features_out_: Width of the vectors.
 
     Examples:
@@ -169,8 +169,8 @@ class ElmoClassifier(ClassifierMixin, _TextEstimator):
     Args:
         pretrained: Language model, as in `ElmoVectorizer`. None trains a new one on the texts of `fit`.
         combiner: Combiner of the layers, a name in `COMBINERS`.
-        pretrain_epochs: Passes over the texts in training a language model; None chooses by the number of texts.
-        epochs: Passes over the texts in training the classifier; None chooses by the number of texts.
+        pretrain_epochs: Epochs of training a language model; None chooses by the number of texts.
+        epochs: Epochs of training the classifier; None chooses by the number of texts.
         finetune: Train the language model together with the classifier.
         tokenizer: Function from a text to its tokens; None converts texts like the model's training text.
         validation: Fraction of the texts that is held out, stratified by class.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS = "predictions.npz"
-MODELS = ("network", "logistic regression", "naive Bayes")  # names of the models in the ensemble
+MODELS = ("network", "logistic regression", "naive Bayes")  # members of the ensemble
 LINEAR_ONLY = (0.0, 1.0, 0.0)
 _TITLES = {"svd": "SVD", "sgns": "SGNS", "tfidf": "TF-IDF"}
 
@@ -48,7 +48,7 @@ class DownstreamConfig(Config):
 
     source: Annotated[SourceConfig, OmitArgPrefixes] = SourceConfig()
     preset: Literal["report", "best"] | None = None
-    """Defaults that other flags override: sizes of the original report, or the best known settings."""
+    """Set of defaults, which other flags override: the original report's, or the best known."""
     combiner: Annotated[CombinerConfig, OmitArgPrefixes] = CombinerConfig()
     classifier: Annotated[ClassifierConfig, OmitArgPrefixes] = ClassifierConfig()
     optimizer: Annotated[OptimizerConfig, OmitArgPrefixes] = OptimizerConfig(
@@ -58,7 +58,7 @@ class DownstreamConfig(Config):
     batch_size: Size = 32
     """Documents per step, over all devices."""
     epochs: Epochs | None = None
-    """Passes over the training data; if not given 3, or up to 20 on small data."""
+    """Passes over the training data; if not given, 3, or up to 20 for small data."""
     standardize: bool = True
     """Standardize each feature of each layer over the training tokens."""
     ensemble: bool = True
@@ -66,19 +66,19 @@ class DownstreamConfig(Config):
     seed: Seed = 0
     """Random seed for initialization, data order and dropout."""
     steps_per_call: Size = 8
-    """Training steps per call of the device; at most 8."""
+    """Training steps per compiled call; at most 8."""
     kernel: Kernel = "auto"
-    """Implementation of all LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
+    """Implementation of all LSTM layers; auto means persistent if CUDA and the sizes allow it, else fast."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     output: str | None = None
-    """Run folder; runs/downstream-COMBINER, -svd or -sgns if not given."""
+    """Run folder; if not given, runs/downstream- followed by the name of the combiner or of the features."""
     resume: bool = False
-    """Continue the run in that folder."""
+    """Continue the run in the --output folder."""
     allow_config_change: bool = False
-    """With --resume: allow another --learning-rate or --clip-norm; at the end of an epoch, --seed."""
+    """With --resume: allow another --learning-rate or --clip-norm, and between epochs another --seed."""
     overwrite: bool = False
-    """Replace the run in that folder."""
+    """Replace the run in the --output folder."""
 
 
 PRESETS = {
@@ -115,7 +115,7 @@ def find_unused_flags(config: DownstreamConfig) -> dict[str, str]:
 
 
 def downstream(config: DownstreamConfig) -> dict[str, Any]:
-    """Run the command and return what ``results.json`` holds."""
+    """Run the command and return the content of ``results.json``."""
     import numpy as np
 
     from elmo_jax.data.batching import BatchStream
@@ -153,8 +153,8 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
     def write() -> None:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
         model.save_pretrained(run.path / MODEL)
-        _print_scores(results, classes)  # printed before the plots, so that a failed plot hides no result
-        _plot(results, records, lambdas, _TITLES.get(name, f"ELMo, {name}"), run.path)
+        _print_scores(results, classes)  # first, in case a plot fails
+        _plot(results, records, classes, run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
@@ -235,7 +235,7 @@ def _make_classifier(
         max_length=source.settings.max_length,
         text=source.settings.text_config(),
     )
-    params = jax.tree.map(to_host, params)  # one device is enough for predictions, and gives the same ones
+    params = jax.tree.map(to_host, params)  # prediction needs only one device
     model = TextClassifier(settings, params, source.vocabulary, bag, config.kernel)
     log_probabilities = {}
     for part in PARTS:

@@ -1,4 +1,4 @@
-"""Write the layers of every token of a text to HDF5: python -m experiments.embed."""
+"""Command that writes the layers of every token of a text to HDF5."""
 
 import sys
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ class EmbedConfig(Config):
     input: Annotated[Positional[str], arg(metavar="TEXT")]
     """The text file, UTF-8."""
     out: Annotated[Positional[str], arg(metavar="OUT.h5")]
-    """The HDF5 file to write. Writing needs twice its size on disk."""
+    """The HDF5 file to write. Writing it needs free disk space of twice its size."""
     pretrained: str | None = None
     """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format."""
     dump: Annotated[DumpConfig, OmitArgPrefixes] = DumpConfig()
     precision: Dtype | None = None
-    """Matmul dtype; the model's own if not given."""
+    """Matmul dtype; if not given, the dtype stored with the model."""
     mix_from: str | None = None
-    """Run of downstream whose lambdas --layers mix uses, with its layer norm and, if it was fine-tuned,
-    its language model."""
+    """Run of downstream; --layers mix uses its lambdas, its layer norm and, if it fine-tuned the language
+    model, that model."""
     resume: bool = False
-    """Continue an unfinished file, also one that replaces an existing file."""
+    """Continue an unfinished file, even if it is to replace an existing file."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -63,10 +63,10 @@ def embed(config: EmbedConfig) -> None:
 
 
 def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]:
-    """Return the language model of a downstream run, fine-tuned if it was, and the mix of its layers.
+    """Return the language model of a downstream run, with its fine-tuning, and the mix of its layers.
 
     Raises:
-        InputError: The folder is not such a run, has no lambdas, or uses another language model.
+        InputError: The folder is not a downstream run, has no lambdas, or uses another language model.
     """
     from elmo_jax.models.combiners import Mix, make_combiner
     from elmo_jax.storage.files import read_config, structure, tree_digest
@@ -92,7 +92,7 @@ def load_mix(elmo: "elmo_jax.Elmo", path: Path) -> tuple["elmo_jax.Elmo", "Mix"]
         elmo = elmo_jax.Elmo(elmo.model, params["bilm"], elmo.vocabulary, elmo.text)
     weights = np.asarray(weights, np.float64).tolist()
     statistics = params.get("standardizer")
-    if statistics is not None:  # lists, because the file stores them as JSON
+    if statistics is not None:  # lists, because the HDF5 file records them as JSON
         statistics = {name: np.asarray(value, np.float64).tolist() for name, value in statistics.items()}
     return elmo, Mix(weights, combiner.layer_norm, statistics)
 

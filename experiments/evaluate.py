@@ -34,7 +34,7 @@ class EvaluateConfig(Config):
     tokenize: bool = False
     """Tokenize raw text as the model's training text was. Without it, tokens are separated by spaces."""
     precision: Dtype | None = None
-    """Matmul dtype; the model's own if not given."""
+    """Matmul dtype; if not given, the dtype stored with the model."""
     top: Count = 20
     """Number of least likely words to print."""
     selfcheck: bool = False

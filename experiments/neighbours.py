@@ -1,4 +1,4 @@
-"""Print the most similar occurrences of a word by layer: python -m experiments.neighbours."""
+"""Command that prints the most similar occurrences of a word by layer."""
 
 import itertools
 import os
@@ -29,16 +29,16 @@ class NeighboursConfig(Config):
     word: Annotated[Positional[str], arg(metavar="WORD")] = "bank"
     """Word to look up, written as in the training texts of the model."""
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT ...")] = ()
-    """Text files, one sentence per line. If none is given, the training texts of the run; of the sample
-    corpus, the test part, in which ambiguous words are labelled with their sense."""
+    """Text files, one sentence per line. If none is given, the training texts of the run are searched; for
+    the sample corpus, the test texts, in which ambiguous words are labelled with their sense."""
     pretrained: str | None = None
     """Run of pretrain, or a folder written by save_pretrained."""
     bilm: tuple[str, str] | None = None
     """Options and weights of a model in the official format."""
     precision: Dtype | None = None
-    """Matmul dtype; the model's own if not given."""
+    """Matmul dtype; if not given, the dtype stored with the model."""
     tokenize: bool = False
-    """Tokenize raw text as the model's training text was. Without it, tokens are separated by spaces."""
+    """Tokenize raw text like the model's training text; if not given, tokens are separated by spaces."""
     nearest: Count = 3
     """Number of neighbours to print."""
     most: Count = 500
@@ -46,7 +46,7 @@ class NeighboursConfig(Config):
     picture: str | None = None
     """PNG file for a plot of the occurrences, one panel per layer."""
     overwrite: bool = False
-    """Replace that PNG file."""
+    """Replace an existing PNG file."""
 
 
 _Line = tuple[list[str], str, Mapping[int, str] | None]  # tokens, source, and senses by position
@@ -70,7 +70,7 @@ def neighbours(config: NeighboursConfig) -> list[float]:
     """Run the command.
 
     Returns:
-        For texts that name senses: by layer, the fraction of nearest neighbours with the same sense.
+        Fraction of nearest neighbours with the same sense, by layer; empty for texts without senses.
     """
     if config.picture is not None:
         _check_picture(Path(config.picture), config.overwrite)
@@ -137,7 +137,7 @@ def _find_occurrences(config: NeighboursConfig, elmo: "Elmo") -> Iterator[Occurr
 
 
 def _training_lines(run: str | None, elmo: "Elmo") -> Iterator[_Line]:
-    """Yield the sentences that the model of a run was trained on; of the sample corpus, the labelled ones.
+    """Yield the sentences of a run's training texts; for the sample corpus, its test texts with senses.
 
     Raises:
         InputError: The model is not a run, or its texts cannot be read.
@@ -167,7 +167,7 @@ def _training_lines(run: str | None, elmo: "Elmo") -> Iterator[_Line]:
 
 
 def cosine_similarity(x: np.ndarray) -> np.ndarray:
-    """Return cosines ``[N, N]`` of vectors ``[N, F]``, with -1 on the diagonal: none is its own neighbour."""
+    """Return cosines ``[N, N]`` of vectors ``[N, F]``, with -1 on the diagonal to exclude self-matches."""
     unit = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -1)
@@ -190,7 +190,7 @@ def sense_agreement(cosines: np.ndarray, senses: Sequence[str | None], k: int) -
 
 
 def _choose_queries(cosines: np.ndarray, senses: Sequence[str | None]) -> list[int]:
-    """Return the first occurrence of each sense; without senses, up to four that are least similar."""
+    """Return the first occurrence of each sense; without senses, the first and the one least similar."""
     if None not in senses and len(set(senses)) > 1:
         return [senses.index(sense) for sense in dict.fromkeys(senses)]
     queries = [0]

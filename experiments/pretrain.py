@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from elmo_jax.training.step import LossFn
     from experiments.common.inputs import Texts
 
-DRY_RUN_TOKENS = 1 << 19  # minimum number of corpus tokens that a dry run reads
+DRY_RUN_TOKENS = 1 << 19  # minimum number of tokens that a dry run reads, to fill most length buckets
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class PretrainConfig(Config):
     corpus: Annotated[CorpusConfig, OmitArgPrefixes] = CorpusConfig()
     hosts: Annotated[HostsConfig, OmitArgPrefixes] = HostsConfig()
     preset: Literal["report", "best", "elmo-small", "elmo-medium", "elmo-original"] | None = None
-    """Defaults that other flags override: report, best known, or a released model's sizes and recipe."""
+    """Set of defaults, which other flags override: the original report's, the best known, or those of a
+    released ELMo model."""
     softmax: Literal["sampled", "full"] = "sampled"
     """Softmax of the training loss; perplexity always uses the full softmax."""
     negatives: Count = 2048
@@ -55,29 +56,29 @@ class PretrainConfig(Config):
     batch_size: Size = 32
     """Documents per step, over all devices."""
     model_parallel: Count = 1
-    """Devices to split the vocabulary tables over, if one device cannot hold them."""
+    """Number of devices that share the vocabulary tables, for tables that do not fit on one device."""
     epochs: Epochs | None = None
-    """Passes over the training data; if not given 6, or up to 20 on small data."""
+    """Passes over the training data; if not given, 6, or up to 20 for small data."""
     seed: Seed = 0
     """Random seed for initialization, data order and dropout."""
     save_every: Count = 1000
     """Steps between checkpoints within an epoch."""
     steps_per_call: Size = 8
-    """Training steps per call of the device; at most 8 with --batching sentences."""
+    """Training steps per compiled call; at most 8 with --batching sentences."""
     kernel: Kernel = "auto"
-    """Implementation of the LSTM layers; auto is persistent on CUDA if that supports them, else fast."""
+    """Implementation of the LSTM layers; auto means persistent if CUDA and the sizes allow it, else fast."""
     dry_run: bool = False
-    """Print the run's cost in memory and time, estimated from a few steps, and write nothing."""
+    """Run a few steps, print the estimated memory and time of the run, and write nothing."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     output: str = "runs/pretrain"
     """Run folder."""
     resume: bool = False
-    """Continue the run in that folder."""
+    """Continue the run in the --output folder."""
     allow_config_change: bool = False
-    """With --resume: allow another --learning-rate or --clip-norm; at the end of an epoch, --seed."""
+    """With --resume: allow another --learning-rate or --clip-norm, and between epochs another --seed."""
     overwrite: bool = False
-    """Replace the run in that folder."""
+    """Replace the run in the --output folder."""
 
 
 def find_unused_flags(config: PretrainConfig) -> dict[str, str]:
@@ -228,7 +229,7 @@ def _describe(texts: Texts, train: Any, init_state: elmo_jax.Plan[elmo_jax.Train
 
 
 def _dry_run_tokens(config: PretrainConfig) -> int:
-    """Return how many tokens a dry run reads: enough for its steps and for about as many length buckets."""
+    """Return the number of corpus tokens that a dry run reads, enough for its steps."""
     from experiments.common.estimate import CALLS
 
     rows = CALLS * config.steps_per_call * config.batch_size

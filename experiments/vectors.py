@@ -44,11 +44,11 @@ class VectorsConfig(Config):
     output: str | None = None
     """Run folder; runs/METHOD if not given."""
     resume: bool = False
-    """Continue the run in that folder."""
+    """Continue the run in the --output folder."""
     allow_config_change: bool = False
     """With --resume: allow another --seed if the run stopped at the end of an epoch."""
     overwrite: bool = False
-    """Replace the run in that folder."""
+    """Replace the run in the --output folder."""
 
 
 def find_unused_flags(config: VectorsConfig) -> dict[str, str]:

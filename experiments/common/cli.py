@@ -53,11 +53,11 @@ def run(
     """Parse the flags and run a command; print an error of the user as one line.
 
     Args:
-        config: dataclass of the command's flags.
-        command: function to call with the parsed flags.
-        name: the command's name, such as ``pretrain``.
-        presets: named sets of defaults.
-        unused: function that returns, for given settings, the flags without effect and why.
+        config: Dataclass of the command's flags.
+        command: Function to call with the parsed flags.
+        name: Name of the command, such as ``pretrain``.
+        presets: Named sets of defaults.
+        unused: Function that returns the flags without effect under given settings, each with a message.
 
     Returns:
         The exit code.
@@ -73,9 +73,7 @@ def run(
                 settings = parse(config, name, presets)
                 check(settings)
                 reasons = unused(settings)
-                for flag in flags_in(
-                    sys.argv[1:]
-                ):  # only given flags are checked; a preset may set unused fields
+                for flag in flags_in(sys.argv[1:]):  # fields that only a preset sets are allowed
                     if flag in reasons:
                         raise InputError(f"{flag} {reasons[flag]}")
                 configure_malloc()
@@ -112,7 +110,7 @@ def _one_line_reason(error: Exception, config: type) -> str:
 
 
 def prog(name: str) -> str:
-    """Return the start of a command line, in the way the user started this process.
+    """Return the start of a command line in the form that the user used to start this process.
 
     Examples:
         >>> prog("vectors")
@@ -128,16 +126,14 @@ def prog(name: str) -> str:
 def exit_on_signals(leave: Callable[[int], None]) -> Iterator[None]:
     """Call a function at SIGINT or SIGTERM while the body runs.
 
-    A handler that the body installs, as `elmo_jax.fit` does, gets the first signal to itself.
-    Python runs handlers between two of its instructions, so a compilation delays them. A thread therefore
-    waits for the second signal, which always calls the function at once.
+    If the body installs a handler of its own, as `elmo_jax.fit` does, only that handler gets the first
+    signal. Python runs handlers between bytecode instructions, so a compilation delays them. A thread
+    therefore waits for the second signal and calls the function at once.
 
     Args:
-        leave: ends the process; called with the signal's number, in either thread.
+        leave: Function that ends the process; called with the signal number, in either thread.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may set signal handlers
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -179,7 +175,7 @@ _is_watching = False
 
 
 def join_processes(hosts: HostsConfig) -> None:
-    """Start the processes of a distributed run; end this one if another is killed."""
+    """Join the processes of a distributed run; end this process if another one is killed."""
     global _is_watching
     from elmo_jax.parallel import start_distributed
 
@@ -203,7 +199,7 @@ def mark_output_created() -> None:
 
 def _command_to_continue(config: type, name: str) -> str:
     args = sys.argv[1:]
-    if _output_created:  # the old output is already replaced, so --overwrite must not do it again
+    if _output_created:  # --overwrite would remove this run's output
         args = [arg for arg in args if arg not in ("--resume", "--overwrite")]
         args += ["--resume"] * hasattr(config, "resume")
     return f"{prog(name)} {shlex.join(args)}".rstrip()
@@ -218,7 +214,7 @@ def parse(
     """Return the command line as a dataclass; ``--preset NAME`` changes the defaults of all other flags.
 
     Raises:
-        InputError: a flag is unknown or its value has the wrong type.
+        InputError: A flag is unknown or its value has the wrong type.
     """
     import tyro
 
@@ -249,7 +245,7 @@ def parse(
 
 def _replace_old_flag(arg: str) -> str:
     flag, equals, value = arg.partition("=")
-    if flag.replace("_", "-") == "--text-column":  # an alias that reads better with a single value
+    if flag.replace("_", "-") == "--text-column":  # accepted for a single column
         return f"--text-columns{equals}{value}"
     if flag.replace("_", "-") != "--steps-per-dispatch":
         return arg
@@ -259,7 +255,7 @@ def _replace_old_flag(arg: str) -> str:
 
 
 def _move_bilm_last(args: Sequence[str]) -> list[str]:
-    """Move ``--bilm`` and its two values to the end, since the parser gives it all values that follow."""
+    """Move ``--bilm`` and its two values to the end, since the parser takes all later values as its own."""
     parts = (arg.split("=", 1) if arg.startswith("--bilm=") else [arg] for arg in args)
     args = list(itertools.chain.from_iterable(parts))
     if "--bilm" not in args:
@@ -340,10 +336,10 @@ def without_effect(names: Iterable[str], by: str, value: str, instead: str) -> d
 
 
 def check(settings: Any) -> None:
-    """Refuse empty strings and strings that cannot name a file; `Config` checks types and bounds.
+    """Check that strings are neither empty nor invalid as file names; `Config` checks types and bounds.
 
     Raises:
-        InputError: a value is wrong; the message names its flag.
+        InputError: A value is wrong; the message names its flag.
     """
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), flag_of(field.name)
@@ -399,9 +395,9 @@ def create_run(
     files: Mapping[str, str] | None = None,
     **more: Any,
 ) -> "elmo_jax.Run":
-    """Create or open the run folder; its configuration holds all flags except those of `settings_of`.
+    """Create or open the run folder; its configuration holds the result of `settings_of` and `more`.
 
-    `monitor` and `files` are those of `Run.create`, and `more` is added to the configuration.
+    See `Run.create` for `monitor` and `files`.
     """
     from elmo_jax.parallel import check_same_on_all_processes, run_on_first
     from elmo_jax.storage.files import CONFIG
@@ -556,9 +552,9 @@ def _cache_compiled_programs() -> None:
 def configure_malloc() -> bool:
     """Keep glibc from holding freed memory; return False with other C libraries.
 
-    By default each thread may get a heap of its own, up to eight per core, which leaves unusable
-    pieces behind at every checkpoint. Memory freed by a compilation, often over 100 MB, is given
-    back to the system.
+    By default glibc creates up to eight heaps per core for threads, and every checkpoint fragments them.
+    This function allows one per core. It also returns the memory that a compilation frees, often over
+    100 MB, to the system.
     """
     import ctypes
 

@@ -23,22 +23,22 @@ from elmo_jax.training.step import (
 )
 from experiments.common.cli import process_peak, say
 
-CALLS = 4  # number of multi-step calls that are timed
-_SECONDS = 10.0  # timing stops after this time
+CALLS = 4  # multi-step calls to time
+_SECONDS = 10.0  # time limit for the timed steps
 
 
 def estimate(
     state: TrainState, loss_fn: LossFn, optimizer: Optimizer, stream: Any, steps: float, seed: int
 ) -> None:
-    """Print what a run would cost.
+    """Print the estimated memory, arithmetic and time of a run.
 
     Args:
-        state: state before the first step; its buffers are donated.
-        loss_fn: the loss function.
-        optimizer: the optimizer.
-        stream: the training batches, or a part of them.
-        steps: number of steps of the run.
-        seed: random seed of the steps.
+        state: State before the first step; its buffers are donated.
+        loss_fn: Loss function.
+        optimizer: Optimizer.
+        stream: Training batches, or a part of them.
+        steps: Number of steps of the run.
+        seed: Random seed of the steps.
     """
     key = jax.random.key(seed)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
@@ -71,7 +71,7 @@ def _time_steps(
             flops_by_shape[shape] = matmul_flops(step.jaxpr)
             state, _ = run(state, batches, 1, key)
         jax.block_until_ready(state)
-        # The first chunk runs a single step; its time tells how many steps fit.
+        # The first chunk runs one step; its duration determines how many steps fit into the time limit.
         steps = min(count, 1 + int(_SECONDS * total / seconds)) if total else 1
         steps = count if runs_all_steps() else steps
         start = time.perf_counter()
@@ -91,7 +91,7 @@ def matmul_flops(jaxpr: Any) -> float:
     XLA's own cost analysis counts the body of a loop once, and an LSTM is a loop.
 
     Args:
-        jaxpr: the `jaxpr` attribute of what `jax.make_jaxpr` returns.
+        jaxpr: Attribute `jaxpr` of the result of `jax.make_jaxpr`.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -38,7 +38,7 @@ class Texts:
     """Training and held-out documents with one vocabulary and a digest.
 
     Attributes:
-        fraction: fraction of the training documents that `train` holds; below 1 only in a dry run.
+        fraction: Fraction of the training documents that `train` holds; below 1 only in a dry run.
     """
 
     train: Documents
@@ -62,14 +62,14 @@ def load_texts(
     """Load the texts of a labelled data set or of a corpus.
 
     Args:
-        data: the labelled data set; its bounds on vocabulary and length apply to a corpus too.
-        config: the corpus.
-        with_characters: whether documents hold character ids.
-        max_tokens: read only about this many tokens of a corpus, use them as held-out part too,
-            and write no cache.
+        data: Labelled data set; its limits on vocabulary and length apply to a corpus too.
+        config: Corpus.
+        with_characters: Add the character ids of every word.
+        max_tokens: Read only about this many tokens of a corpus, use them as the held-out part too, and
+            write no cache.
 
     Raises:
-        InputError: a file is missing or wrong, or a flag lacks its partner.
+        InputError: A file is missing or invalid, or flags contradict each other.
     """
     keep = max_tokens is None
     if config.corpus is None:
@@ -133,13 +133,13 @@ class Source(NamedTuple):
     """Input of a classifier.
 
     Attributes:
-        data: the labelled data set, with the token ids that the features use.
-        features: token features; without parameters for word counts.
-        combiner: module that combines the layers.
-        settings: settings that the data set was loaded with.
-        vocabulary: token ids of the features; None for an official model.
-        bilm: sizes of the language model, if there is one.
-        options: options of an official model, to be recorded with the run.
+        data: Labelled data set, with the token ids that the features use.
+        features: Token features; without parameters for word counts.
+        combiner: Module that combines the layers.
+        settings: Settings that the data set was loaded with.
+        vocabulary: Vocabulary of the features; None for an official model.
+        bilm: Sizes of the language model, if there is one.
+        options: Options of an official model, which the run records.
     """
 
     data: Dataset
@@ -155,8 +155,8 @@ def open_source(config: SourceConfig, combiner: CombinerConfig, seed: int, kerne
     """Load the features and the data set named by the flags.
 
     Raises:
-        InputError: a run is missing or of another kind, flags contradict each other, or the
-            kernel cannot run such layers.
+        InputError: A run is missing or of another kind, flags contradict each other, or the
+            kernel does not support the layers.
     """
     if config.features == "elmo":
         return _open_elmo(config, combiner, seed, kernel)
@@ -195,7 +195,7 @@ def _open_elmo(config: SourceConfig, combiner: CombinerConfig, seed: int, kernel
 
 
 def official_options(config: BiLMConfig) -> dict[str, Any]:
-    """Return the options of an official model as recorded in the run of a classifier on it."""
+    """Return the options of an official model as a classifier's run records them."""
     return {"options": json.loads(json.dumps(asdict(replace(config, dtype=BiLMConfig.dtype))))}
 
 
@@ -225,10 +225,10 @@ def _load_labelled(
     with_characters: bool,
     seed: int,
 ) -> tuple[Dataset, DataConfig]:
-    """Load the data set given by the flags, or else the one of the run that holds the features.
+    """Load the data set that the flags name, or else the data set that `run` was trained on.
 
     Raises:
-        InputError: there is none, or its texts have changed since the run.
+        InputError: Neither names a data set, or its texts have changed since the run.
     """
     known = None if run is None else data_of(run)
     if config.dataset is None and known is None:
@@ -247,9 +247,9 @@ def _load_labelled(
 def _data_settings(
     config: SourceConfig, run: Path | None, own: DataConfig | None, text: TextConfig
 ) -> DataConfig:
-    """Return the settings of the data set: those of a run on the same data set, changed by the flags.
+    """Return the settings of the data set: the flags, completed by those of a run on the same data set.
 
-    Another data set has the text preparation of the features, where no flag says otherwise.
+    Another data set uses the text conversion of the features unless flags change it.
     """
     columns = ("label_column", "text_columns", "text", "delimiter")
     fixed = (*columns, "tokens", "lowercase", "clean", "skip_blank", "max_length", "validation")
@@ -272,7 +272,7 @@ def data_of(run: Path) -> DataConfig | None:
     """Return the labelled data set that a run was trained on, if any.
 
     Raises:
-        InputError: the run cannot be read.
+        InputError: The run cannot be read.
     """
     saved = read_config(run).get("data")
     if saved is None:
@@ -288,9 +288,9 @@ def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
     """Return the data set with a random fraction of its training and validation documents.
 
     Args:
-        data: the data set.
-        fraction: above 0 and at most 1.
-        seed: random seed of the choice.
+        data: Data set.
+        fraction: Number above 0 and at most 1.
+        seed: Random seed of the choice.
     """
     if fraction == 1:
         return data

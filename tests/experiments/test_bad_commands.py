@@ -1,4 +1,4 @@
-"""What users and attackers give the commands: texts, flags that contradict, folders of others."""
+"""Commands refuse wrong texts, output paths, folders and corpora."""
 
 import os
 from dataclasses import asdict
@@ -36,7 +36,7 @@ def circle(path):
     path.symlink_to(path.name)
 
 
-TEXTS = {  # what becomes of the text, and what is said of it
+TEXTS = {  # change of the text file, and expected message
     "missing": (lambda path: path.unlink(), "in.txt: cannot be read (No such file"),
     "a folder": (folder, "in.txt: is not a regular file"),
     "a pipe": (pipe, "in.txt: is not a regular file"),
@@ -50,12 +50,12 @@ TEXTS = {  # what becomes of the text, and what is said of it
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts(name, model, text, tmp_path, refused):
-    change, said = TEXTS[name]
+def test_texts_are_refused(name, model, text, tmp_path, refused):
+    change, message = TEXTS[name]
     change(text)
-    refused(embed.main, [text, tmp_path / "out.h5", "--pretrained", model], said)
+    refused(embed.main, [text, tmp_path / "out.h5", "--pretrained", model], message)
     assert not list(tmp_path.glob("out.h5*"))
-    refused(evaluate.main, [model, text, "--output", tmp_path / "scores"], said)
+    refused(evaluate.main, [model, text, "--output", tmp_path / "scores"], message)
     assert not (tmp_path / "scores").exists()
 
 
@@ -80,12 +80,12 @@ EMBED = {
 
 
 @pytest.mark.parametrize("name", EMBED)
-def test_embed(name, model, text, tmp_path, monkeypatch, refused):
+def test_embed_refuses(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    args, said = EMBED[name]
+    args, message = EMBED[name]
     if name == "a million tokens":
         text.write_text("the\nbank\n" + "the " * 1_000_000)
-    refused(embed.main, [text, "out.h5", *args], said)
+    refused(embed.main, [text, "out.h5", *args], message)
     assert not list(tmp_path.glob("out.h5*"))
 
 
@@ -102,11 +102,11 @@ OUTS = {
 
 
 @pytest.mark.parametrize("name", OUTS)
-def test_where_embeddings_cannot_go(name, model, text, tmp_path, monkeypatch, refused):
+def test_unusable_output_paths_of_embed_are_refused(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    out, said = OUTS[name]
+    out, message = OUTS[name]
     for flags in ([], ["--overwrite"], ["--resume"]):
-        refused(embed.main, [text, out, "--pretrained", model, *flags], said)
+        refused(embed.main, [text, out, "--pretrained", model, *flags], message)
     assert text.read_text() == "the bank\nthe\n"
 
 
@@ -126,11 +126,11 @@ EVALUATE = {
 
 
 @pytest.mark.parametrize("name", EVALUATE)
-def test_evaluate(name, model, text, tmp_path, monkeypatch, refused):
+def test_evaluate_refuses(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blank.txt").write_text("\n \n")
-    args, said = EVALUATE[name]
-    refused(evaluate.main, args, said)
+    args, message = EVALUATE[name]
+    refused(evaluate.main, args, message)
     Elmo.from_pretrained(model)
 
 
@@ -155,13 +155,13 @@ VECTORS = {
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_vectors(name, model, text, tmp_path, monkeypatch, refused):
+def test_vectors_refuses(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for part in ("train", "test"):
         (tmp_path / "data" / f"{part}.csv").write_text("")
-    args, said = VECTORS[name]
-    refused(vectors.main, args, said)
+    args, message = VECTORS[name]
+    refused(vectors.main, args, message)
     Elmo.from_pretrained(model)
 
 
@@ -203,7 +203,7 @@ COMPARE |= {
 
 
 @pytest.mark.parametrize("name", COMPARE)
-def test_compare(name, model, text, tmp_path, monkeypatch, refused):
+def test_compare_refuses(name, model, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
@@ -212,8 +212,8 @@ def test_compare(name, model, text, tmp_path, monkeypatch, refused):
     (tmp_path / "svd").mkdir()
     write_config(tmp_path / "svd", {"monitor": "loss", "method": "svd", "data": asdict(DataConfig())}, {})
     (tmp_path / "svd" / "results.json").write_text("{}")
-    args, said = COMPARE[name]
-    refused(compare.main, args, said)
+    args, message = COMPARE[name]
+    refused(compare.main, args, message)
     assert not (tmp_path / "runs").exists()
     Elmo.from_pretrained(model)
 
@@ -255,7 +255,7 @@ CORPORA = {
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_corpora(name, text, tmp_path, monkeypatch, refused):
+def test_corpora_are_refused(name, text, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held.txt").write_text("the river bank\n")
     (tmp_path / "blank.txt").write_text("\n \n")
@@ -265,6 +265,6 @@ def test_corpora(name, text, tmp_path, monkeypatch, refused):
     (tmp_path / "other.bin").write_bytes(b"<S>\n</S>\n<UNK>\nBANK\n")
     if name == "a million tokens":
         (tmp_path / "long.bin").write_text("the " * 1_000_000)
-    args, said = CORPORA[name]
-    refused(pretrain.main, args, said)
+    args, message = CORPORA[name]
+    refused(pretrain.main, args, message)
     assert not (tmp_path / "runs").exists()

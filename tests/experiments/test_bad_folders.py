@@ -163,7 +163,7 @@ def test_data_set_is_refused(name, exported):
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a\0b"])
-def test_digests_name_no_file_outside(name, exported):
+def test_digests_of_files_outside_the_folder_are_refused(name, exported):
     write_config(exported, {"model": asdict(CONFIGURATION)}, {name: {"size": 1, "sha256": ""}})
     assert_refused(exported, "not in the folder")
 

@@ -56,7 +56,7 @@ def announce(name, shape, dtype, **more):
     return change
 
 
-HDF5 = {  # the softmax file sets its own sizes, unlike the weights
+HDF5 = {  # only the softmax file defines its own sizes
     "empty": (raw(b""), "cannot be read as HDF5"),
     "binary": (raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000), "cannot be read as HDF5"),
     "a folder": (folder, "is not a regular file"),
@@ -161,7 +161,14 @@ RUNS = {
     "no labels": (["--features", "svd", "--vectors", "svd", "--labels", "0"], "--labels must be above 0"),
     "features that are none": (["--features", "glove"], "--features"),
     "a mix of vectors": (
-        ["--features", "svd", "--vectors", "svd", "--combiner", "trainable"],  # its default, but asked for
+        [
+            "--features",
+            "svd",
+            "--vectors",
+            "svd",
+            "--combiner",
+            "trainable",
+        ],  # the default value, given explicitly
         "--combiner has no effect with --features svd; leave it out, or give --features elmo",
     ),
     "normalised vectors": (

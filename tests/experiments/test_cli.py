@@ -53,7 +53,7 @@ def run_python(code, *args, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
-def test_switches_that_follow_the_model_are_written_without_a_value():
+def test_optional_switches_need_no_value():
     for args, expected in (
         ([], (None, None)),
         (["--lowercase", "--no-clean"], (True, False)),
@@ -106,7 +106,7 @@ def test_signal_outside_training_ends_the_command(number, output_created, monkey
     cli.run(Config, lambda config: signal.raise_signal(number), "x")
     err = capfd.readouterr().err
     assert codes == [128 + number] and err.count("\n") == 1
-    flag = "--resume" if output_created else "--overwrite"  # until then --overwrite still has work to do
+    flag = "--resume" if output_created else "--overwrite"  # without output, --overwrite is still needed
     assert err.endswith(f"continue with: python -m experiments.x --output x {flag}\n")
     assert signal.getsignal(number) == before
 
@@ -258,7 +258,7 @@ def test_a_closed_output_pipe_is_silent():
 # Memory
 
 
-def test_peak_memory_is_known_without_proc_and_unknown_without_resource(monkeypatch):
+def test_peak_memory_without_proc_and_without_resource(monkeypatch):
     peak = cli.process_peak()
     assert abs(cli.process_peak(Path("/none")) - peak) < 2**30
     monkeypatch.setitem(sys.modules, "resource", None)

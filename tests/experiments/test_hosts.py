@@ -1,4 +1,4 @@
-"""The command in two processes: one run, in one folder, that one of them writes."""
+"""Pre-training in two processes, which share a run that the first process writes."""
 
 import os
 import random
@@ -22,7 +22,7 @@ TINY = """--embedding 4 --cells 4 --layers 1 --batch-size 8 --min-count 1 --nega
 
 
 def command(folder, output, epochs, *flags):
-    """The command as it runs for a user, its words kept in a file of its own."""
+    """Run the command in this process and write its output to a file."""
     index = flags[flags.index("--process") + 1] if "--process" in flags else 0
     out = os.open(f"{output}.{index}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
@@ -53,7 +53,7 @@ def start_two(*args):
 
 def write_texts(folder):
     draw = random.Random(0)
-    for name, count in (("train", 96), ("held-out", 24)):  # twelve words and the four marks
+    for name, count in (("train", 96), ("held-out", 24)):  # a vocabulary of 12 words and 4 special tokens
         lines = [" ".join(draw.choices("abcdefghijkl", k=draw.randint(2, 6))) for _ in range(count)]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
@@ -98,7 +98,7 @@ def test_processes_that_differ_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--processes", "2"], "need a coordinator HOST:PORT; give all three or none"),
         (["--coordinator", "auto", "--process", "0"], "need a coordinator HOST:PORT; give all three or none"),
@@ -111,12 +111,12 @@ def test_processes_that_differ_are_refused(tmp_path):
         (["--model-parallel", "1000"], "1000 does not divide 1 devices"),
     ],
 )
-def test_flags_that_name_no_hosts(refused, flags, said):
-    refused(pretrain.main, flags, said)
+def test_wrong_flags_of_distributed_runs_are_refused(refused, flags, message):
+    refused(pretrain.main, flags, message)
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_who_does_not_come_is_named(refused, monkeypatch, taken):
+def test_processes_that_do_not_start_are_named(refused, monkeypatch, taken):
     monkeypatch.setattr(parallel, "START_TIMEOUT", 0.3)
     port = free_port()
     flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "3", "--process"]
@@ -130,21 +130,21 @@ def test_who_does_not_come_is_named(refused, monkeypatch, taken):
 
 
 @pytest.mark.parametrize("guests", [[(3, 1), (3, 2)], [(3, 1), (3, 1)], [(2, 1)]], ids=str)
-def test_a_number_is_taken_once(monkeypatch, guests):
+def test_duplicate_process_numbers_are_refused(monkeypatch, guests):
     monkeypatch.setattr(parallel, "START_TIMEOUT", 5.0)
-    port, said = free_port(), []
+    port, results = free_port(), []
 
     def come(count, process):
         try:
-            said.append(parallel._wait_for_all(f"127.0.0.1:{port}", count, process))
+            results.append(parallel._wait_for_all(f"127.0.0.1:{port}", count, process))
         except InputError as error:
-            said.append(str(error))
+            results.append(str(error))
 
     others = [threading.Thread(target=come, args=guest) for guest in guests]
     for other in others:
         other.start()
     if guests == [(3, 1), (3, 2)]:
-        said.append(parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0))
+        results.append(parallel._wait_for_all(f"127.0.0.1:{port}", 3, 0))
     else:
         with pytest.raises(
             InputError,
@@ -154,8 +154,8 @@ def test_a_number_is_taken_once(monkeypatch, guests):
     for other in others:
         other.join()
     if guests == [(3, 1), (3, 2)]:
-        assert sorted(sorted(connections) for connections in said) == [[0], [0], [1, 2]]
-        for connection in (connection for connections in said for connection in connections.values()):
+        assert sorted(sorted(connections) for connections in results) == [[0], [0], [1, 2]]
+        for connection in (connection for connections in results for connection in connections.values()):
             connection.close()
     else:
-        assert all(isinstance(word, str) for word in said) and len(said) == len(guests)
+        assert all(isinstance(word, str) for word in results) and len(results) == len(guests)

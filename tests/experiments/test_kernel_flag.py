@@ -1,4 +1,4 @@
-"""The --kernel flag and the `kernel` argument: refusals; saved models and runs do not depend on them."""
+"""The --kernel flag and the `kernel` argument, on which saved models and runs do not depend."""
 
 import json
 import pickle

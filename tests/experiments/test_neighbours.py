@@ -14,7 +14,7 @@ from elmo_jax.storage.files import read_config, write_config
 from experiments import neighbours
 from experiments.neighbours import NeighboursConfig, cosine_similarity, principal_components, sense_agreement
 
-# The model of these tests knows four words.
+# The vocabulary of the `elmo` fixture has only four words.
 pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the vocabulary:UserWarning")
 
 

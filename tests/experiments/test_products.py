@@ -50,7 +50,7 @@ def test_a_replaced_run_leaves_none_of_its_files(trained, finished, pretrained, 
     assert (made | names(out)) - CORE == set(cli.PRODUCTS) - {"memory.jsonl", "memory.png"}
 
 
-def test_a_failed_plot_loses_no_result_and_is_drawn_on_resume(pretrained, tmp_path, monkeypatch, capsys):
+def test_a_failed_plot_keeps_predictions_and_resume_draws_it(pretrained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     flags = ["--pretrained", pretrained, *SMALL, "--output", out, "--tensorboard"]
 
@@ -60,9 +60,9 @@ def test_a_failed_plot_loses_no_result_and_is_drawn_on_resume(pretrained, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(report, "plot_confusion", fail)
         assert call(downstream.main, patch, *flags) == 2
-    said = capsys.readouterr()
-    assert "confusion_test.png: No space left on device; fix this and continue with --resume" in said.err
-    assert re.search(r"test +.*\d\.\d{4}", said.out)
+    output = capsys.readouterr()
+    assert "confusion_test.png: No space left on device; fix this and continue with --resume" in output.err
+    assert re.search(r"test +.*\d\.\d{4}", output.out)
     assert (out / "predictions.npz").exists() and not (out / RESULTS).exists()
     events = b"".join(path.read_bytes() for path in (out / "tensorboard").iterdir())
     assert all(tag in events for tag in (b"loss", b"val_loss", b"train_accuracy", b"lambdas/2"))

@@ -48,7 +48,7 @@ def corpus(tmp_path, rng, monkeypatch):
 def test_resumed_recipe_equals_an_uninterrupted_run_and_exports_to_the_official_format(corpus, tmp_path):
     assert corpus("--epochs", "2", "--output", "whole") == 0
     assert corpus("--epochs", "1", "--output", "parts") == 0
-    for name in ("a.txt", "b.txt"):  # the same content elsewhere is the same corpus
+    for name in ("a.txt", "b.txt"):  # a moved corpus with the same content is accepted
         (tmp_path / name).rename(tmp_path / f"moved_{name}")
     moved = ["--corpus", "moved_*.txt"]
     assert corpus("--epochs", "2", "--output", "parts", "--resume", *moved) == 0
@@ -56,7 +56,7 @@ def test_resumed_recipe_equals_an_uninterrupted_run_and_exports_to_the_official_
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
     )
-    for a, b in zip(whole, parts, strict=True):  # the carried state was saved too
+    for a, b in zip(whole, parts, strict=True):  # equal only if the carried state was saved
         assert {k: v for k, v in a.items() if "second" not in k} == {
             k: v for k, v in b.items() if "second" not in k
         }
@@ -108,7 +108,7 @@ def test_long_sentences_are_cut_only_when_batches_hold_sentences(corpus):
 
 
 @pytest.mark.filterwarnings("always:.*unknown to the vocabulary")
-def test_unknown_words_are_a_class_of_a_word_model(corpus, tmp_path, capsys):
+def test_unknown_words_are_predicted_as_one_class(corpus, tmp_path, capsys):
     (tmp_path / "v.txt").write_text("the unheard bank\n")
     (tmp_path / "a.txt").write_text("the rare bank rose .\n" * 2 + "a once\n")
     assert corpus("--input", "words", "--min-count", "2", "--epochs", "1", "--output", "w") == 0
@@ -157,12 +157,11 @@ def test_matmul_flops_count_every_step_of_the_recurrence():
     once = 2 * steps * 2 * rows * (inputs * 4 * cells + width * 4 * cells + cells * width)
     assert matmul_flops(jax.make_jaxpr(forward)(params, x).jaxpr) == once
     back = jax.make_jaxpr(jax.grad(forward, argnums=(0, 1)))(params, x)
-    first_state = 2 * 2 * rows * 4 * cells * width  # its gradient is one more, which XLA drops
+    first_state = 2 * 2 * rows * 4 * cells * width  # the jaxpr includes its gradient, which XLA removes
     assert matmul_flops(back.jaxpr) == 3 * once + first_state
 
 
 def test_two_windows_with_carried_state_equal_one_long_window(documents):
-    """Two windows with the state carried are one window of twice the length."""
     model = BiLM(BiLMConfig(embedding=6, cells=6, dropout=0.0), 50)
     short, long = (ContiguousStream(documents, 2, unroll, seed=1) for unroll in (4, 8))
     params = jax.jit(model.init)(jax.random.key(0), Batch.of([[4]]))["params"]

@@ -58,7 +58,7 @@ def test_a_classifier_finetunes_an_official_model(official, corpus, tmp_path, mo
     assert call(downstream.main, monkeypatch, *again) == 2
 
 
-def test_a_model_without_a_data_set_needs_one(corpus, tmp_path, refused):
+def test_a_model_without_a_data_set_needs_the_dataset_flag(corpus, tmp_path, refused):
     model = tmp_path / "model"
     Elmo(MODEL, PARAMS, WORDS).save_pretrained(model)
     given = ["--pretrained", model, *SMALL, "--output", tmp_path / "run"]
@@ -106,7 +106,7 @@ def test_missing_and_contradicting_flags_are_refused(official, corpus, refused):
     refused(downstream.main, alone, "--bilm names no data set; give one with --dataset")
 
 
-def test_data_set_is_prepared_as_the_texts_of_the_model(elmo, corpus, tmp_path):
+def test_data_set_is_tokenized_like_the_training_texts(elmo, corpus, tmp_path):
     folder, data = tmp_path / "model", str(corpus)
     Elmo(elmo.model, elmo.params, elmo.vocabulary, CASED).save_pretrained(folder)
     given = {"pretrained": str(folder), "dataset": data}
@@ -124,13 +124,13 @@ def test_data_set_is_prepared_as_the_texts_of_the_model(elmo, corpus, tmp_path):
     assert open_with(**given, tokens="whitespace").settings.tokens == "whitespace"
 
 
-def test_folder_of_an_official_model_is_named(official, refused):
+def test_folder_of_an_official_model_is_refused_with_its_files(official, refused):
     folder = official[1].parent
     message = f"{folder}: holds a model in the official format; give --bilm {official[1]} {official[2]}"
     refused(downstream.main, ["--pretrained", folder], message)
 
 
-def test_data_set_of_an_older_run_was_cleaned(trained, tmp_path):
+def test_data_set_of_an_older_run_is_cleaned(trained, tmp_path):
     data = read_config(trained[0])["data"]
     assert data.pop("clean") is False
     write_config(tmp_path, {"data": data}, {})
