@@ -74,14 +74,14 @@ def documents(rng) -> Documents:
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """What sees a command end in one line, with exit code 2 and bounded memory."""
+    """Return a check that a command ends with a one-line error, exit code 2 and bounded memory."""
     in_use = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
 
-    def check(main, args, said):
+    def check(main, args, message):
         before = in_use()
         code, err = tiny.call(main, monkeypatch, *args), capsys.readouterr().err
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err[:2000]
-        assert said in err and len(err) < 1000, err[:2000]
+        assert message in err and len(err) < 1000, err[:2000]
         assert in_use() - before < 1.5e9  # for inputs of up to 50 MB
 
     return check
@@ -89,21 +89,21 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """A data set of two classes in a folder."""
+    """Return the folder of a data set with two classes."""
     tiny.write_corpus(tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> tuple[Path, str]:
-    """A finished run of such a data set, of which tests take copies, and what the command said."""
-    folder, said = tmp_path_factory.mktemp("trained"), io.StringIO()
+    """Return a finished run on a tiny data set, which tests copy, and the output of the command."""
+    folder, output = tmp_path_factory.mktemp("trained"), io.StringIO()
     tiny.write_corpus(folder / "data")
     flags = ["--dataset", folder / "data", "--output", folder / "lm", *tiny.TINY]
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             assert tiny.call(pretrain.main, patch, *flags) == 0
-    return folder / "lm", said.getvalue()
+    return folder / "lm", output.getvalue()
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ def test_pretrain_writes_its_results(trained):
 def test_downstream_writes_its_results(pretrained, tmp_path, monkeypatch, capsys, combiner):
     run = tmp_path / "down"
     flags = ["--pretrained", pretrained, "--output", run, "--combiner", combiner, *SMALL]
-    code, said = call(downstream.main, monkeypatch, *flags), capsys.readouterr()
-    assert code == 0, said.err
+    code, captured = call(downstream.main, monkeypatch, *flags), capsys.readouterr()
+    assert code == 0, captured.err
     (record,) = records(run)
     assert {"event", "epoch", "loss", "val_loss", "val_accuracy", "lambdas"} <= record.keys()
     results = json.loads((run / "results.json").read_text())
@@ -48,7 +48,7 @@ def test_downstream_writes_its_results(pretrained, tmp_path, monkeypatch, capsys
     has_lambdas = combiner == "trainable"
     assert (run / "lambdas.png").exists() == has_lambdas == (record["lambdas"] is not None)
     assert len(results["lambdas"] or []) == 3 * has_lambdas
-    assert f"test accuracy {results['test']['accuracy']:.4f}" in said.out
+    assert f"test accuracy {results['test']['accuracy']:.4f}" in captured.out
 
 
 def test_word_vectors_are_saved_and_feed_a_classifier(corpus, tmp_path, monkeypatch, capsys):
@@ -59,8 +59,8 @@ def test_word_vectors_are_saved_and_feed_a_classifier(corpus, tmp_path, monkeypa
     made, text = (WordVectors.load(run / name) for name in ("vectors.npz", "vectors.txt"))
     assert made.tokens == text.tokens == Vocabulary.load(run / "vocab.txt").tokens[3:]
     np.testing.assert_array_equal(made.matrix, text.matrix)
-    (record,), said = records(run), capsys.readouterr()
-    assert re.findall(r"loss (\d+\.\d+) a pair", said.out) == [f"{record['loss']:.4f}"]
+    (record,), captured = records(run), capsys.readouterr()
+    assert re.findall(r"loss (\d+\.\d+) a pair", captured.out) == [f"{record['loss']:.4f}"]
     flags = ["--features", "sgns", "--vectors", run, "--output", down, "--labels", "0.5", *SMALL]
     assert call(downstream.main, monkeypatch, *flags) == 0, capsys.readouterr().err
     results = json.loads((down / "results.json").read_text())

@@ -85,13 +85,13 @@ def test_dry_run_estimates_the_run_and_writes_nothing(corpus, tmp_path, capsys, 
     monkeypatch.setattr(pretrain, "DRY_RUN_TOKENS", 60)
     flags = ["--steps-per-call", "1", "--batch-size", "1", "--batching", batching]
     assert corpus(*flags, "--epochs", "10", "--dry-run") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     parts = ("parameters", "memory: ", "million FLOPs a token", " tokens/s, ", " steps in ", " hours")
-    assert all(part in said for part in parts) and re.search(r"documents: \d+ \(train\)", said), said
+    assert all(part in printed for part in parts) and re.search(r"documents: \d+ \(train\)", printed), printed
     assert sorted(tmp_path.rglob("*")) == before and not list(cache.rglob("*"))
-    fraction = float(re.search(r"first ([\d.]+)% of the corpus", said)[1]) / 100
+    fraction = float(re.search(r"first ([\d.]+)% of the corpus", printed)[1]) / 100
     assert 0.1 < fraction < 0.6
-    estimated = int(re.search(r"the run: ([\d,]+) steps", said)[1].replace(",", ""))
+    estimated = int(re.search(r"the run: ([\d,]+) steps", printed)[1].replace(",", ""))
     config, texts = load(batching=batching, unroll=5)
     steps = texts.stream(config, 1, 1, 1).steps_per_epoch
     assert 0.5 < estimated / (10 * steps) < 2

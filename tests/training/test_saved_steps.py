@@ -60,9 +60,9 @@ def test_damage_to_any_file_is_reported_and_the_step_before_is_used(run, tmp_pat
     for name in files:
         shutil.copytree(tmp_path / "kept" / "checkpoints", run.path / "checkpoints", dirs_exist_ok=True)
         DAMAGES[how](run.path / name)
-        with pytest.warns(UserWarning, match=r"checkpoints/5: .*; this step is not used") as said:
+        with pytest.warns(UserWarning, match=r"checkpoints/5: .*; this step is not used") as caught:
             best = Run.open(run.path).restore_best()
-        assert len(said) == 1 and "\n" not in str(said[0].message)
+        assert len(caught) == 1 and "\n" not in str(caught[0].message)
         np.testing.assert_array_equal(best["params"]["w"], state(3)["params"]["w"])
         shutil.rmtree(run.path / "checkpoints")
 
@@ -192,7 +192,7 @@ def test_free_space_is_checked_before_saving(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("enabled", "said"),
+    ("params", "message"),
     [
         ({"w": jnp.zeros((2, 4))}, r"params/w is float32 \[2, 3\], expected float32 \[2, 4\]"),
         ({"w": jnp.zeros((2, 3), jnp.bfloat16)}, r"float32 \[2, 3\], expected bfloat16 \[2, 3\]"),
@@ -200,10 +200,10 @@ def test_free_space_is_checked_before_saving(run, monkeypatch):
         ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(1)}, r"params/b is missing, expected float32 \[1\]"),
     ],
 )
-def test_other_shapes_or_dtypes_are_refused(run, enabled, said):
+def test_other_shapes_or_dtypes_are_refused(run, params, message):
     save(run, 3)
-    with pytest.raises(InputError, match=said):
-        run.restore({"params": enabled, "step": jnp.int32(0)})
+    with pytest.raises(InputError, match=message):
+        run.restore({"params": params, "step": jnp.int32(0)})
 
 
 def test_file_in_place_of_the_steps_folder_is_reported(run):
