@@ -205,7 +205,7 @@ class BiLMConfig(Config):
 
 @dataclass(frozen=True)
 class CombinerConfig(Config):
-    """Method that combines the layers of a language model."""
+    """Combiner, which merges the layers of a language model into one."""
 
     combiner: str = "trainable"
     """trainable or frozen scalar weights for the layers, or function: a learned map of all layers."""
@@ -282,7 +282,7 @@ class DumpConfig(Config):
     """Content of an HDF5 file of embeddings."""
 
     layers: Layers = "all"
-    """Write all layers [L, tokens, F], or one of [tokens, F]: the top layer, the average or a trained mix."""
+    """Write all layers [L, tokens, F], or [tokens, F]: the top layer, the average or a trained mix."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the file."""
     tokenize: bool = False

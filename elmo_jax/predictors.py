@@ -179,9 +179,7 @@ class TextClassifier:
         for vocabulary in (self.vocabulary, self.bag and self.bag.vocabulary):
             for word in vocabulary.tokens if vocabulary else ():
                 if "\n" in word or "\r" in word:
-                    raise InputError(
-                        f"the word {word!r} holds a line break, which a vocabulary file cannot hold"
-                    )
+                    raise InputError(f"the word {word!r} holds a line break; remove it from the vocabulary")
         tree, texts = dict(self.params), {}
         if self.vocabulary is not None:
             texts[VOCABULARY] = self.vocabulary.text

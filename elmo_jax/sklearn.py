@@ -299,7 +299,7 @@ def train_language_model(
     min_count: int = 2,
     tokenizer: Tokenizer | None = None,
 ) -> Elmo:
-    """Train a language model that reads words on tokenized texts.
+    """Train a word-level language model on tokenized texts.
 
     Args:
         sentences: Tokens of each text.

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory):
-    """A finished run of downstream whose language model was fine-tuned."""
+    """Return a finished run of downstream with a fine-tuned language model."""
     out = tmp_path_factory.mktemp("classifier") / "run"
     with pytest.MonkeyPatch.context() as patch:
         flags = ["--pretrained", trained[0], *SMALL, "--finetune", "--output", out]

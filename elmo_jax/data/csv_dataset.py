@@ -269,9 +269,7 @@ def read_csv(
     if header is None and texts.header and not _column_names(config):
         label = texts.header[_find_columns(texts.header, config, path)[0]]
         if label.lower() not in _USUAL_LABEL_NAMES:
-            problem = (
-                f"this row is taken as the header, since no other row has the label {reprlib.repr(label)}"
-            )
+            problem = f"is taken as the header, since no other row has the label {reprlib.repr(label)}"
             warnings.warn(f"{path}:1: {problem}; if it is a text, add a header above it", stacklevel=4)
     return texts
 
@@ -452,9 +450,7 @@ def _save_cache(texts: Examples, cache: Path) -> None:
     arrays |= {name: getattr(texts, name) for name in _CACHED_ARRAYS}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=cache.parent
-        ) as folder:  # renamed, so no reader sees half a file
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:  # no reader sees a partial file
             part = Path(folder) / cache.name
             np.savez_compressed(part, **arrays)
             part.replace(cache)

@@ -59,7 +59,7 @@ def check_regular(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a temporary file, then rename it; readers and crashes find the old or the new file complete."""
+    """Write a temporary file, then rename it, so that `path` always holds the old or the new content."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     move(part, path)
