@@ -154,7 +154,7 @@ def downstream(config: DownstreamConfig) -> dict[str, Any]:
         np.savez_compressed(run.path / PREDICTIONS, **predictions)  # pyright: ignore[reportArgumentType]
         model.save_pretrained(run.path / MODEL)
         _print_scores(results, classes)  # first, in case a plot fails
-        _plot(results, records, classes, run.path)
+        _plot(results, records, lambdas, _TITLES.get(name, f"ELMo, {name}"), run.path)
         cli.write_results(run.path, results)
         cli.say(f"\ntest accuracy {results['test']['accuracy']:.4f}; written to {run.path}")
 
