@@ -113,7 +113,7 @@ class Examples:
     tokens: list[str]  # unique tokens, in the order of their first occurrence
     codes: np.ndarray  # int32 indices into `tokens`, all examples end to end
     offsets: np.ndarray  # int64 [N + 1]
-    labels: list[str]  # spelled as in the file
+    labels: list[str]  # as written in the file
     lines: np.ndarray  # int64 [N], the line on which each example begins
     blank: np.ndarray  # int64, line numbers of the rows left out because they have no tokens
     header: tuple[str, ...] = ()  # cells of the header; empty if the file has none
