@@ -165,7 +165,7 @@ class TextClassifier:
         bag, words = tree.pop("bag", None), names[_WORDS]
         if bag is not None:
             assert words is not None
-            bag = BagOfWords(words, bag["idf"], bag["weights"], bag["bias"])
+            bag = BagOfWords(words, bag["bigrams"], bag["idf"], bag["weights"], bag["bias"])
         if "classifier" in tree:  # a combiner without parameters saves no arrays
             tree = {"combiner": {}} | tree
         return cls(config, tree, names[VOCABULARY], bag, kernel, tokenizer)
@@ -185,7 +185,7 @@ class TextClassifier:
             texts[VOCABULARY] = self.vocabulary.text
         if self.bag is not None:
             texts[_WORDS] = self.bag.vocabulary.text
-            tree["bag"] = {name: getattr(self.bag, name) for name in ("idf", "weights", "bias")}
+            tree["bag"] = {name: getattr(self.bag, name) for name in ("bigrams", "idf", "weights", "bias")}
         write_folder(Path(path), {CLASSIFIER: asdict(self.config)}, flatten_dict(tree, sep="/"), texts)
 
     def predict(self, texts: Iterable[str] | Iterable[Sequence[str]]) -> np.ndarray:
