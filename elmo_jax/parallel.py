@@ -5,7 +5,6 @@ along "data", vocabulary tables by rows along "model", and every other array is 
 not depend on the number of devices, so a run can be resumed on another number. One device needs no mesh.
 """
 
-import atexit
 import contextlib
 import hashlib
 import math
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import util
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -427,7 +427,8 @@ def _watch(connections: Mapping[int, socket.socket], on_lost: Callable[[int], No
             send(b"%d" % process)
         on_lost(int(message or process))
 
-    atexit.register(send, _FAREWELL)
+    # Unlike functions of atexit, this runs at the end of a process that multiprocessing started too.
+    util.Finalize(None, send, (_FAREWELL,), exitpriority=0)
     for process, connection in connections.items():
         connection.settimeout(None)
         threading.Thread(target=wait, args=(process, connection), daemon=True).start()
