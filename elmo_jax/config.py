@@ -60,8 +60,10 @@ def _field_types(config: type) -> dict[str, Any]:
 
 
 def _check_field(name: str, kind: Any, value: Any) -> None:
-    if type(value) is float and not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {value}")
+    if isinstance(value, float):
+        value = float(value)  # NumPy's float64 is one too, which msgspec does not accept
+        if not math.isfinite(value):
+            raise InputError(f"{name} must be a finite number, not {value}")
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

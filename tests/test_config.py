@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import typing
 
+import numpy as np
 import pytest
 
 from elmo_jax import config as module
@@ -73,6 +74,12 @@ def test_every_bound_is_checked(config):
                 if limit is not None:
                     with pytest.raises(InputError, match=f"^{name} must be"):
                         dataclasses.replace(made, **{name: limit + values})
+
+
+def test_numbers_of_numpy_are_floats_but_no_integers():
+    assert OptimizerConfig(learning_rate=np.float64(0.1)).learning_rate == 0.1
+    with pytest.raises(InputError, match=r"cells must be an integer, not np\.int64\(8\)"):
+        BiLMConfig(cells=np.int64(8))
 
 
 def test_configs_are_hashable_and_survive_pickling():

@@ -118,9 +118,9 @@ def pretrain_at(path, epochs):
     out = os.open(path.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     os.environ["XDG_CACHE_HOME"] = str(path.parent / "cache")
-    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 4 --min-count 1 --save-every 4 --resume"
+    tiny = "--embedding 4 --cells 4 --layers 1 --batch-size 4 --min-count 1 --save-every 4"
     sys.argv = ["x", "--dataset", str(path.parent), "--output", str(path), "--epochs", str(epochs)]
-    sys.argv += tiny.split()
+    sys.argv += [*tiny.split(), *["--resume"] * (path / "config.json").exists()]
     sys.exit(pretrain.main())
 
 
