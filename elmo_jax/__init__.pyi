@@ -8,6 +8,7 @@ from .config import (
     CombinerConfig as CombinerConfig,
     DataConfig as DataConfig,
     OptimizerConfig as OptimizerConfig,
+    TextConfig as TextConfig,
 )
 from .data.batching import Batch as Batch, BatchStream as BatchStream, Documents as Documents
 from .data.characters import character_ids as character_ids
