@@ -28,9 +28,9 @@ from elmo_jax.models.combiners import Mix
 from elmo_jax.storage.files import digest, tree_digest, write_atomically, writer_lock
 from elmo_jax.storage.hdf5 import create
 
-_LONG = 4_096  # tokens; longer lines are written window by window and need not fit in memory
-_CHUNK = 256  # tokens in an HDF5 chunk
-_INDEX_BYTES = 64 << 20  # of text, indexed by one JSON string of sentence_to_index
+_LONG = 4_096  # Lines with more tokens are written window by window and need not fit in memory.
+_CHUNK = 256  # tokens per HDF5 chunk
+_INDEX_BYTES = 64 << 20  # bytes of text that one JSON string of sentence_to_index covers
 _LOCK = ".lock"
 
 
@@ -156,7 +156,8 @@ class Dump:
         for file in () if resume else existing:
             file.unlink()
         done = sum(file.stat().st_size for file in self.parts.iterdir())
-        need, free = 2 * self.size - done, shutil.disk_usage(self.parts).free  # the parts and their copy
+        # Room for the parts and for the file they are copied into.
+        need, free = 2 * self.size - done, shutil.disk_usage(self.parts).free
         if need > free:
             advice = "make room, or use dtype=float16 or layers=top"
             raise InputError(f"{self.target}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free; {advice}")
@@ -201,7 +202,8 @@ class Dump:
         # The two directions of a token come from different windows, and the mix needs both.
         shape = self.elmo.shape(len(line))
         with tempfile.TemporaryFile(dir=self.parts) as file:
-            if hasattr(os, "posix_fallocate"):  # a write to a mapped file on a full disk kills the process
+            # Reserved first, because writing to a mapped file on a full disk kills the process.
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
             layers = np.memmap(file, np.float32, "r+", shape=shape)
             self.elmo.embed_into(line, layers)
@@ -221,7 +223,7 @@ class Dump:
                 if i > 0:
                     index.resize((i + 1,))
                 index[i] = json.dumps(numbers)
-        for path in self._existing_files():  # the lock file last: then another process may start
+        for path in self._existing_files():  # the lock file goes last, because another process may start then
             path.unlink()
         shutil.rmtree(self.parts, ignore_errors=True)
 

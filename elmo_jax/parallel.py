@@ -139,7 +139,8 @@ class Plan(Generic[T]):
         """Make the arrays."""
         if self.mesh is None:
             return self.make(*self.given)
-        given = jax.tree.map(np.asarray, self.given)  # a compiled call can send NumPy arrays to any device
+        # NumPy arrays, because a compiled call can send them to any device.
+        given = jax.tree.map(np.asarray, self.given)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like())
         return jax.jit(self.make, out_shardings=shardings)(*given)
 
@@ -226,7 +227,7 @@ def is_multiprocess() -> bool:
 
 def is_first_process() -> bool:
     """Return whether this is the process that prints and writes files."""
-    # Checked in this order, a single process does not start a device.
+    # This order of checks keeps a single process from starting a device.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -283,7 +284,7 @@ def run_on_first(work: Callable[[], T]) -> T | None:
 
 
 START_TIMEOUT = 300.0  # seconds to wait for all processes
-_MESSAGE_BYTES = 64  # upper bound
+_MESSAGE_BYTES = 64  # maximum size of a message
 _GO, _FAREWELL = b"go", b"bye"
 
 
@@ -397,7 +398,7 @@ def _report_to_first(address: tuple[str, int], count: int, process: int, deadlin
                     opened.pop_all()
                     return first
             raise InputError("the first process ended before all had started; see its message")
-        except (ConnectionError, TimeoutError) as error:  # the first process may start later
+        except (ConnectionError, TimeoutError) as error:  # because the first process may start later
             if time.monotonic() > deadline:
                 raise InputError(
                     f"coordinator {':'.join(map(str, address))}: no answer within {START_TIMEOUT:.0f} s "

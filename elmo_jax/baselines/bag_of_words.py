@@ -11,7 +11,7 @@ from elmo_jax.data.text import SPECIAL, Vocabulary
 _BIGRAM_DOCUMENTS = 10_000  # with fewer documents, bigrams make the models worse
 # Inverse regularization of logistic regression on words, and on words and bigrams.
 _WORDS_C, _BIGRAMS_C = 3.0, 10.0
-_SMOOTHING = 0.3  # added to the weight of every word in every class, for naive Bayes
+_SMOOTHING = 0.3  # naive Bayes adds this to the weight of every word in every class
 _UNSEEN_CLASS = -100.0  # bias of a class without training documents
 
 

@@ -91,7 +91,7 @@ def svd_vectors(
     svd = TruncatedSVD(min(dimensions, size - 1), random_state=seed)
     scaled = svd.fit_transform(matrix.astype(np.float32))  # U Σ
     sigma = svd.singular_values_
-    is_nonzero = sigma > 1e-6 * sigma[0]  # beyond the rank of the matrix there is only noise
+    is_nonzero = sigma > 1e-6 * sigma[0]  # singular vectors beyond the rank of the matrix are noise
     with np.errstate(over="ignore", invalid="ignore"):
         scale = np.where(is_nonzero, np.where(is_nonzero, sigma, 1.0) ** (config.exponent - 1), 0.0)
         vectors = (scaled * scale).astype(np.float32)

@@ -16,7 +16,7 @@ from elmo_jax.data.text import UNK, Vocabulary, read_text
 from elmo_jax.errors import InputError
 from elmo_jax.storage.files import read_arrays, read_bytes, write_atomically
 
-_PADDING = " \t\r\v\f"  # at the end of a line
+_PADDING = " \t\r\v\f"  # ignored at the end of a line
 # Characters that a token must not contain, in .npz and in text files; surrogates are not valid UTF-8.
 _FORBIDDEN, _FORBIDDEN_IN_TEXT = re.compile("[\n\ud800-\udfff]"), re.compile("[\n \0\ud800-\udfff]")
 

@@ -19,8 +19,8 @@ from elmo_jax.errors import InputError
 
 DIRECTIONS = 2  # forward, then backward
 ALL = slice(None)  # all rows of a batch
-ROUND = 4  # bucket bounds are multiples of it
-_RUN = 8  # consecutive batches of one shape, so that one call can run several
+ROUND = 4  # bucket bounds are multiples of this number
+_RUN = 8  # so many consecutive batches have one shape, so that one call can run several
 
 
 @struct.dataclass
@@ -166,7 +166,8 @@ class Documents:
     def unknown_fraction(self) -> float:
         """Fraction of the tokens outside the vocabulary."""
         size = np.iinfo(np.int32).max if self.vocabulary_size is None else self.vocabulary_size
-        blocks = np.array_split(self.ids, 1 + (len(self.ids) >> 24))  # they may be memory-mapped
+        # In blocks, because they may be memory-mapped.
+        blocks = np.array_split(self.ids, 1 + (len(self.ids) >> 24))
         return sum(int(((ids == UNK) | (ids >= size)).sum()) for ids in blocks) / max(len(self.ids), 1)
 
     def take(self, indices: np.ndarray) -> "Documents":
@@ -320,7 +321,7 @@ class BatchStream:
     def shapes(self) -> list[Batch]:
         """See `Stream.shapes`."""
         if self.documents.character_ids is not None:
-            chunks = self.chunks(0, min(512, self.steps_per_epoch))  # all would take long
+            chunks = self.chunks(0, min(512, self.steps_per_epoch))  # a sample, because all would take long
             found = {(b.words.shape, b.unique_words and b.unique_words.first.shape): b for b, _ in chunks}
             return list(found.values())
         buckets = [(bound, indices[: self.batch_size]) for bound, indices, count in self._buckets if count]
@@ -375,7 +376,8 @@ def bucket_bounds(
     """
     counts = np.bincount(-(-lengths // ROUND))
     bound = np.flatnonzero(counts)  # candidates, in units of ROUND
-    batches = _count_batches(np.concatenate([[0], np.cumsum(counts[bound])]), batch_size)  # before each
+    # Number of positions before each candidate.
+    batches = _count_batches(np.concatenate([[0], np.cumsum(counts[bound])]), batch_size)
     # span[j, i]: positions of one bucket over candidates i to j.
     span = (batches[1:, None] - batches[None, :-1]) * (batch_size * bound[:, None] * float(ROUND))
     span = np.where(np.tri(len(bound), dtype=bool), span, np.inf)

@@ -47,7 +47,7 @@ class BiLSTMClassifier(nn.Module):
         drop = nn.Dropout(c.classifier_dropout, deterministic=not train)
         shared_axes = (1,) if c.variational else ()  # one dropout mask for all tokens
         drop_tokens = nn.Dropout(c.classifier_dropout, shared_axes, deterministic=not train)
-        x = nn.LayerNorm(name="norm")(x)  # features come in any scale
+        x = nn.LayerNorm(name="norm")(x)  # normalized, because features may have any scale
         for i in range(c.classifier_layers):
             x = stack_directions(drop_tokens(x), lengths)  # [D, B, T, F]
             h, _ = LSTM(c.hidden, kernel=self.kernel, name=f"lstm_{i}")(x, lengths)

@@ -111,7 +111,8 @@ class LearnedFunction(nn.Module):
 
 def _mix(weights: Array, layers: Array, config: CombinerConfig) -> Array:
     """Return Σ_j weights_j layers_j, after layer normalization if it is configured."""
-    if config.layer_norm:  # over the features alone, so that a token's vector depends on its sentence only
+    # Normalized over the features alone, so that a token's vector depends only on its sentence.
+    if config.layer_norm:
         layers = jax.nn.standardize(layers, axis=-1, epsilon=_LAYER_NORM_EPSILON)
     return jnp.tensordot(weights.astype(layers.dtype), layers, axes=1)
 

@@ -61,7 +61,8 @@ def _take_deferred_forward(table: Array, words: Array):
 def _take_deferred_backward(residuals: tuple[Array, Array], d_vectors: Array):
     table, words = residuals
     zero = jnp.zeros((), table.dtype)
-    if d_vectors.size and jax.device_count() == 1:  # with several, the dependence would be communication
+    # With several devices, the dependence would require communication.
+    if d_vectors.size and jax.device_count() == 1:
         # Always 0, but XLA cannot know, so it has to wait for d_vectors.
         value = d_vectors.ravel()[0]
         zero = ((value > 0) & (value < 0)).astype(table.dtype)
@@ -144,7 +145,7 @@ class CharCNN(nn.Module):
 def _matmul(x: Array, w: Array) -> Array:
     """Multiply ``[..., I]`` by ``[I, O]`` in w's dtype, accumulating in float32 or wider."""
     accumulator = np.promote_types(w.dtype, np.float32)
-    flat = x.reshape(-1, x.shape[-1]).astype(w.dtype)  # more axes would cost XLA:CPU transposed copies
+    flat = x.reshape(-1, x.shape[-1]).astype(w.dtype)  # with more axes, XLA:CPU would make transposed copies
     return jnp.matmul(flat, w, preferred_element_type=accumulator).reshape(*x.shape[:-1], w.shape[-1])
 
 

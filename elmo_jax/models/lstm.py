@@ -57,7 +57,7 @@ RECURRENCES = {
         unsupported_reason,
     ),
 }
-_AUTOMATIC = ("persistent", "fast")  # the first that can run the layer
+_AUTOMATIC = ("persistent", "fast")  # the first one that can run the layer is used
 
 
 def reverse_valid(x: Array, lengths: Array) -> Array:

@@ -131,7 +131,7 @@ def _choose_layout(rows: Any, recurrent: Array) -> tuple[bool, bool]:
     if jax.default_backend() != "cpu":
         return False, False
     size = math.prod(recurrent.shape[1:]) * recurrent.dtype.itemsize
-    many = isinstance(rows, int) and rows >= _TRANSPOSE_MIN_ROWS  # symbolic in exported programs
+    many = isinstance(rows, int) and rows >= _TRANSPOSE_MIN_ROWS  # sizes are symbolic in exported programs
     # XLA:CPU cannot run some transposed products in bfloat16, and a mesh cannot shard rows on a last axis.
     transposable = recurrent.dtype.itemsize > 2 and jax.sharding.get_abstract_mesh().empty
     transposed = many and transposable and size < _TRANSPOSE_MAX_BYTES
@@ -228,7 +228,7 @@ def _stack_steps(a: Array, features: int) -> Array:
 # Each weight's gradient is one product over all steps after the loop, not a sum carried through it.
 
 _BIASES = (0.0, 0.0, FORGET_BIAS, 0.0)
-_SCALES = (0.5, 1.0, 0.5, 0.5)  # of z before the tanh: 1/2 for a sigmoid
+_SCALES = (0.5, 1.0, 0.5, 0.5)  # factor of z before the tanh: 1/2 for a sigmoid
 
 _Step: TypeAlias = Callable[[Array, Any], Any]  # (t, carry) -> carry
 _States: TypeAlias = tuple[State, ...]

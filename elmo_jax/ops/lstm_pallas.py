@@ -103,19 +103,19 @@ class _Program:
     def done(self) -> None:
         """Mark a step as finished, so that the other programs of the tile may read it."""
         if not self.interpreted:
-            triton.debug_barrier()  # all threads have written
+            triton.debug_barrier()  # so that all threads have written
         triton.atomic_add(self.arrived, (self.direction, self.tile), jnp.int32(1))
 
     def wait(self, times: Any) -> None:
         """Wait until all programs of the tile have finished that many steps."""
         if self.interpreted:
-            return  # an interpreted tile has one program
+            return  # there is a single program per tile when interpreted
 
         def read(_: Array) -> Array:
             return triton.atomic_add(self.arrived, (self.direction, self.tile), jnp.int32(0))
 
         jax.lax.while_loop(lambda seen: seen < times * pl.num_programs(2), read, read(jnp.int32(0)))
-        triton.debug_barrier()  # no thread reads before the count is reached
+        triton.debug_barrier()  # so that no thread reads before the count is reached
 
 
 def _tanh(x: Array) -> Array:
@@ -191,10 +191,11 @@ def backward_kernel(*refs: Any, clip: float | None, make_program: Callable[..., 
     program.store(dh_first, dh)
 
 
-_MIN_TILE, _MAX_TILE = 16, 128  # rows: the minimum of tensor cores, the maximum for the registers
+# Rows per tile: the minimum for tensor cores, and the maximum that fits into registers.
+_MIN_TILE, _MAX_TILE = 16, 128
 _GROUP = 32  # cells
-_MAX_CELLS = 256  # with more, the weights of a group do not fit into shared memory
-_PIECE = 8192  # elements of a matmul operand that a program reads at once
+_MAX_CELLS = 256  # the weights of a larger group do not fit into shared memory
+_PIECE = 8192  # number of elements of a matmul operand that a program reads at once
 
 # Values of jax_default_matmul_precision under which TF32 products are exact enough.
 _TF32_PRECISIONS = (None, "default", "fastest", "bfloat16", "bfloat16_3x", "tensorfloat32", "high")
@@ -269,7 +270,7 @@ def run_persistent(state: State, gates: Array, w: Weights, clips: Clips) -> Stat
     if devices == 1:
         return _run_local_rows(state, gates, w, clips)
     if gates.shape[1] % devices or set(jax.sharding.get_abstract_mesh().axis_types) != {AxisType.Auto}:
-        return fast_recurrence(state, gates, w, clips)  # any mesh can shard it
+        return fast_recurrence(state, gates, w, clips)  # any mesh can shard the fast kernel
     rows, replicated = PartitionSpec(None, DATA), PartitionSpec()
     own: Any = jax.shard_map(
         partial(_run_local_rows, clips=clips),
@@ -355,7 +356,7 @@ def _backward(clips: Clips, residuals: Any, grads: State):
     layout = Layout(steps, transposed=False)
     before = layout.join_steps(passed[:, :, :-1, :cells])
     d_recurrent = layout.matrix_gradient(before, layout.join_steps(dz), w.recurrent)
-    dz = dz.astype(jnp.float32)  # after the rounding of the matmul dtype
+    dz = dz.astype(jnp.float32)  # its values stay rounded to the matmul dtype
     return State(dc, dh), dz, Weights(d_recurrent, layout.bias_gradient(layout.join_steps(dz), w.bias), None)
 
 

@@ -74,9 +74,9 @@ def _count_certain(classes: int, count: int) -> int:
 # A CPU's matmuls are fastest with chunks of this many positions, if their logits take between the next two
 # numbers of bytes. An accelerator waits for every launch, so its chunks are as large as the last.
 CHUNK_ROWS, LEAST_BYTES, MOST_BYTES, ACCELERATOR_BYTES = 192, 8 << 20, 48 << 20, 1 << 30
-_FEATURE_MULTIPLE, _CLASS_MULTIPLE = 8, 128  # sizes that an accelerator's matmuls prefer
-_ROW_MULTIPLE = 16  # chunks are a multiple of it
-_MAX_EXCESS = 70.0  # how far a logit may exceed the true class's before the maximum is needed as the shift
+_FEATURE_MULTIPLE, _CLASS_MULTIPLE = 8, 128  # matmul sizes that accelerators prefer are multiples of these
+_ROW_MULTIPLE = 16  # chunk sizes are multiples of this number
+_MAX_EXCESS = 70.0  # If a logit exceeds the true class's by more than this, the maximum must be the shift.
 _MASKED = -1e30  # logit of a padded class; finite, so that its gradient is zero and not NaN
 
 
@@ -269,7 +269,8 @@ def _choose_shift(
     def maximum() -> Array:
         return jnp.maximum(logits().max(_axes().index("v")), true_logit)
 
-    if not _on_cpu() or np.log(float(jnp.finfo(h.dtype).max)) <= _MAX_EXCESS:  # float16 overflows sooner
+    # Float16 overflows before a logit exceeds the bound.
+    if not _on_cpu() or np.log(float(jnp.finfo(h.dtype).max)) <= _MAX_EXCESS:
         return maximum()
     norm = jnp.linalg.norm(jax.lax.stop_gradient(h).astype(true_logit.dtype), axis=-1)
     excess = norm * max_norm + max_shift - true_logit
@@ -327,7 +328,7 @@ def _split_into_chunks(max_rows: int, arrays: Any) -> tuple[Any, int]:
         counts = range(fewest, fewest + fewest // 4 + 1)
         count = min(counts, key=lambda count: count * (rows_of(count) + _ROW_MULTIPLE))
         rows = n if count == 1 else rows_of(count)
-    else:  # symbolic in exported programs
+    else:  # the size is symbolic in exported programs
         count, rows = -(-n // max_rows), max_rows
 
     def cut(a: Array) -> Array:

@@ -37,7 +37,7 @@ def evaluate(
     for batch in _batches(stream, mesh):
         with use_mesh(mesh):
             pending.append(metrics_fn(params, batch))
-        if len(pending) > 2:  # keeps the device busy and memory constant
+        if len(pending) > 2:  # a short queue keeps the device busy and the memory constant
             add(pending.popleft())
     for metrics in pending:
         add(metrics)

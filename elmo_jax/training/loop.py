@@ -26,7 +26,7 @@ from elmo_jax.training.optimizers import Optimizer
 from elmo_jax.training.step import LossFn, Params, TrainState, choose_group_scale, compile_steps, feed
 
 T = TypeVar("T")
-CALLS_BETWEEN_STOP_CHECKS = 8  # with several processes; a check makes all devices wait
+CALLS_BETWEEN_STOP_CHECKS = 8  # used with several processes, where a check makes all devices wait
 MAX_SKIPPED = 5  # steps in a row that may be skipped because they are not finite
 
 
@@ -86,7 +86,7 @@ def fit(
     run.log(position.records)
     mesh, key, per_epoch = find_mesh(like), jax.random.key(seed), stream.steps_per_epoch
     total = epochs * per_epoch
-    choose_group_scale(stream)  # the shapes depend on it
+    choose_group_scale(stream)  # called first, because the shapes depend on it
     shapes = stream.shapes() if mesh is None and position.step < total else []
     run_steps = compile_steps(loss_fn, optimizer, like, iterate_with_progress(shapes, "program"))
     state = replace(plan(), frozen=like.frozen) if restored is None else replace(like, **restored)
@@ -122,7 +122,7 @@ def fit(
                 if is_save_due or stop:
                     add_pending()
                     last_save = position.step
-                    if position.step < end:  # the end of an epoch saves anyway
+                    if position.step < end:  # at the end of an epoch the state is saved anyway
                         position.seconds = time.perf_counter() - started
                         run.save(_saved_part(state), position)
                         _raise_if_stopped(stop, run, position.step)
@@ -164,7 +164,7 @@ CLASSIFIER_EPOCHS = EpochRule(least=3, steps=300, most=20)
 def _stop_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM; a second signal goes to the previous handler."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only this thread may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield caught
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

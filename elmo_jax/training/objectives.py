@@ -136,7 +136,7 @@ def _sample_negatives(model: BiLM, negatives: int, key: Array) -> Negatives:
 def _find_used_words(model: BiLM, batch: Batch | Window, samples: Negatives) -> Array:
     """Return the unique words ``[R]`` of a batch and its negative samples, ascending, filled up with V."""
     words = jnp.concatenate([jnp.ravel(all_gather(batch.words)), samples.classes])
-    ordered = jnp.sort(words)  # jnp.unique takes four times as long on a CPU
+    ordered = jnp.sort(words)  # four times as fast as jnp.unique on a CPU
     index = jnp.cumsum(jnp.diff(ordered, prepend=ordered[:1]) != 0)
     unused = jnp.full(min(model.vocabulary, words.size), model.vocabulary, jnp.int32)
     return unused.at[index].set(ordered)

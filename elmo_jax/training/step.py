@@ -176,7 +176,7 @@ def compiler_options(matmul_bound: bool) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in flags and _is_accepted(name, value)}
 
 
-@cache  # it compiles a function
+@cache  # cached, because it compiles a function
 def _is_accepted(option: str, value: Any) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
@@ -214,7 +214,7 @@ def compile_steps(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, replace(like, frozen={})), replicated(mesh)
     options = compiler_options(isinstance(loss_fn, MatmulBound))
     optimizer = as_step_optimizer(optimizer)
-    take_step = inspect.unwrap(train_step)  # without the wrapper for old argument names
+    take_step = inspect.unwrap(train_step)  # the function itself, without the wrapper for old argument names
 
     @partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=options)
     def run_steps(state: TrainState, frozen: Params, batches: Any, count: Array, key: Array):
